@@ -1,0 +1,1 @@
+"""The CNN, its data, its losses and its training: PyTorch only, no MLflow, no Optuna."""

@@ -1,0 +1,314 @@
+"""The losses under study, and the table `LOSSES` of all of them.
+
+Each is `(outputs (N, K) float, labels (N,) int64) -> scalar`, for N images and K classes; its value
+is the mean over the batch. In the formulas o is the outputs of one image, y its class, t its
+one-hot target, and p = softmax(o). They are written so that values and gradients stay finite at
+saturated outputs in float32: where a probability may reach 0 or 1, by way of its logarithm.
+
+Losses differ in scale. Those on targets (`l1`, `mse`, `smooth_l1`, `bce`, `squared_hinge`) and
+`multi_margin` divide by K, as torch does; the others don't. So learning rates do not carry over
+from one to another.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
+from torch import Tensor
+
+LABEL_SMOOTHING = 0.1
+FOCAL_GAMMA = 2.0
+POLY1_EPSILON = 2.0
+GCE_Q = 0.7
+
+
+def softmax(outputs: Tensor) -> Tensor:
+    """Probabilities (N, K) of outputs that are logits: exp(o_k) / Σ_j exp(o_j)."""
+    return outputs.softmax(dim=1)
+
+
+def sigmoid_normalised(outputs: Tensor) -> Tensor:
+    """Probabilities (N, K) of one-against-rest logits: σ(o_k) / Σ_j σ(o_j).
+
+    Written as the softmax of log σ, which is the same and never 0 / 0.
+    """
+    return F.logsigmoid(outputs).softmax(dim=1)
+
+
+def clipped_normalised(outputs: Tensor) -> Tensor:
+    """Probabilities (N, K) of outputs that estimate them: max(o_k, 0) / Σ_j max(o_j, 0).
+
+    Where no output of a row is above 0, the softmax of its outputs: near-equal ones for outputs near
+    0, and the arg max, by which accuracy is measured, stays that of the outputs.
+    """
+    # Clipped at 0 alone: clipping at 1 too would tie classes whose outputs exceed 1, and lose the
+    # arg max. The division brings such rows back below 1 anyway.
+    clipped = outputs.clamp(min=0)
+    total = clipped.sum(dim=1, keepdim=True)
+    # `total == 0`, not its contrary `total > 0`, which would hide a NaN.
+    return torch.where(total == 0, softmax(outputs), clipped / total)
+
+
+PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": softmax,
+    "sigmoid_normalised": sigmoid_normalised,
+    "clipped_normalised": clipped_normalised,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A loss function, and what its outputs mean."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    outputs_to_probabilities: str
+    """The key in `PROBABILITIES` of what turns its outputs into class probabilities."""
+    source: str
+    """Paper, and where in it."""
+
+    def __post_init__(self) -> None:
+        if self.outputs_to_probabilities not in PROBABILITIES:
+            raise ValueError(
+                f"outputs_to_probabilities is {self.outputs_to_probabilities!r}; "
+                f"choose from {', '.join(PROBABILITIES)}"
+            )
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of outputs (N, K) for labels (N,).
+
+        Raises ValueError for other shapes, which some losses would broadcast.
+        """
+        if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"outputs are of shape {tuple(outputs.shape)} and labels of shape "
+                f"{tuple(labels.shape)}; they must be (N, K) and (N,)"
+            )
+        return self.function(outputs, labels)
+
+
+def l1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean absolute error, Σ_k |o_k − t_k| / K.
+
+    A median regression: all outputs 0 is optimal wherever no class has half of the probability.
+    """
+    return F.l1_loss(outputs, _one_hot(outputs, labels))
+
+
+def mse(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error, Σ_k (o_k − t_k)² / K, without a softmax (Hui & Belkin 2021)."""
+    return F.mse_loss(outputs, _one_hot(outputs, labels))
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood, −ln p_y = −o_y + ln Σ_k exp(o_k)."""
+    return F.cross_entropy(outputs, labels)
+
+
+def smooth_l1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared near the target and absolute beyond, Σ_k s(o_k − t_k) / K.
+
+    s(d) = d² / 2 where |d| < 1, else |d| − 1/2 (Girshick 2015, Fast R-CNN, equation 3; Huber's loss
+    with δ = 1). On one-hot targets most errors are below 1, where it is half of `mse`.
+    """
+    return F.smooth_l1_loss(outputs, _one_hot(outputs, labels))
+
+
+def l1_softmax(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Expected misclassification, 1 − p_y, which is Σ_k |p_k − t_k| / 2.
+
+    The chance of error of one who draws the class from p (Janocha & Czarnecki 2017, proposition 1);
+    Ghosh, Kumar & Sastry (2017) use the sum itself.
+    """
+    # −expm1(ln p_y) is 1 − p_y without its cancellation as p_y nears 1.
+    return -_log_probability(outputs, labels).expm1().mean()
+
+
+def mse_softmax(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Brier score, Σ_k (p_k − t_k)² (Brier 1950): a sum over the classes, so between 0 and 2."""
+    return (softmax(outputs) - _one_hot(outputs, labels)).square().sum(dim=1).mean()
+
+
+def bce(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Each class against the rest, −Σ_k [t_k ln σ(o_k) + (1 − t_k) ln(1 − σ(o_k))] / K."""
+    return F.binary_cross_entropy_with_logits(outputs, _one_hot(outputs, labels))
+
+
+def label_smoothing(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with softened targets, −Σ_k [(1 − ε) t_k + ε / K] ln p_k, ε = 0.1.
+
+    Szegedy et al. 2016 (Inception-v3), section 7, with their ε.
+    """
+    return F.cross_entropy(outputs, labels, label_smoothing=LABEL_SMOOTHING)
+
+
+def focal(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy that plays down what is easy, −(1 − p_y)^γ ln p_y, γ = 2.
+
+    Lin et al. 2017, equation 4, with their best γ and no weights α of the classes. Theirs is a
+    sigmoid for each class, for detectors that may see none; here an image has exactly one class, so
+    p is the softmax.
+    """
+    log_probability = _log_probability(outputs, labels)
+    return ((-log_probability.expm1()) ** FOCAL_GAMMA * -log_probability).mean()
+
+
+def squentropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy that pulls the wrong outputs to 0, −ln p_y + Σ_{k≠y} o_k² / (K − 1).
+
+    Hui, Belkin & Wright 2023; it has no constant to choose.
+    """
+    wrong_outputs = outputs * (1 - _one_hot(outputs, labels))
+    mean_square = wrong_outputs.square().sum(dim=1) / (outputs.shape[1] - 1)
+    return F.cross_entropy(outputs, labels) + mean_square.mean()
+
+
+def poly1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with more of its first Taylor term, −ln p_y + ε (1 − p_y), ε = 2.
+
+    Leng et al. 2022 (PolyLoss), the Poly-1 loss, with their ε for ImageNet.
+    """
+    log_probability = _log_probability(outputs, labels)
+    return (-log_probability - POLY1_EPSILON * log_probability.expm1()).mean()
+
+
+def gce(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Generalised cross-entropy, (1 − p_y^q) / q, q = 0.7.
+
+    Between cross-entropy (q → 0) and `l1_softmax` (q = 1). Zhang & Sabuncu 2018, equation 6, with
+    the q of their experiments; their truncated variant is another loss.
+    """
+    # By the logarithm: p^q itself has a gradient, q p^(q − 1), that is infinite at p = 0.
+    return (-(GCE_Q * _log_probability(outputs, labels)).expm1() / GCE_Q).mean()
+
+
+def multi_margin(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Hinge between the right and each wrong output, Σ_{k≠y} max(0, 1 − o_y + o_k) / K.
+
+    Weston & Watkins 1999. The outputs are scores, so their softmax ranks but is not calibrated.
+    """
+    # torch has no half precision for this one on the CPU.
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return F.multi_margin_loss(outputs, labels)
+
+
+def squared_hinge(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared hinge of each class against the rest, Σ_k max(0, 1 − s_k o_k)² / K, s = 2t − 1.
+
+    The L2-SVM of Tang 2013, who trained CNNs with it and found it ahead of cross-entropy on
+    CIFAR-10; Janocha & Czarnecki 2017 have it among their losses as hinge². Here because a study of
+    losses would be expected to have it. Of the nearest other candidate, symmetric cross-entropy
+    (Wang et al. 2019), nothing would be learnt: on one-hot targets it is −α ln p_y + 4β (1 − p_y),
+    which is `poly1` with other constants. As in `multi_margin`, the outputs are scores.
+    """
+    signs = 2 * _one_hot(outputs, labels) - 1
+    return F.relu(1 - signs * outputs).square().mean()
+
+
+def _one_hot(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.one_hot(labels, num_classes=outputs.shape[1]).to(outputs.dtype)  # (N, K)
+
+
+def _log_probability(outputs: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(outputs, labels, reduction="none")  # (N,), ln p_y
+
+
+_TABLE = (
+    Loss(
+        name="l1",
+        function=l1,
+        outputs_to_probabilities="clipped_normalised",
+        source="Janocha & Czarnecki 2017, table 1, L1",
+    ),
+    Loss(
+        name="mse",
+        function=mse,
+        outputs_to_probabilities="clipped_normalised",
+        source="Hui & Belkin 2021, the square loss, not rescaled",
+    ),
+    Loss(
+        name="cross_entropy",
+        function=cross_entropy,
+        outputs_to_probabilities="softmax",
+        source="Bridle 1990, softmax and its log-likelihood",
+    ),
+    Loss(
+        name="smooth_l1",
+        function=smooth_l1,
+        outputs_to_probabilities="clipped_normalised",
+        source="Girshick 2015, equation 3",
+    ),
+    Loss(
+        name="l1_softmax",
+        function=l1_softmax,
+        outputs_to_probabilities="softmax",
+        source="Janocha & Czarnecki 2017, proposition 1",
+    ),
+    Loss(
+        name="mse_softmax",
+        function=mse_softmax,
+        outputs_to_probabilities="softmax",
+        source="Brier 1950, the score P",
+    ),
+    Loss(
+        name="bce",
+        function=bce,
+        outputs_to_probabilities="sigmoid_normalised",
+        source="torch.nn.BCEWithLogitsLoss, one class against the rest",
+    ),
+    Loss(
+        name="label_smoothing",
+        function=label_smoothing,
+        outputs_to_probabilities="softmax",
+        source="Szegedy et al. 2016, section 7",
+    ),
+    Loss(
+        name="focal",
+        function=focal,
+        outputs_to_probabilities="softmax",
+        source="Lin et al. 2017, equation 4, over a softmax",
+    ),
+    Loss(
+        name="squentropy",
+        function=squentropy,
+        outputs_to_probabilities="softmax",
+        source="Hui, Belkin & Wright 2023, the multi-class loss",
+    ),
+    Loss(
+        name="poly1",
+        function=poly1,
+        outputs_to_probabilities="softmax",
+        source="Leng et al. 2022, the Poly-1 loss",
+    ),
+    Loss(
+        name="gce",
+        function=gce,
+        outputs_to_probabilities="softmax",
+        source="Zhang & Sabuncu 2018, equation 6",
+    ),
+    Loss(
+        name="multi_margin",
+        function=multi_margin,
+        outputs_to_probabilities="softmax",
+        source="Weston & Watkins 1999, the multi-class hinge",
+    ),
+    Loss(
+        name="squared_hinge",
+        function=squared_hinge,
+        outputs_to_probabilities="softmax",
+        source="Tang 2013, the L2-SVM",
+    ),
+)
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
+
+
+def get_loss(name: str) -> Loss:
+    """The loss of that name, as users type it. Raises ValueError, with the choices, for others."""
+    if name in LOSSES:
+        return LOSSES[name]
+    close = difflib.get_close_matches(name, LOSSES, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown loss {name!r}{hint}; choose from {', '.join(LOSSES)}")

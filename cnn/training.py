@@ -1,0 +1,386 @@
+"""Train the CNN: a configuration and a data set in, an `Epoch` out after each epoch.
+
+    for epoch in train(TrainConfig(loss="mse", learning_rate=0.1, batch_size=64), data):
+        print(epoch.number, epoch.val_accuracy)
+
+The loop knows nothing of who watches it; to stop early is to stop iterating.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnn.data import Dataset, Split
+from cnn.losses import Loss, get_loss
+from cnn.model import CNN, build_cnn
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+EVALUATION_BATCH_SIZE = 1000
+CHECK_EVERY = 50
+"""After so many steps on a CPU, a loss that is not finite ends the epoch."""
+
+
+def one_cycle(progress: float) -> float:
+    """Return the share of the peak learning rate at `progress` in [0, 1] through the training.
+
+    Up from 1/25 to 1 over the first 30 %, then down to 0.000004, along half cosines: the schedule
+    of `torch.optim.lr_scheduler.OneCycleLR` with its defaults, but with momentum left alone and
+    without that class' edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
+    """
+    start, warm_up, end = 1 / 25, 0.3, 1 / 25e4
+    if progress < warm_up:
+        return _half_cosine(start, 1.0, progress / warm_up)
+    return _half_cosine(1.0, end, (progress - warm_up) / (1 - warm_up))
+
+
+def cosine(progress: float) -> float:
+    """Return half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    return _half_cosine(1.0, 0.0, progress)
+
+
+def constant(progress: float) -> float:  # noqa: ARG001 - the signature of all schedules
+    """Return 1."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "one_cycle": one_cycle,
+    "cosine": cosine,
+    "constant": constant,
+}
+
+OPTIMIZERS: dict[str, Callable[[TrainConfig, list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda config, weights: torch.optim.SGD(
+        weights,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+        fused=True,
+    ),
+    "adam": lambda config, weights: torch.optim.Adam(
+        weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    ),
+    "adamw": lambda config, weights: torch.optim.AdamW(
+        weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that determines a training run, but for the data set.
+
+    Raises:
+        ValueError: a field is out of its range; the message names field, value and range.
+    """
+
+    loss: str
+    """A name of `cnn.losses.LOSSES`."""
+    learning_rate: float
+    """The highest of the schedule, > 0."""
+    batch_size: int
+    """Images a step, ≥ 1 and at most those of the training split."""
+    epochs: int = 8
+    """Passes over the training split, ≥ 1."""
+    seed: int = 0
+    """Of the initial weights and the order of the images, in 0 .. 2³² − 1."""
+    optimizer: str = "sgd"
+    """A name of `OPTIMIZERS`; `sgd` is with Nesterov momentum."""
+    momentum: float = 0.9
+    """Of `sgd`, in [0, 1)."""
+    weight_decay: float = 0.0
+    """As the optimizer understands it, ≥ 0."""
+    schedule: str = "one_cycle"
+    """How the learning rate goes over the steps: a name of `SCHEDULES`."""
+    precision: str = "float32"
+    """Of the network's arithmetic, a name of `PRECISIONS`; weights are kept in float32."""
+    device: str = "cpu"
+    """Where to train: `cpu`, `cuda`, `cuda:1`, …"""
+
+    def __post_init__(self) -> None:
+        get_loss(self.loss)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check("learning_rate", self.learning_rate, "finite and > 0", lambda v: 0 < v < math.inf)
+        _check("batch_size", self.batch_size, "an integer ≥ 1", _is_integer_from(1))
+        _check("epochs", self.epochs, "an integer ≥ 1", _is_integer_from(1))
+        _check("seed", self.seed, "an integer from 0 to 2**32 - 1", _is_integer_from(0, 2**32 - 1))
+        _check("momentum", self.momentum, "≥ 0 and < 1", lambda v: 0 <= v < 1)
+        _check("weight_decay", self.weight_decay, "finite and ≥ 0", lambda v: 0 <= v < math.inf)
+
+    def as_params(self) -> dict[str, Any]:
+        """Return the fields by name, for a tracker's params."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a network does on a split."""
+
+    loss: float
+    """Mean over the images; may be infinite or NaN."""
+    accuracy: float
+    """Share of the images whose largest output is that of their class, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What an epoch of training came to."""
+
+    number: int
+    """1 is the first."""
+    train_loss: float
+    """Mean over the epoch's images, each measured as its batch was trained on."""
+    train_accuracy: float
+    """Share of the epoch's images labelled right, each as its batch was trained on."""
+    val_loss: float
+    """Mean over the validation split, with the weights at the epoch's end, in float32."""
+    val_accuracy: float
+    """Share of the validation split labelled right, likewise."""
+    learning_rate: float
+    """That of the epoch's last step."""
+    seconds: float
+    """Wall time of training and validation."""
+    images_per_second: float
+    """Training images a second of training time, validation left out."""
+    diverged: bool
+    """The loss or a weight is no longer finite: this is the last epoch."""
+    model: CNN = field(repr=False, compare=False)
+    """The network itself, float32; it goes on changing if the iteration goes on."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by the names under which they are logged."""
+        return {
+            "train/loss": self.train_loss,
+            "train/accuracy": self.train_accuracy,
+            "val/loss": self.val_loss,
+            "val/accuracy": self.val_accuracy,
+            "learning_rate": self.learning_rate,
+            "time/epoch_seconds": self.seconds,
+            "time/images_per_second": self.images_per_second,
+        }
+
+
+def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
+    """Train a new CNN on the training split and yield an `Epoch` after each epoch.
+
+    The same configuration and data give the same epochs, bit for bit, on one machine with the same
+    number of threads. Training that diverges yields a last epoch that says so.
+
+    Raises:
+        ValueError: the batch size is larger than the training split.
+    """
+    check_batch_size(config.batch_size, data)
+    device = torch.device(config.device)
+    training, validation = data.train.to(device), data.validation.to(device)
+    loss = get_loss(config.loss)
+    model = build_cnn(len(data.classes), seed=config.seed).to(device)
+    stepper = _Stepper(model, loss, config, steps=config.epochs * _num_batches(config, training))
+    for number in range(1, config.epochs + 1):
+        start = time.perf_counter()
+        order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
+        trained = _train_epoch(stepper, training, order.split(config.batch_size))
+        trained_at = time.perf_counter()
+        validated = evaluate(model, validation, loss)
+        diverged = not (math.isfinite(trained.loss) and _is_finite(model))
+        yield Epoch(
+            number=number,
+            train_loss=trained.loss,
+            train_accuracy=trained.accuracy,
+            val_loss=validated.loss,
+            val_accuracy=validated.accuracy,
+            learning_rate=stepper.learning_rate,
+            seconds=time.perf_counter() - start,
+            images_per_second=trained.num_images / (trained_at - start),
+            diverged=diverged,
+            model=model,
+        )
+        if diverged:
+            return
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split, loss: Loss) -> Evaluation:
+    """Return a network's mean loss and accuracy on a split, which is on the network's device."""
+    totals = _Totals(split.rows.device)
+    for indices in torch.arange(len(split), device=split.rows.device).split(EVALUATION_BATCH_SIZE):
+        images, labels = split.batch(indices)
+        outputs = model(images).float()
+        totals.add(loss(outputs, labels), outputs, labels)
+    return Evaluation(loss=totals.loss, accuracy=totals.accuracy)
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the order (N,) int64 in which an epoch takes the images: a function of its number.
+
+    Drawn on the CPU, so that it is the same on every device, whatever was drawn before.
+    """
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+
+
+def check_batch_size(batch_size: int, data: Dataset) -> None:
+    """Raise a `ValueError` where a batch would be larger than the training split."""
+    if batch_size > len(data.train):
+        raise ValueError(
+            f"batch size {batch_size} is larger than the training split of {data.name}: "
+            f"{len(data.train)} images"
+        )
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that `auto` stands for, or check that the one named is there.
+
+    Raises:
+        ValueError: there is no such device; the message says which there are.
+    """
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return "cuda" if len(available) > 1 else "cpu"
+    if name in available or (name == "cuda" and len(available) > 1):
+        return name
+    raise ValueError(f"device {name!r} is not here: choose auto, or one of {', '.join(available)}")
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """Return the precision that `auto` stands for on a device: bfloat16 where that is faster.
+
+    That is on GPUs from Ampere on and on processors with bfloat16 instructions (AMX, AVX-512).
+    """
+    if name != "auto":
+        _check_choice("precision", name, ["auto", *PRECISIONS])
+        return name
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+class _Stepper:
+    """A network, its optimizer and its schedule: one training step after another.
+
+    Below float32, the steps are taken on a copy of the network in that precision, while the
+    weights that the optimizer changes stay in float32: small updates would be lost otherwise.
+    (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1.)
+    """
+
+    def __init__(self, model: CNN, loss: Loss, config: TrainConfig, *, steps: int) -> None:
+        self.weights = list(model.parameters())
+        self.loss = loss
+        self.peak = config.learning_rate
+        self.learning_rate = 0.0
+        self.schedule = SCHEDULES[config.schedule]
+        self.steps, self.step = steps, 0
+        self.optimizer = OPTIMIZERS[config.optimizer](config, self.weights)
+        dtype = PRECISIONS[config.precision]
+        self.network = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+        self.parameters = list(self.network.parameters())
+        if self.network is not model:
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a step on a batch, and return its loss () and outputs (N, K) before the step."""
+        # The rate of a step is the schedule's at the step's middle: never 0, not even with one.
+        self.learning_rate = self.peak * self.schedule((self.step + 0.5) / self.steps)
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        outputs = self.network(images).float()
+        loss = self.loss(outputs, labels)
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            if self.parameters[0] is self.weights[0]:
+                self.optimizer.step()
+            else:
+                gradients = [parameter.grad for parameter in self.parameters]
+                torch._foreach_copy_([weight.grad for weight in self.weights], gradients)
+                self.optimizer.step()
+                torch._foreach_copy_(self.parameters, self.weights)
+        return loss.detach(), outputs.detach()
+
+
+class _Totals:
+    """Sums over batches, kept on the device: nothing waits for it until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_images = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
+        self.num_images += len(labels)
+        self._loss += loss.double() * len(labels)
+        self._correct += (outputs.argmax(1) == labels).sum()
+
+    @property
+    def loss(self) -> float:
+        return self._loss.item() / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        return self._correct.item() / self.num_images
+
+
+def _train_epoch(stepper: _Stepper, training: Split, batches: tuple[Tensor, ...]) -> _Totals:
+    device = training.rows.device
+    totals = _Totals(device)
+    # What repeats bit for bit on a GPU is cuDNN's choice; float32 there means TF32's products.
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=True
+    ):
+        for step, indices in enumerate(batches, 1):
+            images, labels = training.batch(indices)
+            loss, outputs = stepper(images, labels)
+            totals.add(loss, outputs, labels)
+            # On a GPU, to look would be to wait for it: an epoch there is over soon.
+            if device.type == "cpu" and step % CHECK_EVERY == 0 and not math.isfinite(totals.loss):
+                break
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+    return totals
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+
+def _num_batches(config: TrainConfig, training: Split) -> int:
+    return math.ceil(len(training) / config.batch_size)
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _is_integer_from(low: int, high: float = math.inf) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+
+def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+    try:
+        fine = is_allowed(value)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,89 @@
+"""What a sweep is told, checked before anything is started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cnn.data import Dataset
+from cnn.training import resolve_device, resolve_precision
+from experiments.space import PRUNERS, SAMPLERS, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a sweep is told; `experiments.sweep` explains each.
+
+    Raises:
+        ValueError: one is out of its range; the message names the flag, the value and the range.
+    """
+
+    losses: Sequence[str]
+    learning_rate_min: float
+    learning_rate_max: float
+    batch_sizes: Sequence[int]
+    trials: int
+    epochs: int
+    seed: int
+    sampler: str
+    pruner: str
+    optimizer: str
+    schedule: str
+    device: str
+    precision: str
+    study: str | None
+    storage: str
+    experiment: str | None
+    timeout: float
+    """Seconds; 0 is no limit."""
+    workers: int
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (
+            ("--sampler", self.sampler, SAMPLERS),
+            ("--pruner", self.pruner, PRUNERS),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
+        for flag, number in (("--trials", self.trials), ("--workers", self.workers)):
+            if number < 1:
+                raise ValueError(f"{flag} must be ≥ 1, not {number}")
+        if not 0 <= self.timeout < math.inf:
+            raise ValueError(f"--timeout must be seconds ≥ 0 (0: no limit), not {self.timeout}")
+        if self.study is not None and not self.study.strip():
+            raise ValueError("--study must not be empty")
+        self.space()
+
+    def space(self) -> Space:
+        """Return the search space."""
+        device = resolve_device(self.device)
+        return Space(
+            losses=self.losses,
+            learning_rate_min=self.learning_rate_min,
+            learning_rate_max=self.learning_rate_max,
+            batch_sizes=self.batch_sizes,
+            fixed={
+                "epochs": self.epochs,
+                "seed": self.seed,
+                "optimizer": self.optimizer,
+                "schedule": self.schedule,
+                "precision": resolve_precision(self.precision, device),
+                "device": device,
+            },
+        )
+
+    def identity(self, data: Dataset) -> dict[str, Any]:
+        """Return what makes two sweeps the same study: all that its results depend on."""
+        names = (
+            "losses learning_rate_min learning_rate_max batch_sizes epochs seed sampler pruner "
+            "optimizer schedule device precision"
+        )
+        return {"dataset": data.name, "dataset_digest": data.digest} | {
+            name: _plain(getattr(self, name)) for name in names.split()
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,173 @@
+"""The search space: an Optuna trial in, the configuration of its training out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from cnn.losses import get_loss
+from cnn.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a study varies (the first four), and what is the same in all of its trials.
+
+    The space is the same for every loss: a range of learning rates that suits one starves another,
+    so it is to be wide.
+    """
+
+    losses: Sequence[str]
+    learning_rate_min: float
+    learning_rate_max: float
+    batch_sizes: Sequence[int]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of `TrainConfig`."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("min", self.learning_rate_min), ("max", self.learning_rate_max)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"--learning-rate-{name} must be finite and > 0, not {value!r}")
+        if self.learning_rate_min >= self.learning_rate_max:
+            raise ValueError(
+                f"--learning-rate-min {self.learning_rate_min!r} must be smaller than "
+                f"--learning-rate-max {self.learning_rate_max!r}"
+            )
+        for flag, values in (("--losses", self.losses), ("--batch-sizes", self.batch_sizes)):
+            if not values:
+                raise ValueError(f"{flag} needs at least one value")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{flag} has a value twice: {' '.join(map(str, values))}")
+        for loss in self.losses:
+            get_loss(loss)
+        for batch_size in self.batch_sizes:
+            self._config(self.losses[0], self.learning_rate_min, batch_size)
+
+    def suggest(self, trial: Trial) -> TrainConfig:
+        """Return the configuration of a trial; of one that is taken up again, the same as before."""
+        return self._config(
+            trial.suggest_categorical("loss", self.losses),
+            trial.suggest_float(
+                "learning_rate", self.learning_rate_min, self.learning_rate_max, log=True
+            ),
+            trial.suggest_categorical("batch_size", self.batch_sizes),
+        )
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the space in Optuna's terms."""
+        return {
+            "loss": CategoricalDistribution(self.losses),
+            "learning_rate": FloatDistribution(
+                self.learning_rate_min, self.learning_rate_max, log=True
+            ),
+            "batch_size": CategoricalDistribution(self.batch_sizes),
+        }
+
+    def _config(self, loss: str, learning_rate: float, batch_size: int) -> TrainConfig:
+        return TrainConfig(
+            loss=loss, learning_rate=learning_rate, batch_size=batch_size, **self.fixed
+        )
+
+
+class TrialSeededSampler(BaseSampler):
+    """A sampler whose random state is a function of a seed and the trial's number.
+
+    The random state of Optuna's samplers dies with its process. With this one, a study that is
+    resumed goes the way that the undisturbed one would have gone.
+    """
+
+    def __init__(self, make_sampler: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make_sampler = make_sampler
+        self._seed = seed
+
+    def _sampler(self, trial: FrozenTrial) -> BaseSampler:
+        mixed = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
+        return self._make_sampler(int(mixed))
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        if trial.params:  # taken up again: it has its parameters
+            return {}
+        return self._sampler(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        return self._sampler(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        # One stream a parameter: else two categorical ones would draw the same number.
+        mixed = np.random.SeedSequence(
+            [self._seed, trial.number, *param_name.encode()]
+        ).generate_state(1)[0]
+        sampler = self._make_sampler(int(mixed))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._sampler(trial).after_trial(study, trial, state, values)
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """Return the sampler of that name, a key of `SAMPLERS`, seeded by trial."""
+    return TrialSeededSampler(lambda mixed: SAMPLERS[name](mixed, seed), seed)
+
+
+# TPE's two choices are Optuna 5's defaults, pinned because they change results: joint sampling of
+# the parameters, and running trials counted as bad ones, so that workers do not all go to one spot.
+SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {
+    "tpe": lambda mixed, _: optuna.samplers.TPESampler(
+        seed=mixed, multivariate=True, constant_liar=True
+    ),
+    "random": lambda mixed, _: optuna.samplers.RandomSampler(seed=mixed),
+    # The sequence itself is one for the study: its place in it is kept in the storage.
+    "qmc": lambda mixed, seed: optuna.samplers.QMCSampler(
+        seed=seed,
+        scramble=True,
+        independent_sampler=optuna.samplers.RandomSampler(seed=mixed),
+        warn_independent_sampling=False,
+    ),
+    "gp": lambda mixed, _: optuna.samplers.GPSampler(
+        seed=mixed,
+        independent_sampler=optuna.samplers.RandomSampler(seed=mixed),
+        warn_independent_sampling=False,
+    ),
+}
+
+
+def make_pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
+    """Return the pruner of that name, a key of `PRUNERS`, for trials of so many epochs."""
+    return PRUNERS[name](epochs)
+
+
+PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
+    "none": lambda _: optuna.pruners.NopPruner(),
+    "median": lambda _: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+    "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(
+        min_resource=1, max_resource=epochs, reduction_factor=3
+    ),
+    "asha": lambda _: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+}

@@ -1,0 +1,456 @@
+"""One sweep: the Optuna study, the workers that train, and the runs in MLflow brought together.
+
+`sweep()` is a generator of what happens: its caller shows it, and stops it by closing it. All
+writing to Optuna and MLflow is done here, in one thread that asks, waits and tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import sqlalchemy.exc
+import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from cnn.data import Dataset
+from cnn.losses import PROBABILITIES, get_loss
+from cnn.model import CNN, Classifier
+from cnn.training import TrainConfig, check_batch_size
+from experiments.settings import Settings
+from experiments.space import make_pruner, make_sampler
+from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
+from tracking.runs import Run, Tracker
+
+WAIT_SECONDS = 0.2
+"""How long a wait for the workers may take before it is asked again whether to stop."""
+
+OBJECTIVE = "val/accuracy"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepStarted:
+    """The study is open."""
+
+    study: str
+    experiment: str
+    experiment_id: str
+    parent_run_id: str
+    num_before: int
+    """Trials that the study had finished already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A trial was handed to a worker."""
+
+    trial: int
+    run_id: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialProgressed:
+    """A trial has an epoch more, and it is recorded."""
+
+    trial: int
+    number: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnded:
+    """A trial is over, and recorded."""
+
+    trial: int
+    outcome: str
+    """`complete`, `pruned`, `diverged`, `failed` or `interrupted`."""
+    accuracy: float | None
+    """The last validation accuracy, if there is one."""
+    epochs: int
+    seconds: float
+    reason: str
+
+
+SweepEvent = SweepStarted | TrialStarted | TrialProgressed | TrialEnded
+
+
+def sweep(
+    settings: Settings,
+    data: Dataset,
+    pool: Pool,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[SweepEvent]:
+    """Bring a study to `settings.trials` trials, and yield what happens.
+
+    Trials that an earlier process left unfinished are taken up again under their own numbers.
+    However the iteration ends, no run stays RUNNING.
+
+    Args:
+        settings: what to do.
+        data: the data set.
+        pool: the workers, which have opened the same data; it is not closed.
+        should_stop: asked several times a second; once true, what runs is closed as `interrupted`
+            and the iteration ends.
+
+    Raises:
+        ValueError: study, storage, tracking server or settings can't be used, in one line.
+    """
+    for batch_size in settings.batch_sizes:
+        check_batch_size(batch_size, data)
+    with ExitStack() as stack:
+        study = open_study(settings, data)
+        stack.enter_context(_held(settings.storage, study.study_name))
+        tracker = Tracker.open(settings.experiment)
+        parent = _open_parent(tracker, study, settings, data)
+        yield SweepStarted(
+            study=study.study_name,
+            experiment=tracker.experiment,
+            experiment_id=tracker.experiment_id,
+            parent_run_id=parent.run_id,
+            num_before=_num_finished(study),
+        )
+        running = _Sweep(settings, study, tracker, parent, pool, data, should_stop)
+        yield from stack.enter_context(closing(running.events()))
+
+
+class _Sweep:
+    """The loop: hand out trials, take in events, record them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        study: Study,
+        tracker: Tracker,
+        parent: Run,
+        pool: Pool,
+        data: Dataset,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.settings, self.study, self.tracker, self.parent = settings, study, tracker, parent
+        self.pool, self.data, self.should_stop = pool, data, should_stop
+        self.space = settings.space()
+        self.running: dict[int, _RunningTrial] = {}
+        self.leftover = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self.deadline = time.monotonic() + (settings.timeout or math.inf)
+
+    def events(self) -> Iterator[SweepEvent]:
+        try:
+            while not self.should_stop() and (self.running or self._has_more()):
+                while self.pool.num_idle and self._has_more():
+                    yield self._start()
+                for event in self.pool.wait(WAIT_SECONDS):
+                    yield from self._take(event)
+        finally:
+            interrupted = bool(self.running)
+            ended = [self._interrupt(trial) for trial in list(self.running.values())]
+            self.parent.end("interrupted" if interrupted else "complete")
+        yield from ended
+
+    def _has_more(self) -> bool:
+        if time.monotonic() >= self.deadline:
+            return False
+        wanted = self.settings.trials - _num_finished(self.study) - len(self.running)
+        return wanted > 0
+
+    def _start(self) -> TrialStarted:
+        if self.leftover:
+            frozen = self.leftover.pop(0)
+            trial = Trial(self.study, frozen._trial_id)
+        else:
+            trial = self.study.ask()
+        config = self.space.suggest(trial)
+        run = self._open_run(trial, config)
+        self.running[trial.number] = _RunningTrial(trial, config, run, self.parent.client)
+        self.pool.submit(trial.number, config)
+        return TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
+
+    def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
+        if run_id := trial.user_attrs.get("run_id"):
+            earlier = self.tracker.find_run(run_id)
+            if earlier is not None:
+                earlier.reopen()
+                return earlier
+        name = (
+            f"{trial.number:03d} {config.loss} lr={config.learning_rate:.3g} bs={config.batch_size}"
+        )
+        data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
+        run = self.tracker.start_run(
+            name,
+            params=config.as_params() | data,
+            tags={"study": self.study.study_name, "trial": str(trial.number), "role": "trial"},
+            parent=self.parent,
+        )
+        trial.set_user_attr("run_id", run.run_id)
+        log_data(run, self.data)
+        return run
+
+    def _take(self, event: EpochEnded | JobEnded | JobFailed) -> Iterator[SweepEvent]:
+        running = self.running.get(event.job)
+        if running is None:  # stopped, and over for us: its worker has just noticed
+            return
+        match event:
+            case EpochEnded():
+                running.record(event)
+                yield TrialProgressed(
+                    trial=event.job, number=event.number, metrics=event.metrics
+                )
+                if not event.diverged and self._should_prune(running, event):
+                    self.pool.stop(event.job)
+                    yield self._end(running, "pruned", TrialState.PRUNED)
+            case JobEnded() if running.diverged:
+                reason = f"not finite in epoch {running.epochs}"
+                yield self._end(running, "diverged", TrialState.COMPLETE, reason)
+            case JobEnded():
+                self._record_model(running, event)
+                yield self._end(running, "complete", TrialState.COMPLETE)
+            case JobFailed():
+                if event.details:
+                    running.run.log_text(event.details, "traceback.txt")
+                yield self._end(running, "failed", TrialState.FAIL, event.error)
+
+    def _should_prune(self, running: _RunningTrial, event: EpochEnded) -> bool:
+        # After the last epoch there is nothing left to save.
+        return event.number < running.config.epochs and running.trial.should_prune()
+
+    def _record_model(self, running: _RunningTrial, event: JobEnded) -> None:
+        network = CNN(len(self.data.classes))
+        network.load_state_dict({k: torch.from_numpy(v) for k, v in event.weights.items()})
+        loss = get_loss(running.config.loss)
+        to_probabilities = PROBABILITIES[loss.outputs_to_probabilities]
+        example, _ = self.data.validation.batch(torch.arange(2))
+        running.run.log_model(
+            Classifier(network, to_probabilities).eval(),
+            input_example=example.numpy(),
+            classes=self.data.classes,
+            step=running.epochs,
+            metadata={
+                "dataset": self.data.name,
+                "dataset_digest": self.data.digest,
+                "loss": loss.name,
+                "seed": self.settings.seed,
+                "study": self.study.study_name,
+                "trial": running.trial.number,
+            },
+        )
+
+    def _end(
+        self, running: _RunningTrial, outcome: str, state: TrialState, reason: str = ""
+    ) -> TrialEnded:
+        """Close the run, then tell Optuna."""
+        running.run.end(outcome, reason=reason)
+        running.trial.set_user_attr("outcome", outcome)
+        value = running.accuracy if state == TrialState.COMPLETE else None
+        self.study.tell(running.trial, value, state)
+        del self.running[running.trial.number]
+        return running.ended(outcome, reason)
+
+    def _interrupt(self, running: _RunningTrial) -> TrialEnded:
+        """Close the run; for Optuna the trial goes on, and the next start takes it up again."""
+        running.run.end("interrupted")
+        del self.running[running.trial.number]
+        return running.ended("interrupted", "")
+
+
+class _RunningTrial:
+    """A trial under way: its Optuna trial, its run, and what came of it so far."""
+
+    def __init__(self, trial: Trial, config: TrainConfig, run: Run, client: Any) -> None:
+        self.trial, self.config, self.run = trial, config, run
+        self.start = time.monotonic()
+        self.epochs = 0
+        self.accuracy: float | None = None
+        self.diverged = False
+        # Of a trial that is taken up again, an earlier process has recorded these epochs. Training
+        # repeats them bit for bit, so that they need not be recorded again.
+        self.recorded = run.last_step(OBJECTIVE)
+        self.reported = max(_frozen(trial).intermediate_values, default=0)
+
+    def record(self, event: EpochEnded) -> None:
+        self.epochs, self.diverged = event.number, event.diverged
+        self.accuracy = event.metrics[OBJECTIVE]
+        if event.number > self.recorded:
+            self.run.log_metrics(event.metrics, step=event.number)
+        if event.number > self.reported:
+            self.trial.report(self.accuracy, event.number)
+
+    def ended(self, outcome: str, reason: str) -> TrialEnded:
+        return TrialEnded(
+            trial=self.trial.number,
+            outcome=outcome,
+            accuracy=self.accuracy,
+            epochs=self.epochs,
+            seconds=time.monotonic() - self.start,
+            reason=reason,
+        )
+
+
+def open_study(settings: Settings, data: Dataset) -> Study:
+    """Open the study of these settings, or make it.
+
+    Without a name of its own it has one that follows from the settings, so that the same command
+    comes to the same study, and another command to another.
+
+    Raises:
+        ValueError: the storage can't be opened, or the study was made with other settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    identity = settings.identity(data)
+    canonical = json.dumps(identity, sort_keys=True)
+    name = settings.study or f"{data.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+    with _storage_errors(settings.storage):
+        study = optuna.create_study(
+            study_name=name,
+            storage=settings.storage,
+            sampler=make_sampler(settings.sampler, settings.seed),
+            pruner=make_pruner(settings.pruner, settings.epochs),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        made_with = study.user_attrs.get("settings")
+        if made_with is None:
+            if study.get_trials(deepcopy=False):
+                raise ValueError(f"study {name!r} in {settings.storage} was not made by this tool")
+            study.set_user_attr("settings", identity)
+            made_with = identity
+    different = [key for key in identity if made_with.get(key) != identity[key]]
+    if different:
+        changes = "; ".join(f"{key} {made_with.get(key)} → {identity[key]}" for key in different)
+        raise ValueError(
+            f"study {name!r} was made with other settings ({changes}): choose another --study"
+        )
+    return study
+
+
+def trials_table(study: Study) -> pd.DataFrame:
+    """Return the finished trials, the best first: what was tried and what came of it."""
+    trials = study.get_trials(deepcopy=False, states=FINISHED)
+    rows = [
+        {
+            "trial": trial.number,
+            "outcome": trial.user_attrs.get("outcome", trial.state.name.lower()),
+            "loss": trial.params.get("loss"),
+            "learning_rate": trial.params.get("learning_rate"),
+            "batch_size": trial.params.get("batch_size"),
+            "epochs": len(trial.intermediate_values),
+            "val_accuracy": _last_value(trial),
+            "run_id": trial.user_attrs.get("run_id"),
+        }
+        for trial in trials
+    ]
+    columns = "trial outcome loss learning_rate batch_size epochs val_accuracy run_id".split()
+    table = pd.DataFrame(rows, columns=columns)
+    order = table.assign(ranked=table["outcome"] == "complete")
+    return table.loc[
+        order.sort_values(["ranked", "val_accuracy"], ascending=False, kind="stable").index
+    ].reset_index(drop=True)
+
+
+def log_data(run: Run, data: Dataset) -> None:
+    """Log to a run which data it trains on."""
+    run.log_dataset(
+        name=data.name,
+        digest=data.digest,
+        source=data.source,
+        profile={
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+        },
+        context="training",
+    )
+
+
+def _open_parent(tracker: Tracker, study: Study, settings: Settings, data: Dataset) -> Run:
+    """Return the run that the trials' runs hang under: the study's own, if it has one already."""
+    parent = tracker.parent_run(
+        f"sweep {study.study_name}",
+        tags={"study": study.study_name, "role": "sweep"},
+        earlier=study.user_attrs.get("parent_run_id"),
+    )
+    study.set_user_attr("parent_run_id", parent.run_id)
+    # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
+    parent.log_params({f"sweep/{k}": v for k, v in settings.identity(data).items()})
+    log_data(parent, data)
+    return parent
+
+
+@contextmanager
+def _held(storage: str, study: str) -> Iterator[None]:
+    """Hold a study, on a storage that only one process may write to, until the block ends.
+
+    A lock of the operating system's, which a dead process holds no longer.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = _sqlite_file(storage)
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    key = hashlib.sha256(study.encode()).hexdigest()[:8]
+    lock = path.with_name(f"{path.name}.{key}.lock")
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise ValueError(
+                f"study {study!r} is being run by process {file.read().strip() or '?'}: wait for "
+                "it, stop it, or choose another --study"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _sqlite_file(storage: str) -> Path | None:
+    url = sqlalchemy.make_url(storage)
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database)
+
+
+@contextmanager
+def _storage_errors(storage: str) -> Iterator[None]:
+    """Turn what SQLAlchemy raises about a storage into one line for the user."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = getattr(error, "orig", None) or error.__cause__ or error
+        first = str(cause).strip().splitlines()[0]
+        raise ValueError(f"the storage {storage!r} can't be opened: {first}") from error
+    except ImportError as error:
+        raise ValueError(f"the storage {storage!r} needs a driver: {error}") from error
+
+
+def _num_finished(study: Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def _frozen(trial: Trial) -> FrozenTrial:
+    return trial.storage.get_trial(trial._trial_id)
+
+
+def _last_value(trial: FrozenTrial) -> float:
+    steps = trial.intermediate_values
+    return steps[max(steps)] if steps else math.nan

@@ -1,0 +1,259 @@
+"""Processes that train what they are handed, and know neither Optuna nor MLflow.
+
+The main process has a `Pool` of them. A worker starts once, opens the data (memory-mapped, so that
+all share it), and trains one job after another; what comes of it arrives as events. It ends with
+the main process, however that ends: a thread in it waits on the pipe between the two.
+
+Started as `python -m experiments.workers FD`, not forked: its environment (threads, allocator) has
+to be set before it starts, and PyTorch's threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cnn.training import TrainConfig
+
+ALLOCATOR = {
+    # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
+    # size 256 went to page faults: keep them. 32 MiB is the most that it takes.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+MAX_IDLE_DEATHS = 3
+"""Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
+
+NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReference:
+    """Where a worker finds the data set: an entry of `cnn.data`'s cache, and the split's seed."""
+
+    digest: str
+    data_dir: Path
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEnded:
+    """An epoch of a job is over."""
+
+    job: int
+    number: int
+    """1 is the first."""
+    metrics: dict[str, float]
+    diverged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnded:
+    """A job is over, because it reached its last epoch, diverged, or was stopped."""
+
+    job: int
+    weights: dict[str, np.ndarray[Any, Any]]
+    """The network's `state_dict`, float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFailed:
+    """A job raised an exception, or its worker died."""
+
+    job: int
+    error: str
+    """In one line."""
+    details: str
+    """The traceback, if there is one."""
+
+
+Event = EpochEnded | JobEnded | JobFailed
+
+
+class Pool:
+    """Worker processes, each with one job at a time.
+
+    Args:
+        num_workers: how many processes.
+        num_threads: how many threads each has for its arithmetic.
+    """
+
+    def __init__(self, num_workers: int, *, num_threads: int = 1) -> None:
+        assert num_workers >= 1
+        self._num_threads = num_threads
+        self._num_idle_deaths = 0
+        self._data: DataReference | None = None
+        self._workers = [_Worker(num_threads) for _ in range(num_workers)]
+
+    def open(self, data: DataReference) -> None:
+        """Tell the workers which data to open; they do so while the caller goes on."""
+        self._data = data
+        for worker in self._workers:
+            worker.send(data)
+
+    @property
+    def num_idle(self) -> int:
+        """How many workers have nothing to do."""
+        return sum(worker.job is None for worker in self._workers)
+
+    def submit(self, job: int, config: TrainConfig) -> None:
+        """Hand a job to an idle worker."""
+        worker = next(worker for worker in self._workers if worker.job is None)
+        worker.job = job
+        worker.send((job, config))
+
+    def stop(self, job: int) -> None:
+        """Have a job stop after the epoch under way; its `JobEnded` still comes."""
+        for worker in self._workers:
+            if worker.job == job:
+                worker.send(job)
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        by_connection = {worker.connection: worker for worker in self._workers}
+        events: list[Event] = []
+        for connection in wait(list(by_connection), timeout):
+            assert isinstance(connection, Connection)
+            events.extend(self._receive(by_connection[connection]))
+        return events
+
+    def _receive(self, worker: _Worker) -> Iterator[Event]:
+        try:
+            event: Event = worker.connection.recv()
+        except (EOFError, ConnectionError):
+            error = f"the worker process {worker.close()}"
+            self._replace(worker, error)
+            if worker.job is not None:
+                yield JobFailed(job=worker.job, error=error, details="")
+            return
+        if not isinstance(event, EpochEnded):
+            worker.job = None
+        yield event
+
+    def _replace(self, dead: _Worker, error: str) -> None:
+        self._num_idle_deaths += dead.job is None
+        if self._num_idle_deaths > MAX_IDLE_DEATHS:
+            raise RuntimeError(f"{error} without a job, {self._num_idle_deaths} times by now")
+        fresh = _Worker(self._num_threads)
+        fresh.send(self._data)
+        self._workers[self._workers.index(dead)] = fresh
+
+    def close(self) -> None:
+        """End all workers at once, whatever they do."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.close()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """The main process' end of a worker."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.job: int | None = None
+        self.connection, theirs = Pipe()
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.workers", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment | ALLOCATOR | threads,
+                cwd=Path(__file__).parents[1],
+                # Ctrl-C at the terminal is for the main process: it decides what becomes of jobs.
+                start_new_session=True,
+            )
+
+    def send(self, message: object) -> None:
+        # A worker that has died is found by `wait`, which reads what it left first.
+        with suppress(ConnectionError):
+            self.connection.send(message)
+
+    def close(self) -> str:
+        """Wait for the process, which has ended or is about to, and say how it ended."""
+        self.connection.close()
+        code = self.process.wait()
+        if code < 0:
+            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"exited with status {code}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Be a worker: train what comes over the connection, until that closes."""
+    connection = Connection(int(argv[0]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stopped: set[int] = set()
+    threading.Thread(target=_listen, args=(connection, inbox, stopped), daemon=True).start()
+
+    import torch  # while the main process prepares the data
+
+    from cnn.data import open_cached
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_flush_denormal(True)
+    reference: DataReference = inbox.get()
+    data = open_cached(reference.digest, reference.data_dir, reference.seed)
+    while True:
+        job, config = inbox.get()
+        try:
+            for event in _train(job, config, data, stopped):
+                connection.send(event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the trial's run
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            connection.send(JobFailed(job=job, error=message, details=traceback.format_exc()))
+
+
+def _train(job: int, config: TrainConfig, data: Any, stopped: set[int]) -> Iterator[Event]:
+    from cnn.training import train
+
+    for epoch in train(config, data):
+        yield EpochEnded(
+            job=job, number=epoch.number, metrics=epoch.metrics(), diverged=epoch.diverged
+        )
+        if job in stopped:
+            break
+    weights = {name: value.cpu().numpy() for name, value in epoch.model.state_dict().items()}
+    yield JobEnded(job=job, weights=weights)
+
+
+def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:
+    """Take in messages at once, so that a stop is heard during an epoch, and an end at any time."""
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the main process is gone: nobody waits for what is under way
+        if isinstance(message, int):
+            stopped.add(message)
+        else:
+            inbox.put(message)
+
+
+if __name__ == "__main__":
+    # Under `-m` this file is `__main__`; what is sent has to be of the module that the other side
+    # imports.
+    from experiments import workers
+
+    workers.main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""Runs and models in MLflow: record them, find the best, label images with it.
+
+`import tracking` is quick: MLflow (about two seconds) and PyTorch are imported by what needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracking.best import best_run as best_run
+    from tracking.predict import Predictor as Predictor
+    from tracking.predict import load_best as load_best
+
+__all__ = ["Predictor", "best_run", "load_best"]
+
+_HOMES = {"best_run": "tracking.best", "load_best": "tracking.predict", "Predictor": "tracking.predict"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,314 @@
+"""Open an MLflow run, log to it, record a model in it, close it.
+
+Everything goes through one `MlflowClient` with explicit run ids: there is no active run, no global
+state, and several runs can be open at a time. Every call has reached the server when it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+DEFAULT_EXPERIMENT = "cnn-sweep"
+MODEL_NAME = "model"
+
+OUTCOMES = {
+    "complete": "FINISHED",
+    "diverged": "FINISHED",
+    "pruned": "KILLED",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+}
+"""What can become of a run, and the MLflow status that goes with it."""
+
+
+def default_experiment() -> str:
+    """Return the name of the experiment that is meant where none is named.
+
+    That is the one which `mlflow run` or the user's environment has chosen, else `cnn-sweep`.
+    """
+    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return str(_client().get_experiment(experiment_id).name)
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """An experiment on a tracking server, in which runs are opened."""
+
+    client: mlflow.MlflowClient
+    experiment_id: str
+    experiment: str
+    context_tags: Mapping[str, str]
+    """Who, from which source and commit: the same for all runs of a process, and slow to find."""
+
+    @classmethod
+    def open(cls, experiment: str | None = None) -> Tracker:
+        """Open the experiment named, which is made where there is none.
+
+        Under `mlflow run`, runs have to be in the experiment of the run that it opened.
+
+        Raises:
+            ValueError: the tracking store can't be opened, or the experiment can't be used.
+        """
+        _quieten()
+        try:
+            client = _client()
+            adopted = os.environ.get("MLFLOW_RUN_ID")
+            if adopted:
+                own = client.get_experiment(client.get_run(adopted).info.experiment_id)
+                if experiment is not None and experiment != own.name:
+                    raise ValueError(
+                        f"experiment {experiment!r} is not that of the run which `mlflow run` "
+                        f"opened, {own.name!r}: choose it by `mlflow run --experiment-name "
+                        f"{experiment}`"
+                    )
+                found = own
+            else:
+                name = experiment or default_experiment()
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    found = client.get_experiment(client.create_experiment(name))
+        except MlflowException as error:
+            raise ValueError(_unusable(error)) from error
+        if found.lifecycle_stage != "active":
+            raise ValueError(
+                f"experiment {found.name!r} is deleted: restore it by `mlflow experiments restore "
+                f"--experiment-id {found.experiment_id}`, or choose another --experiment"
+            )
+        host = {"host": platform.node(), "pid": str(os.getpid())}
+        return cls(
+            client=client,
+            experiment_id=found.experiment_id,
+            experiment=found.name,
+            context_tags=resolve_tags() | host,
+        )
+
+    def parent_run(self, name: str, *, tags: Mapping[str, str], earlier: str | None) -> Run:
+        """Return the run that a sweep's trials hang under.
+
+        Under `mlflow run` it is the run that this opened; else the one that an earlier start of the
+        same sweep made, by its id, if it is still there; else a new one.
+        """
+        if adopted := os.environ.get("MLFLOW_RUN_ID"):
+            run = Run(self.client, adopted, self.experiment_id)
+            run.set_tags(tags)
+            return run
+        run_before = self.find_run(earlier) if earlier else None
+        if run_before is not None:
+            run_before.reopen()
+            return run_before
+        return self.start_run(name, tags=tags)
+
+    def find_run(self, run_id: str) -> Run | None:
+        """Return the run with this id in this experiment, unless it is not there or deleted."""
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        here = info.experiment_id == self.experiment_id and info.lifecycle_stage == "active"
+        return Run(self.client, run_id, self.experiment_id) if here else None
+
+    def start_run(
+        self,
+        name: str,
+        *,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent: Run | None = None,
+    ) -> Run:
+        """Open a new run, under `parent` if there is one, with its params and tags."""
+        all_tags = dict(self.context_tags) | dict(tags or {})
+        if parent is not None:
+            all_tags[MLFLOW_PARENT_RUN_ID] = parent.run_id
+        created = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name)
+        run = Run(self.client, created.info.run_id, self.experiment_id)
+        if params:
+            run.log_params(params)
+        return run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run."""
+
+    client: mlflow.MlflowClient
+    run_id: str
+    experiment_id: str
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Log params; one that is there already with another value raises `MlflowException`."""
+        entities = [Param(key, str(value)) for key, value in params.items()]
+        self.client.log_batch(self.run_id, params=entities)
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Log metrics at a step, all in one request. NaN and infinity are kept as such."""
+        now = int(time.time() * 1000)
+        entities = [Metric(key, value, now, step) for key, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=entities)
+
+    def last_step(self, metric: str) -> int:
+        """Return the last step at which a metric was logged, 0 if it never was."""
+        history = self.client.get_metric_history(self.run_id, metric)
+        return max((entry.step for entry in history), default=0)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, all in one request."""
+        self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def describe(self, text: str) -> None:
+        """Set the description that the MLflow UI shows, in Markdown."""
+        self.set_tags({MLFLOW_RUN_NOTE: text})
+
+    def log_text(self, text: str, file: str) -> None:
+        """Store a text as an artifact of the run."""
+        self.client.log_text(self.run_id, text, file)
+
+    def log_dataset(
+        self, *, name: str, digest: str, source: str, profile: Mapping[str, object], context: str
+    ) -> None:
+        """Log the data set that the run used.
+
+        Args:
+            name: what the data set is called.
+            digest: over all of its bytes, 36 characters at most (MLflow's limit).
+            source: where it came from, for people.
+            profile: what to know of it, say the sizes of its splits.
+            context: what it was used for, say `training`.
+        """
+        dataset = Dataset(
+            name=name,
+            digest=digest,
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(profile),
+        )
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_model(
+        self,
+        model: nn.Module,
+        *,
+        input_example: np.ndarray[Any, Any],
+        classes: Sequence[str],
+        step: int,
+        metadata: Mapping[str, object] | None = None,
+    ) -> str:
+        """Record a model that labels images, and return its URI `models:/<id>`.
+
+        The model is stored as a graph with its weights (`pt2`): loading it runs no pickle and needs
+        no class of ours. Its batch size is free.
+
+        Args:
+            model: in `eval()` mode, float32, on the CPU; images (N, H, W, C) uint8 → class
+                probabilities (N, K) float32.
+            input_example: images (N, H, W, C) uint8 with N ≥ 2 (one would freeze the batch size).
+            classes: the K class names, in the order of the probabilities.
+            step: the epoch that the weights are of; the run's metrics of this step become the
+                model's.
+            metadata: what else to store beside the class names.
+        """
+        import numpy as np
+        from mlflow import pytorch
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        assert not model.training
+        assert len(input_example) >= 2
+        images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
+        probabilities = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
+        # Made here, because MLflow would make it in its active experiment, most often `Default`,
+        # where the UI doesn't show it beside its run, and `runs:/<id>/model` doesn't find it.
+        params = self.client.get_run(self.run_id).data.params
+        logged = self.client.create_logged_model(
+            self.experiment_id, MODEL_NAME, self.run_id, params=params
+        )
+        info = Model.log(
+            artifact_path=None,
+            model_id=logged.model_id,
+            flavor=pytorch,
+            run_id=self.run_id,
+            step=step,
+            pytorch_model=model,
+            serialization_format="pt2",
+            signature=ModelSignature(Schema([images]), Schema([probabilities])),
+            input_example=input_example,
+            metadata={"classes": list(classes), **(metadata or {})},
+            # Inferring them would load the model in a process of its own: 12 s a model.
+            pip_requirements=_requirements(),
+            # It would load what was just written, once a model; a test does it once for all.
+            validate_serving_input=False,
+        )
+        return str(info.model_uri)
+
+    def reopen(self) -> None:
+        """Set a run that was closed to RUNNING again, without an outcome."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        if "outcome" in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, "outcome")
+
+    def end(self, outcome: str, *, reason: str | None = None) -> None:
+        """Close the run with an outcome of `OUTCOMES`, and say why if there is something to say."""
+        assert outcome in OUTCOMES, outcome
+        tags = {"outcome": outcome}
+        if reason:
+            tags["reason"] = reason
+        self.set_tags(tags)
+        self.client.set_terminated(self.run_id, status=OUTCOMES[outcome])
+
+
+def _client() -> mlflow.MlflowClient:
+    return mlflow.MlflowClient()
+
+
+def _requirements() -> list[str]:
+    """Return what loading the model takes: MLflow, PyTorch and NumPy, in the versions at hand."""
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "torch", "numpy")]
+
+
+def quoted(value: str) -> str:
+    """Return a value as MLflow's search language takes it: it knows two quotes, and no escape."""
+    if "'" not in value:
+        return f"'{value}'"
+    if '"' not in value:
+        return f'"{value}"'
+    raise ValueError(f"{value!r} holds both kinds of quotes: MLflow can't search for it")
+
+
+def _unusable(error: Exception) -> str:
+    first = str(error).strip().splitlines()[0]
+    return f"the MLflow tracking store {mlflow.get_tracking_uri()} can't be used: {first}"
+
+
+def _quieten() -> None:
+    """Keep the making of tables, line after line, out of what users read."""
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
