@@ -40,8 +40,8 @@ def sigmoid_normalised(outputs: Tensor) -> Tensor:
 def clipped_normalised(outputs: Tensor) -> Tensor:
     """Probabilities (N, K) of outputs that estimate them: max(o_k, 0) / Σ_j max(o_j, 0).
 
-    Where no output of a row is above 0, the softmax of its outputs: near-equal ones for outputs near
-    0, and the arg max, by which accuracy is measured, stays that of the outputs.
+    Where no output of a row is above 0, the softmax of its outputs: near-equal for outputs near 0,
+    and the arg max, by which accuracy is measured, stays that of the outputs.
     """
     # Clipped at 0 alone: clipping at 1 too would tie classes whose outputs exceed 1, and lose the
     # arg max. The division brings such rows back below 1 anyway.

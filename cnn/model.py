@@ -36,7 +36,8 @@ class CNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        dtype = self.head[1].weight.dtype
+        """Return outputs (N, K) of images (N, 32, 32, 3) uint8, in the precision of the weights."""
+        dtype = next(self.parameters()).dtype
         pixels = images.permute(0, 3, 1, 2).to(dtype)  # (N, 3, 32, 32), channels last in memory
         outputs: Tensor = self.head(self.features(pixels / 127.5 - 1))
         return outputs

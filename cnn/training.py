@@ -59,7 +59,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": constant,
 }
 
-OPTIMIZERS: dict[str, Callable[[TrainConfig, list[nn.Parameter]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[TrainConfig, list[Tensor]], torch.optim.Optimizer]] = {
     "sgd": lambda config, weights: torch.optim.SGD(
         weights,
         lr=config.learning_rate,
@@ -191,7 +191,7 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
     for number in range(1, config.epochs + 1):
         start = time.perf_counter()
         order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
-        trained = _train_epoch(stepper, training, order.split(config.batch_size))
+        trained = _train_epoch(stepper, training, torch.split(order, config.batch_size))
         trained_at = time.perf_counter()
         validated = evaluate(model, validation, loss)
         diverged = not (math.isfinite(trained.loss) and _is_finite(model))
@@ -215,7 +215,8 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
 def evaluate(model: nn.Module, split: Split, loss: Loss) -> Evaluation:
     """Return a network's mean loss and accuracy on a split, which is on the network's device."""
     totals = _Totals(split.rows.device)
-    for indices in torch.arange(len(split), device=split.rows.device).split(EVALUATION_BATCH_SIZE):
+    everything = torch.arange(len(split), device=split.rows.device)
+    for indices in torch.split(everything, EVALUATION_BATCH_SIZE):
         images, labels = split.batch(indices)
         outputs = model(images).float()
         totals.add(loss(outputs, labels), outputs, labels)
@@ -278,7 +279,7 @@ class _Stepper:
     """
 
     def __init__(self, model: CNN, loss: Loss, config: TrainConfig, *, steps: int) -> None:
-        self.weights = list(model.parameters())
+        self.weights: list[Tensor] = list(model.parameters())
         self.loss = loss
         self.peak = config.learning_rate
         self.learning_rate = 0.0
@@ -287,10 +288,11 @@ class _Stepper:
         self.optimizer = OPTIMIZERS[config.optimizer](config, self.weights)
         dtype = PRECISIONS[config.precision]
         self.network = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-        self.parameters = list(self.network.parameters())
+        self.parameters: list[Tensor] = list(self.network.parameters())
+        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
         if self.network is not model:
-            for weight in self.weights:
-                weight.grad = torch.zeros_like(weight)
+            for weight, gradient in zip(self.weights, self.gradients, strict=True):
+                weight.grad = gradient
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take a step on a batch, and return its loss () and outputs (N, K) before the step."""
@@ -308,8 +310,7 @@ class _Stepper:
             if self.parameters[0] is self.weights[0]:
                 self.optimizer.step()
             else:
-                gradients = [parameter.grad for parameter in self.parameters]
-                torch._foreach_copy_([weight.grad for weight in self.weights], gradients)
+                torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])  # type: ignore[misc]
                 self.optimizer.step()
                 torch._foreach_copy_(self.parameters, self.weights)
         return loss.detach(), outputs.detach()

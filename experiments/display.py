@@ -63,15 +63,16 @@ class Display(AbstractContextManager["Display"]):
             case TrialProgressed():
                 self.num_epochs += 1
                 accuracy = f"epoch {event.number}  {event.metrics['val/accuracy']:7.2%}"
-                task = self.tasks[event.trial]
                 self.progress.update(
-                    task, completed=event.number, accuracy=f"{accuracy}   {self._outlook()}"
+                    self.tasks[event.trial],
+                    completed=event.number,
+                    accuracy=f"{accuracy}   {self._outlook()}",
                 )
             case TrialEnded():
                 self._show_end(event)
 
     def _show_start(self, event: SweepStarted) -> None:
-        self.num_before = event.num_before
+        self.num_before, self.best = event.num_before, event.best_before
         already = f", {event.num_before} already finished" if event.num_before else ""
         workers = f"{self.settings.workers} worker{'s' * (self.settings.workers > 1)}"
         self.console.print(
@@ -87,7 +88,7 @@ class Display(AbstractContextManager["Display"]):
         config = self.configs.pop(event.trial)
         self.num_ended += 1
         if event.outcome == "complete" and event.accuracy is not None:
-            self.best = max(self.best or (-1.0, -1), (event.accuracy, -event.trial))
+            self.best = max(self.best or (-1.0, 0), (event.accuracy, event.trial), key=_accuracy)
         accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
         reason = f"   {event.reason}" if event.reason else ""
         self.console.print(
@@ -97,7 +98,7 @@ class Display(AbstractContextManager["Display"]):
         )
 
     def _outlook(self) -> str:
-        best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {-self.best[1]})"
+        best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {self.best[1]})"
         left = self._seconds_left()
         time_left = "" if left is None else f"  {_clock(left)} left"
         return f"{best}{time_left}"
@@ -117,6 +118,10 @@ def _description(trial: int, config: TrainConfig) -> str:
     return (
         f"{trial:4d}  {config.loss:15s} lr {config.learning_rate:<8.3g} bs {config.batch_size:<4d}"
     )
+
+
+def _accuracy(scored: tuple[float, int]) -> float:
+    return scored[0]
 
 
 def _clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ class Space:
             self._config(self.losses[0], self.learning_rate_min, batch_size)
 
     def suggest(self, trial: Trial) -> TrainConfig:
-        """Return the configuration of a trial; of one that is taken up again, the same as before."""
+        """Return the configuration of a trial; if it is taken up again, the same as before."""
         return self._config(
             trial.suggest_categorical("loss", self.losses),
             trial.suggest_float(
@@ -95,6 +96,7 @@ class TrialSeededSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
+        """Return what `sample_relative` is to sample."""
         if trial.params:  # taken up again: it has its parameters
             return {}
         return self._sampler(trial).infer_relative_search_space(study, trial)
@@ -105,6 +107,7 @@ class TrialSeededSampler(BaseSampler):
         trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
+        """Return values for parameters that are sampled together."""
         return self._sampler(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
@@ -114,6 +117,7 @@ class TrialSeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
+        """Return a value for a parameter by itself."""
         # One stream a parameter: else two categorical ones would draw the same number.
         mixed = np.random.SeedSequence(
             [self._seed, trial.number, *param_name.encode()]
@@ -128,7 +132,20 @@ class TrialSeededSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
+        """Take note of a trial that ended."""
         self._sampler(trial).after_trial(study, trial, state, values)
+
+
+def _qmc(mixed: int, seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "QMCSampler is experimental")
+        # The sequence is one for the study; its place in it is kept in the storage.
+        return optuna.samplers.QMCSampler(
+            seed=seed,
+            scramble=True,
+            independent_sampler=optuna.samplers.RandomSampler(seed=mixed),
+            warn_independent_sampling=False,
+        )
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
@@ -143,13 +160,7 @@ SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {
         seed=mixed, multivariate=True, constant_liar=True
     ),
     "random": lambda mixed, _: optuna.samplers.RandomSampler(seed=mixed),
-    # The sequence itself is one for the study: its place in it is kept in the storage.
-    "qmc": lambda mixed, seed: optuna.samplers.QMCSampler(
-        seed=seed,
-        scramble=True,
-        independent_sampler=optuna.samplers.RandomSampler(seed=mixed),
-        warn_independent_sampling=False,
-    ),
+    "qmc": _qmc,
     "gp": lambda mixed, _: optuna.samplers.GPSampler(
         seed=mixed,
         independent_sampler=optuna.samplers.RandomSampler(seed=mixed),

@@ -12,11 +12,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pandas as pd
@@ -38,6 +37,17 @@ WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
 
 OBJECTIVE = "val/accuracy"
+TRIALS_COLUMNS = [
+    "trial",
+    "outcome",
+    "loss",
+    "learning_rate",
+    "batch_size",
+    "epochs",
+    "val_accuracy",
+    "val_loss",
+    "run_id",
+]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -51,6 +61,8 @@ class SweepStarted:
     parent_run_id: str
     num_before: int
     """Trials that the study had finished already."""
+    best_before: tuple[float, int] | None
+    """Accuracy and number of the best complete one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +106,7 @@ def sweep(
     pool: Pool,
     *,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[SweepEvent]:
+) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield what happens.
 
     Trials that an earlier process left unfinished are taken up again under their own numbers.
@@ -117,15 +129,18 @@ def sweep(
         stack.enter_context(_held(settings.storage, study.study_name))
         tracker = Tracker.open(settings.experiment)
         parent = _open_parent(tracker, study, settings, data)
+        running = _Sweep(settings, study, tracker, parent, pool, data, should_stop)
+        stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
             experiment=tracker.experiment,
             experiment_id=tracker.experiment_id,
             parent_run_id=parent.run_id,
             num_before=_num_finished(study),
+            best_before=_best(study),
         )
-        running = _Sweep(settings, study, tracker, parent, pool, data, should_stop)
-        yield from stack.enter_context(closing(running.events()))
+        yield from running.events()
+        yield from running.close()
 
 
 class _Sweep:
@@ -145,21 +160,28 @@ class _Sweep:
         self.pool, self.data, self.should_stop = pool, data, should_stop
         self.space = settings.space()
         self.running: dict[int, _RunningTrial] = {}
+        self.finished = self.closed = False
         self.leftover = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
 
     def events(self) -> Iterator[SweepEvent]:
-        try:
-            while not self.should_stop() and (self.running or self._has_more()):
-                while self.pool.num_idle and self._has_more():
-                    yield self._start()
-                for event in self.pool.wait(WAIT_SECONDS):
-                    yield from self._take(event)
-        finally:
-            interrupted = bool(self.running)
-            ended = [self._interrupt(trial) for trial in list(self.running.values())]
-            self.parent.end("interrupted" if interrupted else "complete")
-        yield from ended
+        while self.running or self._has_more():
+            if self.should_stop():
+                return
+            while self.pool.num_idle and self._has_more():
+                yield self._start()
+            for event in self.pool.wait(WAIT_SECONDS):
+                yield from self._take(event)
+        self.finished = True
+
+    def close(self) -> list[TrialEnded]:
+        """Close what still runs as interrupted, and then the parent."""
+        if self.closed:
+            return []
+        self.closed = True
+        ended = [self._interrupt(running) for running in list(self.running.values())]
+        self.parent.end("complete" if self.finished else "interrupted")
+        return ended
 
     def _has_more(self) -> bool:
         if time.monotonic() >= self.deadline:
@@ -175,7 +197,7 @@ class _Sweep:
             trial = self.study.ask()
         config = self.space.suggest(trial)
         run = self._open_run(trial, config)
-        self.running[trial.number] = _RunningTrial(trial, config, run, self.parent.client)
+        self.running[trial.number] = _RunningTrial(trial, config, run)
         self.pool.submit(trial.number, config)
         return TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
@@ -206,9 +228,7 @@ class _Sweep:
         match event:
             case EpochEnded():
                 running.record(event)
-                yield TrialProgressed(
-                    trial=event.job, number=event.number, metrics=event.metrics
-                )
+                yield TrialProgressed(trial=event.job, number=event.number, metrics=event.metrics)
                 if not event.diverged and self._should_prune(running, event):
                     self.pool.stop(event.job)
                     yield self._end(running, "pruned", TrialState.PRUNED)
@@ -217,6 +237,7 @@ class _Sweep:
                 yield self._end(running, "diverged", TrialState.COMPLETE, reason)
             case JobEnded():
                 self._record_model(running, event)
+                running.trial.set_user_attr("val_loss", running.val_loss)
                 yield self._end(running, "complete", TrialState.COMPLETE)
             case JobFailed():
                 if event.details:
@@ -269,11 +290,12 @@ class _Sweep:
 class _RunningTrial:
     """A trial under way: its Optuna trial, its run, and what came of it so far."""
 
-    def __init__(self, trial: Trial, config: TrainConfig, run: Run, client: Any) -> None:
+    def __init__(self, trial: Trial, config: TrainConfig, run: Run) -> None:
         self.trial, self.config, self.run = trial, config, run
         self.start = time.monotonic()
         self.epochs = 0
         self.accuracy: float | None = None
+        self.val_loss: float | None = None
         self.diverged = False
         # Of a trial that is taken up again, an earlier process has recorded these epochs. Training
         # repeats them bit for bit, so that they need not be recorded again.
@@ -282,7 +304,7 @@ class _RunningTrial:
 
     def record(self, event: EpochEnded) -> None:
         self.epochs, self.diverged = event.number, event.diverged
-        self.accuracy = event.metrics[OBJECTIVE]
+        self.accuracy, self.val_loss = event.metrics[OBJECTIVE], event.metrics["val/loss"]
         if event.number > self.recorded:
             self.run.log_metrics(event.metrics, step=event.number)
         if event.number > self.reported:
@@ -349,16 +371,17 @@ def trials_table(study: Study) -> pd.DataFrame:
             "batch_size": trial.params.get("batch_size"),
             "epochs": len(trial.intermediate_values),
             "val_accuracy": _last_value(trial),
+            "val_loss": trial.user_attrs.get("val_loss"),
             "run_id": trial.user_attrs.get("run_id"),
         }
         for trial in trials
     ]
-    columns = "trial outcome loss learning_rate batch_size epochs val_accuracy run_id".split()
-    table = pd.DataFrame(rows, columns=columns)
-    order = table.assign(ranked=table["outcome"] == "complete")
-    return table.loc[
-        order.sort_values(["ranked", "val_accuracy"], ascending=False, kind="stable").index
-    ].reset_index(drop=True)
+    table = pd.DataFrame(rows, columns=TRIALS_COLUMNS)
+    # Complete ones first; ties as `tracking.best_run` settles them.
+    ranked = table.assign(last=table["outcome"] != "complete").sort_values(
+        ["last", "val_accuracy", "val_loss", "trial"], ascending=[True, False, True, True]
+    )
+    return ranked[TRIALS_COLUMNS].reset_index(drop=True)
 
 
 def log_data(run: Run, data: Dataset) -> None:
@@ -445,6 +468,11 @@ def _storage_errors(storage: str) -> Iterator[None]:
 
 def _num_finished(study: Study) -> int:
     return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def _best(study: Study) -> tuple[float, int] | None:
+    complete = trials_table(study).query("outcome == 'complete'")
+    return (complete["val_accuracy"].iloc[0], complete["trial"].iloc[0]) if len(complete) else None
 
 
 def _frozen(trial: Trial) -> FrozenTrial:

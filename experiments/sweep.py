@@ -202,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -229,7 +232,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
     started: SweepStarted | None = None
     with ExitStack() as stack:
         interrupted = stack.enter_context(_interrupts())
-        observers = [stack.enter_context(Display(settings))]
+        observers: list[Any] = [stack.enter_context(Display(settings))]
         if options.tensorboard is not None:
             from experiments.tensorboard import EventFiles
 
@@ -246,7 +249,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
 
 def _report(table: Any, started: SweepStarted, *, data_name: str, interrupted: bool) -> int:
     """Print the trials, the best one, and what to type next."""
-    shown = table.drop(columns="run_id").assign(
+    shown = table.drop(columns=["val_loss", "run_id"]).assign(
         learning_rate=table["learning_rate"].map("{:.4g}".format),
         val_accuracy=table["val_accuracy"].map("{:.2%}".format),
     )
@@ -277,7 +280,7 @@ def _ui_command() -> str:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         return "in the MLflow server's pages"
-    if uri == "sqlite:///mlflow.db":
+    if uri == f"sqlite:///{Path('mlflow.db').absolute()}":
         return "mlflow ui"
     return f"mlflow ui --backend-store-uri {_quoted(uri)}"
 
@@ -338,8 +341,10 @@ def _num_cores() -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list, for the sweep to end in order; at the second,
-    end at once."""
+    """Collect the first SIGINT or SIGTERM in a list, for the sweep to end in order.
+
+    The second ends it at once.
+    """
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:

@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             for event in _train(job, config, data, stopped):
                 connection.send(event)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the trial's run
+        except Exception as error:  # whatever it is, it goes to the trial's run
             message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             connection.send(JobFailed(job=job, error=message, details=traceback.format_exc()))
 

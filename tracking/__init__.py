@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Predictor", "best_run", "load_best"]
 
-_HOMES = {"best_run": "tracking.best", "load_best": "tracking.predict", "Predictor": "tracking.predict"}
+_HOMES = {
+    "best_run": "tracking.best",
+    "load_best": "tracking.predict",
+    "Predictor": "tracking.predict",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,19 +79,18 @@ class Tracker:
             client = _client()
             adopted = os.environ.get("MLFLOW_RUN_ID")
             if adopted:
-                own = client.get_experiment(client.get_run(adopted).info.experiment_id)
-                if experiment is not None and experiment != own.name:
+                found = client.get_experiment(client.get_run(adopted).info.experiment_id)
+                if experiment is not None and experiment != found.name:
                     raise ValueError(
                         f"experiment {experiment!r} is not that of the run which `mlflow run` "
-                        f"opened, {own.name!r}: choose it by `mlflow run --experiment-name "
+                        f"opened, {found.name!r}: choose it by `mlflow run --experiment-name "
                         f"{experiment}`"
                     )
-                found = own
             else:
                 name = experiment or default_experiment()
-                found = client.get_experiment_by_name(name)
-                if found is None:
-                    found = client.get_experiment(client.create_experiment(name))
+                found = client.get_experiment_by_name(name) or client.get_experiment(
+                    client.create_experiment(name)
+                )
         except MlflowException as error:
             raise ValueError(_unusable(error)) from error
         if found.lifecycle_stage != "active":

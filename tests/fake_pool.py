@@ -1,0 +1,82 @@
+"""A pool of workers that does what a script says, in this process: a real fake of `Pool`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from cnn.model import build_cnn
+from cnn.training import TrainConfig
+from experiments.workers import EpochEnded, Event, JobEnded, JobFailed
+
+Script = Callable[[int, TrainConfig], Iterable[Event]]
+
+
+class FakePool:
+    """Hands out a job's events one at a time, one of each job in turn."""
+
+    def __init__(self, script: Script, num_workers: int = 1) -> None:
+        self.script, self.num_workers = script, num_workers
+        self.jobs: dict[int, deque[Event]] = {}
+        self.configs: dict[int, TrainConfig] = {}
+        self.stopped: list[int] = []
+
+    @property
+    def num_idle(self) -> int:
+        return self.num_workers - len(self.jobs)
+
+    def submit(self, job: int, config: TrainConfig) -> None:
+        assert self.num_idle > 0
+        self.configs[job] = config
+        self.jobs[job] = deque(self.script(job, config))
+
+    def stop(self, job: int) -> None:
+        self.stopped.append(job)
+
+    def wait(self, timeout: float) -> list[Event]:
+        events = [self.jobs[job].popleft() for job in list(self.jobs)]
+        for event in events:
+            if not isinstance(event, EpochEnded):
+                del self.jobs[event.job]
+        return events
+
+
+def epoch(job: int, number: int, accuracy: float, *, diverged: bool = False) -> EpochEnded:
+    metrics = {
+        "train/loss": float("nan") if diverged else 1 / number,
+        "train/accuracy": accuracy,
+        "val/loss": float("nan") if diverged else 1 / (number + accuracy),
+        "val/accuracy": accuracy,
+        "learning_rate": 0.1,
+        "time/epoch_seconds": 0.5,
+        "time/images_per_second": 1000.0,
+    }
+    return EpochEnded(job=job, number=number, metrics=metrics, diverged=diverged)
+
+
+def weights(job: int, num_classes: int = 3) -> JobEnded:
+    state = build_cnn(num_classes, seed=job).state_dict()
+    return JobEnded(job=job, weights={name: value.numpy() for name, value in state.items()})
+
+
+def trains(accuracy: Callable[[int, TrainConfig], float]) -> Script:
+    """Return a script by which every job reaches that accuracy, in equal steps an epoch."""
+
+    def script(job: int, config: TrainConfig) -> Iterable[Event]:
+        reached = accuracy(job, config)
+        for number in range(1, config.epochs + 1):
+            yield epoch(job, number, reached * number / config.epochs)
+        yield weights(job)
+
+    return script
+
+
+def diverges(job: int, config: TrainConfig) -> Iterable[Event]:
+    yield epoch(job, 1, 0.25)
+    yield epoch(job, 2, 1 / 3, diverged=True)
+    yield weights(job)
+
+
+def fails(job: int, config: TrainConfig) -> Iterable[Event]:
+    yield epoch(job, 1, 0.25)
+    yield JobFailed(job=job, error="RuntimeError: no luck", details="Traceback …\nno luck\n")

@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from fake_pool import FakePool, Script, diverges, epoch, fails, trains, weights
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+
+from cnn.data import Dataset, Split
+from experiments.settings import Settings
+from experiments.study import (
+    SweepEvent,
+    SweepStarted,
+    TrialEnded,
+    TrialProgressed,
+    TrialStarted,
+    open_study,
+    sweep,
+    trials_table,
+)
+
+METRICS = {
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "learning_rate",
+    "time/epoch_seconds",
+    "time/images_per_second",
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randint(0, 256, (30, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(30) % 3
+    train, validation, test = (
+        Split(pool=pool, pool_labels=labels, rows=rows)
+        for rows in torch.split(torch.arange(30), [18, 6, 6])
+    )
+    return Dataset(
+        name="noise",
+        classes=("a", "b", "c"),
+        train=train,
+        validation=validation,
+        test=test,
+        digest="d" * 32,
+        source="tests",
+    )
+
+
+@pytest.fixture
+def settings(mlflow_store: str, tmp_path: Path) -> Settings:
+    return Settings(
+        losses=("l1", "mse", "cross_entropy"),
+        learning_rate_min=0.001,
+        learning_rate_max=1.0,
+        batch_sizes=(2, 4),
+        trials=3,
+        epochs=3,
+        seed=0,
+        sampler="random",
+        pruner="none",
+        optimizer="sgd",
+        schedule="one_cycle",
+        device="cpu",
+        precision="float32",
+        study=None,
+        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
+        experiment="tests",
+        timeout=0,
+        workers=1,
+    )
+
+
+def run_sweep(
+    settings: Settings, data: Dataset, script: Script, **options: Any
+) -> list[SweepEvent]:
+    return list(sweep(settings, data, FakePool(script, settings.workers), **options))
+
+
+def good(job: int, config: Any) -> float:
+    return 0.9 - job / 100
+
+
+def client_runs() -> list[Run]:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
+
+
+def trial_runs() -> dict[int, Run]:
+    runs = [run for run in client_runs() if run.data.tags["role"] == "trial"]
+    by_trial = {int(run.data.tags["trial"]): run for run in runs}
+    assert len(by_trial) == len(runs), "a trial has two runs"
+    return by_trial
+
+
+def parent_run() -> Run:
+    (parent,) = (run for run in client_runs() if run.data.tags["role"] == "sweep")
+    return parent
+
+
+def trials(settings: Settings, data: Dataset) -> list[FrozenTrial]:
+    return open_study(settings, data).get_trials()
+
+
+def history(run: Run, metric: str) -> dict[int, float]:
+    entries = MlflowClient().get_metric_history(run.info.run_id, metric)
+    steps = {entry.step: entry.value for entry in entries}
+    assert len(steps) == len(entries), "a step is there twice"
+    return steps
+
+
+def stop_after(wanted: type, number: int = 1) -> tuple[list[SweepEvent], Callable[[], bool]]:
+    """Return a list to put events into, and what says stop once it holds so many of a kind."""
+    seen: list[SweepEvent] = []
+    return seen, lambda: sum(isinstance(event, wanted) for event in seen) >= number
+
+
+def test_a_complete_trial_is_recorded_alike_in_optuna_and_mlflow(
+    settings: Settings, data: Dataset
+) -> None:
+    run_sweep(settings, data, trains(good))
+    for trial in trials(settings, data):
+        run = trial_runs()[trial.number]
+        assert trial.state == TrialState.COMPLETE
+        assert trial.value == pytest.approx(0.9 - trial.number / 100)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["outcome"] == trial.user_attrs["outcome"] == "complete"
+        assert trial.user_attrs["run_id"] == run.info.run_id
+        assert run.data.tags["study"] == open_study(settings, data).study_name
+        assert run.data.metrics["val/accuracy"] == trial.value
+        for name in ("loss", "learning_rate", "batch_size"):
+            assert run.data.params[name] == str(trial.params[name])
+
+
+def test_every_metric_is_logged_at_every_epoch(settings: Settings, data: Dataset) -> None:
+    run_sweep(settings, data, trains(good))
+    run = trial_runs()[0]
+    assert set(run.data.metrics) == METRICS
+    for metric in METRICS:
+        assert list(history(run, metric)) == [1, 2, 3]
+    assert list(history(run, "val/accuracy").values()) == pytest.approx([0.3, 0.6, 0.9])
+
+
+def test_a_trial_logs_its_whole_configuration_and_data(settings: Settings, data: Dataset) -> None:
+    events = run_sweep(settings, data, trains(good))
+    config = next(event.config for event in events if isinstance(event, TrialStarted))
+    run = trial_runs()[0]
+    expected = {name: str(value) for name, value in config.as_params().items()}
+    assert run.data.params == expected | {"dataset": "noise", "dataset_digest": "d" * 32}
+    (logged,) = run.inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("noise", "d" * 32)
+    assert json.loads(logged.dataset.profile)["validation"] == 6
+
+
+def test_nothing_of_the_test_split_is_looked_at(settings: Settings, data: Dataset) -> None:
+    class Untouchable:
+        def __len__(self) -> int:
+            return 6
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"the test split's {name} is looked at")
+
+    run_sweep(settings, replace(data, test=Untouchable()), trains(good))  # type: ignore[arg-type]
+    assert not any(name.startswith("test") for name in trial_runs()[0].data.metrics)
+
+
+def test_the_model_of_a_complete_trial_answers_with_probabilities(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    run_sweep(replace(settings, trials=1), data, trains(good))
+    (output,) = trial_runs()[0].outputs.model_outputs
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}", model_config={"device": "cpu"})
+    images, _ = data.test.batch(torch.arange(5))
+    answers = model.predict(images.numpy())
+    assert answers.shape == (5, 3)
+    np.testing.assert_allclose(answers.sum(1), 1, atol=1e-6)
+    assert model.metadata.metadata["classes"] == ["a", "b", "c"]
+    assert model.metadata.signature is not None
+    assert "uint8" in str(model.metadata.signature.inputs)
+
+
+def test_trials_hang_under_one_parent_that_says_how_the_sweep_was_made(
+    settings: Settings, data: Dataset
+) -> None:
+    (started, *_) = run_sweep(settings, data, trains(good))
+    assert isinstance(started, SweepStarted)
+    parent = parent_run()
+    assert parent.info.run_id == started.parent_run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["sweep/losses"] == "['l1', 'mse', 'cross_entropy']"
+    for run in trial_runs().values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_a_diverged_trial_counts_as_finished_with_its_accuracy(
+    settings: Settings, data: Dataset
+) -> None:
+    run_sweep(replace(settings, trials=1), data, diverges)
+    (trial,) = trials(settings, data)
+    run = trial_runs()[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == pytest.approx(1 / 3)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["outcome"] == trial.user_attrs["outcome"] == "diverged"
+    assert run.data.tags["reason"] == "not finite in epoch 2"
+    assert not run.outputs.model_outputs
+    assert np.isnan(run.data.metrics["val/loss"])
+
+
+def test_a_pruned_trial_is_pruned_in_both_and_its_later_epochs_are_not_recorded(
+    settings: Settings, data: Dataset
+) -> None:
+    settings = replace(settings, trials=6, epochs=5, pruner="median")
+    pool = FakePool(trains(good))
+    list(sweep(settings, data, pool))
+    last = trials(settings, data)[-1]
+    run = trial_runs()[last.number]
+    assert pool.stopped == [last.number]
+    assert last.state == TrialState.PRUNED
+    assert run.info.status == "KILLED"
+    assert run.data.tags["outcome"] == last.user_attrs["outcome"] == "pruned"
+    assert not run.outputs.model_outputs
+    assert list(history(run, "val/accuracy")) == list(last.intermediate_values) != [1, 2, 3, 4, 5]
+
+
+def test_a_failed_trial_keeps_its_traceback_and_the_sweep_goes_on(
+    settings: Settings, data: Dataset
+) -> None:
+    run_sweep(
+        settings, data, lambda job, config: (fails if job == 0 else trains(good))(job, config)
+    )
+    states = [trial.state for trial in trials(settings, data)]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    run = trial_runs()[0]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["outcome"] == "failed"
+    assert run.data.tags["reason"] == "RuntimeError: no luck"
+    text = MlflowClient().download_artifacts(run.info.run_id, "traceback.txt")
+    assert "no luck" in Path(text).read_text()
+
+
+def test_stopping_closes_what_runs_as_interrupted(settings: Settings, data: Dataset) -> None:
+    seen, should_stop = stop_after(TrialProgressed, 2)
+    for event in sweep(settings, data, FakePool(trains(good)), should_stop=should_stop):
+        seen.append(event)
+    assert isinstance(seen[-1], TrialEnded)
+    assert seen[-1].outcome == "interrupted"
+    assert trial_runs()[0].info.status == parent_run().info.status == "KILLED"
+    assert trial_runs()[0].data.tags["outcome"] == "interrupted"
+
+
+@pytest.mark.parametrize("after", [SweepStarted, TrialStarted, TrialProgressed, TrialEnded])
+def test_closing_the_iteration_anywhere_leaves_no_run_running(
+    settings: Settings, data: Dataset, after: type
+) -> None:
+    events = sweep(settings, data, FakePool(trains(good)))
+    while not isinstance(next(events), after):
+        pass
+    events.close()
+    assert "RUNNING" not in {run.info.status for run in client_runs()}
+
+
+def test_an_interrupted_trial_goes_on_under_its_number_in_its_run(
+    settings: Settings, data: Dataset
+) -> None:
+    seen, should_stop = stop_after(TrialProgressed, 5)
+    for event in sweep(settings, data, FakePool(trains(good)), should_stop=should_stop):
+        seen.append(event)
+    before = {number: run.info.run_id for number, run in trial_runs().items()}
+    params = [trial.params for trial in trials(settings, data)]
+    run_sweep(settings, data, trains(good))
+    after = trials(settings, data)
+    assert [trial.state for trial in after] == [TrialState.COMPLETE] * 3
+    assert [trial.params for trial in after][: len(params)] == params
+    assert before.items() <= {n: run.info.run_id for n, run in trial_runs().items()}.items()
+    for run in trial_runs().values():
+        assert run.info.status == "FINISHED"
+        assert list(history(run, "val/accuracy")) == [1, 2, 3]
+    assert parent_run().info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp"])
+def test_a_resumed_study_goes_the_way_of_the_undisturbed_one(
+    settings: Settings, data: Dataset, sampler: str
+) -> None:
+    settings = replace(settings, trials=13, epochs=1, sampler=sampler)
+    whole, parts = replace(settings, study="whole"), replace(settings, study="parts")
+
+    def suits(job: int, config: Any) -> float:
+        return 1 - abs(np.log10(config.learning_rate) + 1.5) / 4
+
+    script = trains(suits)
+    run_sweep(whole, data, without_models(script))
+    for stop in (1, 5):
+        seen, should_stop = stop_after(TrialStarted, stop)
+        pool = FakePool(without_models(script))
+        for event in sweep(parts, data, pool, should_stop=should_stop):
+            seen.append(event)
+    run_sweep(parts, data, without_models(script))
+    expected = [trial.params for trial in trials(whole, data)]
+    assert [trial.params for trial in trials(parts, data)] == expected
+    assert len(expected) == 13
+
+
+def without_models(script: Script) -> Script:
+    """Return a script of trials that fail once trained: to record a model takes a while."""
+
+    def failing(job: int, config: Any) -> Iterator[Any]:
+        *epochs, _ = script(job, config)
+        yield from (replace(event, diverged=True) for event in epochs)
+        yield weights(job)
+
+    return failing
+
+
+def test_trials_is_the_total_that_a_study_is_brought_to(settings: Settings, data: Dataset) -> None:
+    run_sweep(replace(settings, trials=1), data, diverges)
+    run_sweep(replace(settings, trials=3), data, diverges)
+    assert len(trials(settings, data)) == 3
+    (only,) = run_sweep(replace(settings, trials=2), data, diverges)
+    assert isinstance(only, SweepStarted)
+    assert only.num_before == 3
+
+
+def test_several_workers_have_trials_at_the_same_time(settings: Settings, data: Dataset) -> None:
+    events = run_sweep(replace(settings, workers=3), data, diverges)
+    kinds = [type(event) for event in events]
+    assert kinds[:4] == [SweepStarted, TrialStarted, TrialStarted, TrialStarted]
+    assert {run.info.status for run in trial_runs().values()} == {"FINISHED"}
+
+
+def test_after_the_timeout_no_trial_is_started(settings: Settings, data: Dataset) -> None:
+    events = run_sweep(replace(settings, timeout=1e-9), data, trains(good))
+    assert [type(event) for event in events] == [SweepStarted]
+
+
+def test_the_name_of_a_study_follows_from_its_settings(settings: Settings, data: Dataset) -> None:
+    name = open_study(settings, data).study_name
+    assert open_study(replace(settings, trials=9, timeout=5), data).study_name == name
+    for other in (
+        replace(settings, seed=1),
+        replace(settings, epochs=4),
+        replace(settings, losses=("mse",)),
+        replace(settings, learning_rate_max=0.5),
+        replace(settings, sampler="tpe"),
+    ):
+        assert open_study(other, data).study_name != name
+    assert open_study(settings, replace(data, digest="e" * 32)).study_name != name
+
+
+def test_a_study_made_with_other_settings_is_refused(settings: Settings, data: Dataset) -> None:
+    open_study(replace(settings, study="mine"), data)
+    with pytest.raises(ValueError, match=r"'mine' was made with other settings \(epochs 3 → 4\)"):
+        open_study(replace(settings, study="mine", epochs=4), data)
+
+
+def test_a_study_of_another_tool_is_refused(settings: Settings, data: Dataset) -> None:
+    foreign = optuna.create_study(study_name="theirs", storage=settings.storage)
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(ValueError, match="'theirs' .* was not made by this tool"):
+        open_study(replace(settings, study="theirs"), data)
+
+
+def test_two_sweeps_of_one_study_at_a_time_are_refused(settings: Settings, data: Dataset) -> None:
+    first = sweep(settings, data, FakePool(trains(good)))
+    next(first)
+    with pytest.raises(ValueError, match=f"is being run by process {os.getpid()}"):
+        run_sweep(settings, data, trains(good))
+    first.close()
+    assert run_sweep(settings, data, trains(good))
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:////nowhere/optuna.db", "nonsense", "nosuch://localhost/db"]
+)
+def test_a_storage_that_cannot_be_opened_is_named(
+    settings: Settings, data: Dataset, storage: str
+) -> None:
+    with pytest.raises(ValueError, match=storage) as error:
+        run_sweep(replace(settings, storage=storage), data, trains(good))
+    assert "\n" not in str(error.value)
+
+
+def test_a_storage_that_is_no_database_is_named(
+    settings: Settings, data: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "text.db").write_text("this is no database, however long one looks at it" * 99)
+    with pytest.raises(ValueError, match="file is not a database"):
+        run_sweep(replace(settings, storage=f"sqlite:///{tmp_path}/text.db"), data, trains(good))
+
+
+def test_a_batch_larger_than_the_training_split_is_refused_before_anything_is_recorded(
+    settings: Settings, data: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="batch size 19 .* 18 images"):
+        run_sweep(replace(settings, batch_sizes=(2, 19)), data, trains(good))
+    assert not (tmp_path / "optuna.db").exists()
+
+
+def test_the_run_that_mlflow_run_opened_is_the_parent(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient()
+    experiment_id = client.create_experiment("tests")
+    opened = client.create_run(experiment_id, tags={"role": "of mlflow run"})
+    client.log_param(opened.info.run_id, "losses", "'l1 mse'")
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
+    run_sweep(replace(settings, trials=1, experiment=None), data, diverges)
+    assert trial_runs()[0].data.tags["mlflow.parentRunId"] == opened.info.run_id
+    assert parent_run().info.run_id == opened.info.run_id
+    with pytest.raises(ValueError, match="mlflow run --experiment-name other"):
+        run_sweep(replace(settings, experiment="other"), data, diverges)
+
+
+def test_a_deleted_experiment_is_refused(settings: Settings, data: Dataset) -> None:
+    client = MlflowClient()
+    client.delete_experiment(client.create_experiment("tests"))
+    with pytest.raises(ValueError, match="'tests' is deleted"):
+        run_sweep(settings, data, diverges)
+
+
+def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
+    settings: Settings, data: Dataset
+) -> None:
+    def script(job: int, config: Any) -> Iterator[Any]:
+        if job == 1:
+            return iter(diverges(job, config))
+        accuracy = {0: 0.5, 2: 0.8, 3: 0.8}[job]
+        tied = epoch(job, 1, accuracy)
+        tied.metrics["val/loss"] = 10.0 - job
+        return iter([tied, weights(job)])
+
+    settings = replace(settings, trials=4, epochs=1)
+    run_sweep(settings, data, script)
+    table = trials_table(open_study(settings, data))
+    assert table["trial"].tolist() == [3, 2, 0, 1]
+    assert table["outcome"].tolist() == ["complete", "complete", "complete", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses": ("mes",)}, "unknown loss 'mes'"),
+        ({"losses": ()}, "--losses needs at least one value"),
+        ({"losses": ("mse", "mse")}, "--losses has a value twice: mse mse"),
+        ({"learning_rate_min": 0.0}, "--learning-rate-min must be finite and > 0, not 0.0"),
+        ({"learning_rate_max": float("inf")}, "--learning-rate-max must be finite and > 0"),
+        ({"learning_rate_min": float("nan")}, "--learning-rate-min must be finite and > 0"),
+        ({"learning_rate_min": 1.0}, "must be smaller than --learning-rate-max 1.0"),
+        ({"batch_sizes": (0,)}, "batch_size must be an integer ≥ 1, not 0"),
+        ({"epochs": 0}, "epochs must be an integer ≥ 1, not 0"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"trials": 0}, "--trials must be ≥ 1, not 0"),
+        ({"timeout": -1.0}, "--timeout must be seconds ≥ 0"),
+        ({"sampler": "cma"}, "unknown --sampler 'cma': choose one of tpe, random, qmc, gp"),
+        ({"pruner": "no"}, "unknown --pruner 'no': choose one of none, median, hyperband, asha"),
+        ({"device": "tpu"}, "device 'tpu' is not here"),
+        ({"study": " "}, "--study must not be empty"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(
+    settings: Settings, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match="^") as error:
+        replace(settings, **change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_killed_process_holds_a_study_no_longer(
+    settings: Settings, data: Dataset, tmp_path: Path
+) -> None:
+    holding = (
+        "import sys, time; from experiments.study import _held\n"
+        "with _held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
+    )
+    name = open_study(settings, data).study_name
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, settings.storage, name],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"is being run by process {holder.pid}"):
+            run_sweep(settings, data, diverges)
+        holder.kill()
+    assert run_sweep(settings, data, diverges)
