@@ -1,0 +1,137 @@
+"""Image files and arrays to 32×32 RGB pixels: the one way of decoding, for training and prediction.
+
+Needs numpy and Pillow only, so that a prediction doesn't have to import torch to read its images.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SIZE = 32
+
+# Named, so that a stray file is not handed to one of Pillow's forty parsers (EPS starts
+# Ghostscript), and so that what is read doesn't depend on which plugins were imported before.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
+
+# What file managers leave behind, beside the files whose name starts with a dot.
+_CLUTTER = {"thumbs.db", "desktop.ini"}
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return all files below `folder`, sorted by their path relative to it.
+
+    Leaves out hidden files and folders. Follows links, but enters each folder once, so that a
+    link to a folder above ends. Whether a file is an image, `decode` finds out. Raises ValueError
+    where a folder can't be listed.
+    """
+    try:
+        names = sorted(_walk(folder, "", set()))
+    except OSError as error:
+        raise ValueError(f"can't list the folder {str(folder)!r}: {error}") from error
+    return [folder / name for name in names]
+
+
+def _walk(folder: Path, prefix: str, entered: set[tuple[int, int]]) -> Iterator[str]:
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in entered:
+        return
+    entered.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", entered)
+        else:
+            yield prefix + entry.name
+
+
+def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
+    """Return an image file, or the bytes of one, as uint8 pixels (32, 32, 3).
+
+    Turned as its EXIF orientation says, converted to RGB (transparency is dropped, as torchvision's
+    ImageFolder does), and squashed to a square where it has another size. Of an animation, the
+    first frame. Raises ValueError, which names the file, for what is no readable image.
+    """
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
+    encoded = source if isinstance(source, bytes) else _read(source)
+    if not encoded:
+        raise ValueError(f"{name} is no image: it is empty")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _pixels(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no image (known: {', '.join(FORMATS)})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a parser that trips over a damaged file may raise anything
+        raise ValueError(f"{name} is no readable image: {_one_line(error)}") from error
+
+
+def _read(file: Path) -> bytes:
+    # Asked first, because opening a named pipe would wait for ever.
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no image: it is not there, or not a regular file")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} can't be read: {error.strerror}") from error
+
+
+def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
+    elif image.mode == "F":
+        raise ValueError("its pixels are floats, without a known range: save it with 8 or 16 bits")
+    # RGB has no place for it, and Pillow warns of what it can't convert.
+    image.info.pop("transparency", None)
+    rgb = image.convert("RGB")
+    if rgb.size != (IMAGE_SIZE, IMAGE_SIZE):
+        rgb = _squash(rgb)
+    return np.array(rgb)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips at 255 instead of scaling.
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"its pixels range from {values.min()} to {values.max()}, more than 16 bits hold"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _squash(image: Image.Image) -> Image.Image:
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return images as (N, 32, 32, 3), interpolated as `decode` does it.
+
+    Takes uint8 arrays (N, H, W), (N, H, W, 1) or (N, H, W, 3); where nothing is to be changed,
+    the array itself comes back. Raises ValueError for others.
+    """
+    allowed = "uint8 and (N, H, W), (N, H, W, 1) or (N, H, W, 3), H and W ≥ 1"
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1)
+    colour = images.ndim == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape[1:3]:
+        raise ValueError(f"images must be {allowed}: these are {images.dtype} {images.shape}")
+    if images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3):
+        return images
+    squared = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    planes = images.reshape(images.shape[:3]) if grey else images
+    for result, plane in zip(squared, planes, strict=True):
+        pixels = np.asarray(_squash(Image.fromarray(plane)))
+        result[:] = pixels[:, :, None] if grey else pixels
+    return squared

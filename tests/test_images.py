@@ -1,0 +1,299 @@
+"""What `cnn.images` makes of files and arrays."""
+
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn.images import FORMATS, IMAGE_SIZE, decode, find_images, resize
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image, file_format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def slowly_resized(plane, size=IMAGE_SIZE):
+    """Bilinear, antialiased, one axis after the other, straight from the definition."""
+    for _ in range(2):
+        scale = len(plane) / size
+        reach = max(scale, 1.0)
+        rows = []
+        for i in range(size):
+            centre = (i + 0.5) * scale
+            weights = [max(0.0, 1 - abs(j + 0.5 - centre) / reach) for j in range(len(plane))]
+            rows.append(sum(w * row for w, row in zip(weights, plane, strict=True)) / sum(weights))
+        plane = np.array(rows, dtype=float).T
+    return plane
+
+
+# decode
+
+
+def test_an_rgb_image_of_32_by_32_keeps_its_very_pixels():
+    pixels = noise(32, 32, 3)
+    result = decode(encoded(Image.fromarray(pixels)))
+    assert result.dtype == np.uint8
+    assert result.flags.writeable
+    np.testing.assert_array_equal(result, pixels)
+
+
+def test_a_jpeg_has_the_pixels_that_pillow_reads(tmp_path):
+    file = tmp_path / "a.jpg"
+    Image.fromarray(noise(32, 32, 3)).save(file)
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(decode(file), np.asarray(image.convert("RGB")))
+
+
+def test_a_file_and_its_bytes_decode_alike(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(encoded(Image.fromarray(noise(50, 20, 3))))
+    np.testing.assert_array_equal(decode(file), decode(file.read_bytes()))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("size", [(32, 32), (45, 17)])
+def test_every_8_bit_mode_is_read_as_its_rgb(mode, size):
+    image = Image.fromarray(noise(size[1], size[0], 3)).convert(mode)
+    file_format = "PNG" if mode in ("1", "L", "LA", "P", "RGB", "RGBA") else "TIFF"
+    data = encoded(image, file_format)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = opened.convert("RGB")
+    if size != (32, 32):
+        expected = expected.resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode(data), np.asarray(expected))
+
+
+@pytest.mark.parametrize("file_format", [name for name in FORMATS if name != "GIF"])
+def test_every_named_format_is_read(file_format):
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    pixels = np.asarray(Image.fromarray(noise(4, 4, 3)).resize((32, 32)))
+    result = decode(encoded(Image.fromarray(pixels), file_format, **lossless.get(file_format, {})))
+    np.testing.assert_allclose(result.astype(int), pixels.astype(int), atol=6)
+
+
+def test_of_an_animation_the_first_frame_is_read():
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode(data) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(file_format):
+    values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    result = decode(encoded(Image.fromarray(values), file_format))
+    expected = np.round(values / 65535 * 255)
+    for channel in range(3):
+        np.testing.assert_array_equal(result[:, :, channel], expected)
+
+
+def test_bytes_of_transparency_in_a_palette_are_dropped_without_a_warning():
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([9, 9, 9, 10, 20, 30])
+    assert (decode(encoded(image, transparency=bytes([0, 128]))) == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [
+        (1, lambda p: p),
+        (2, lambda p: p[:, ::-1]),
+        (3, lambda p: p[::-1, ::-1]),
+        (4, lambda p: p[::-1]),
+        (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, -1)),
+        (7, lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda p: np.rot90(p)),
+    ],
+)
+def test_exif_orientation_is_applied(orientation, undo):
+    pixels = noise(32, 32, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), exif=exif)), undo(pixels))
+
+
+def test_other_sizes_are_squashed_with_an_antialiased_bilinear_filter():
+    pixels = noise(100, 41, 3)
+    result = decode(encoded(Image.fromarray(pixels)))
+    for channel in range(3):
+        np.testing.assert_allclose(
+            result[:, :, channel], slowly_resized(pixels[:, :, channel]), atol=1.01
+        )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (31, 32), (2000, 3)])
+def test_any_size_comes_out_as_32_by_32(size):
+    assert decode(encoded(Image.new("RGB", size, (1, 2, 3)))).shape == (32, 32, 3)
+    assert (decode(encoded(Image.new("RGB", size, (1, 2, 3)))) == (1, 2, 3)).all()
+
+
+def make_truncated(file, suffix="PNG"):
+    data = encoded(Image.fromarray(noise(64, 64, 3)), suffix)
+    file.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda file: file.write_bytes(b""), "it is empty"),
+        (lambda file: file.write_text("height,width\n3,4\n"), "is no image"),
+        (make_truncated, "is no readable image"),
+        (lambda file: make_truncated(file, "JPEG"), "is no readable image"),
+        (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), "is no"),
+        (lambda file: Image.new("RGB", (9, 9)).save(file, "EPS"), r"is no image \(known: JPEG"),
+        (lambda file: Image.new("F", (9, 9)).save(file, "TIFF"), "floats"),
+        (lambda file: Image.new("I", (9, 9), 70000).save(file, "TIFF"), "70000"),
+        (lambda file: None, "it is not there"),
+        (lambda file: file.symlink_to("nowhere"), "it is not there"),
+        (os.mkfifo, "not a regular file"),
+    ],
+)
+def test_what_is_no_image_is_named_in_one_line(tmp_path, make, complaint):
+    file = tmp_path / "bad\nname.png"
+    make(file)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        decode(file)
+    assert "bad\\nname.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_bytes_are_refused_without_printing_them():
+    with pytest.raises(ValueError, match=r"^9 bytes is no image"):
+        decode(b"not image")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="bomb"):
+        decode(encoded(Image.new("RGB", (32, 32))))
+
+
+# find_images
+
+
+def test_finds_all_files_below_sorted_by_relative_path(tmp_path):
+    for name in ("b/c/2.png", "b/1.png", "a.png", "b-c.png", "Z.jpg", "b/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [file.relative_to(tmp_path).as_posix() for file in find_images(tmp_path)]
+    assert found == ["Z.jpg", "a.png", "b-c.png", "b/1.png", "b/c.txt", "b/c/2.png"]
+
+
+def test_leaves_out_hidden_files_and_what_file_managers_leave(tmp_path):
+    for name in (".DS_Store", ".cache/a.png", "Thumbs.db", "sub/desktop.ini", "sub/._b.png", "b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "b"]
+
+
+def test_follows_links_and_ends_on_a_loop(tmp_path):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "images" / "deep" / "up").symlink_to("..")
+    (tmp_path / "images" / "deep" / "a.png").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.png").touch()
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    names = [
+        str(file.relative_to(tmp_path / "images")) for file in find_images(tmp_path / "images")
+    ]
+    assert names == ["deep/a.png", "linked/b.png"]
+
+
+def test_a_broken_link_is_found_rather_than_left_out(tmp_path):
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    assert find_images(tmp_path) == [tmp_path / "gone.png"]
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=name):
+        find_images(tmp_path / name)
+
+
+# resize
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 8, 8, 1), (3, 8, 8, 3), (2, 50, 40, 3)])
+def test_arrays_are_resized_as_the_definition_says(shape):
+    images = noise(*shape)
+    result = resize(images)
+    assert result.shape == (shape[0], 32, 32, 3)
+    assert result.dtype == np.uint8
+    planes = np.broadcast_to(images.reshape(*shape[:3], -1), (*shape[:3], 3))
+    for image, plane in zip(result, planes, strict=True):
+        for channel in range(3):
+            np.testing.assert_allclose(
+                image[:, :, channel], slowly_resized(plane[:, :, channel]), atol=1.01
+            )
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (20, 50, 3), (32, 32), (32, 32, 3)])
+def test_an_array_and_a_file_of_the_same_pixels_give_the_same(shape):
+    pixels = noise(*shape)
+    np.testing.assert_array_equal(resize(pixels[None])[0], decode(encoded(Image.fromarray(pixels))))
+
+
+def test_arrays_of_the_right_size_come_back_untouched():
+    images = noise(4, 32, 32, 3)
+    assert resize(images) is images
+
+
+def test_strided_and_empty_arrays_are_taken():
+    images = noise(4, 20, 20, 3)
+    np.testing.assert_array_equal(resize(images[::2, ::-1]), resize(images[::2, ::-1].copy()))
+    assert resize(np.empty((0, 8, 8), np.uint8)).shape == (0, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((2, 8, 8), np.uint16),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((2, 3, 8, 8), np.uint8),
+        np.zeros((2, 8, 8, 4), np.uint8),
+        np.zeros((2, 0, 8), np.uint8),
+        np.zeros((2, 8, 8, 3, 1), np.uint8),
+    ],
+)
+def test_other_arrays_are_refused_with_what_is_allowed(images):
+    with pytest.raises(ValueError, match=r"must be uint8 and .*N, H, W, 3") as caught:
+        resize(images)
+    assert str(images.shape) in str(caught.value)
+    assert str(images.dtype) in str(caught.value)
+
+
+# The module
+
+
+def test_the_first_decodings_of_a_process_may_come_from_several_threads(tmp_path):
+    """Pillow loads its parsers on first use, and not all at once."""
+    Image.fromarray(noise(32, 32, 3)).save(tmp_path / "a.tiff")
+    script = (
+        "import sys; from pathlib import Path; from cnn.images import decode\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(8) as pool: list(pool.map(decode, [Path(sys.argv[1])] * 64))\n"
+        "assert 'torch' not in sys.modules, 'imports torch'\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path / "a.tiff")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+
+
+def test_threads_decode_alike():
+    data = [encoded(Image.fromarray(noise(40, 40, 3, seed=i))) for i in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        parallel = list(pool.map(decode, data))
+    np.testing.assert_array_equal(parallel, [decode(item) for item in data])
