@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from cnn.data import Dataset, Split
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: several that wait for each other crawl where others work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +43,29 @@ def mlflow_store(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture(scope="session")
+def coloured_noise() -> Dataset:
+    """200 images of noise, reddish, greenish or bluish: a few epochs learn which.
+
+    130 are for training, so that no even batch size divides them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tints = torch.tensor([[150, 110, 110], [110, 150, 110], [110, 110, 150]])
+    labels = torch.arange(200) % 3
+    noise = 60 * torch.randn(200, 32, 32, 3, generator=generator)
+    images = (tints[labels][:, None, None, :] + noise).clamp(0, 255).to(torch.uint8)
+    train, validation, test = (
+        Split(pool=images, pool_labels=labels, rows=rows)
+        for rows in torch.randperm(200, generator=generator).split([130, 40, 30])
+    )
+    return Dataset(
+        name="coloured noise",
+        classes=("red", "green", "blue"),
+        train=train,
+        validation=validation,
+        test=test,
+        digest="0" * 32,
+        source="tests/conftest.py",
+    )

@@ -1,0 +1,329 @@
+"""Which run `tracking.best` chooses, and what it says where there is none."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from tracking_helpers import add_model_entry, new_store, record
+
+from tracking import best
+from tracking.best import best_run, choose, model_uri
+from tracking.runs import Run, Tracker
+from tracking.store import reading
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path) -> Iterator[str]:
+    with new_store(tmp_path) as uri:
+        yield uri
+
+
+@pytest.fixture
+def tracker(mlflow_store: str) -> Tracker:
+    return Tracker.open("study")
+
+
+def best_id(metric: str = "val/accuracy") -> str:
+    return str(best_run("study", metric=metric).info.run_id)
+
+
+def one_line_of(info: pytest.ExceptionInfo[ValueError]) -> str:
+    message = str(info.value)
+    assert "\n" not in message
+    return message
+
+
+# Choosing
+
+
+def test_the_highest_accuracy_is_best(tracker: Tracker) -> None:
+    record(tracker, accuracy=0.5)
+    high = record(tracker, accuracy=0.9)
+    record(tracker, accuracy=0.7)
+    assert best_id() == high
+
+
+def test_the_last_value_counts_not_the_highest(tracker: Tracker) -> None:
+    record(tracker, accuracy=[0.99, 0.5])
+    steady = record(tracker, accuracy=[0.5, 0.6])
+    assert best_id() == steady
+
+
+@pytest.mark.parametrize("outcome", ["pruned", "diverged", "failed", "interrupted", None])
+def test_a_run_that_is_not_complete_is_never_chosen(tracker: Tracker, outcome: str | None) -> None:
+    complete = record(tracker, accuracy=0.5)
+    record(tracker, accuracy=0.9, outcome=outcome)
+    assert best_id() == complete
+
+
+def test_a_complete_run_that_was_opened_again_is_not_chosen(tracker: Tracker) -> None:
+    complete = record(tracker, accuracy=0.5)
+    again = record(tracker, accuracy=0.9)
+    tracker.client.update_run(again, status="RUNNING")
+    assert best_id() == complete
+
+
+def test_a_run_without_a_model_is_never_chosen(tracker: Tracker) -> None:
+    with_model = record(tracker, accuracy=0.5)
+    record(tracker, accuracy=0.9, has_model=False)
+    assert best_id() == with_model
+
+
+@pytest.mark.parametrize("accuracy", [math.nan, None])
+def test_a_run_whose_metric_is_no_number_is_never_chosen(
+    tracker: Tracker, accuracy: float | None
+) -> None:
+    number = record(tracker, accuracy=0.01)
+    record(tracker, accuracy=accuracy, loss=0.0)
+    assert best_id() == number
+
+
+def test_a_deleted_run_is_never_chosen(tracker: Tracker) -> None:
+    kept = record(tracker, accuracy=0.5)
+    tracker.client.delete_run(record(tracker, accuracy=0.9))
+    assert best_id() == kept
+
+
+def test_among_equals_the_lower_loss_wins(tracker: Tracker) -> None:
+    record(tracker, accuracy=0.5, loss=0.3)
+    lower = record(tracker, accuracy=0.5, loss=0.2)
+    record(tracker, accuracy=0.5, loss=math.nan)
+    record(tracker, accuracy=0.5, loss=None)
+    assert best_id() == lower
+
+
+@pytest.mark.parametrize("starts", [(1000, 2000), (2000, 1000)])
+def test_among_equals_in_both_the_earlier_start_wins(
+    tracker: Tracker, starts: tuple[int, int]
+) -> None:
+    runs = {start: record(tracker, accuracy=0.5, loss=0.2, start=start) for start in starts}
+    assert best_id() == runs[1000]
+
+
+def test_another_metric_can_decide(tracker: Tracker) -> None:
+    record(tracker, accuracy=0.9, metrics={"train/accuracy": 0.1})
+    other = record(tracker, accuracy=0.5, metrics={"train/accuracy": 0.2})
+    assert best_id("train/accuracy") == other
+
+
+def test_of_a_loss_the_lowest_is_best(tracker: Tracker) -> None:
+    low = record(tracker, accuracy=0.5, loss=0.1)
+    record(tracker, accuracy=0.9, loss=0.2)
+    assert best_id("val/loss") == low
+
+
+def test_it_agrees_with_a_plain_search_through_all_runs(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 4)  # several pages
+    random = np.random.default_rng(0)
+    usable = {}
+    for start in range(1, 25):
+        accuracy, loss = random.integers(3) / 2, random.integers(2) / 2
+        outcome = str(random.choice(["complete", "pruned"]))
+        has_model = bool(random.integers(2))
+        run_id = record(
+            tracker,
+            accuracy=accuracy,
+            loss=loss,
+            outcome=outcome,
+            has_model=has_model,
+            start=start,
+        )
+        if has_model and outcome == "complete":
+            usable[run_id] = (-accuracy, loss, start)
+    assert best_id() == min(usable, key=lambda run_id: usable[run_id])
+
+
+def test_a_best_run_on_a_later_page_is_found(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 2)
+    for _ in range(4):
+        record(tracker, accuracy=0.9, has_model=False)
+    only = record(tracker, accuracy=0.5)
+    assert best_id() == only
+
+
+def test_no_more_pages_are_read_than_it_takes(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 2)
+    for accuracy in (0.1, 0.2, 0.3, 0.4, 0.5):
+        record(tracker, accuracy=accuracy)
+    pages = []
+    search_runs = mlflow.MlflowClient.search_runs
+
+    def counted(*args: object, **options: object) -> object:
+        pages.append(search_runs(*args, **options))
+        return pages[-1]
+
+    monkeypatch.setattr(mlflow.MlflowClient, "search_runs", counted)
+    assert "best of more than 2 finished runs" in str(choose("study"))
+    assert len(pages) == 1
+
+
+def test_it_says_which_run_and_why(tracker: Tracker) -> None:
+    record(tracker, accuracy=0.5)
+    record(tracker, accuracy=0.9, outcome="pruned")
+    run_id = record(tracker, "012 mse lr=0.031 bs=64", accuracy=0.98607)
+    assert str(choose("study")) == (
+        "best of 2 finished runs of experiment 'study' by val/accuracy = 0.9861: "
+        f"run 012 mse lr=0.031 bs=64 ({run_id})"
+    )
+
+
+def test_without_a_name_it_is_the_experiment_of_the_environment(
+    mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(Tracker.open("cnn-sweep"), "default")
+    record(Tracker.open("other"), "named")
+    assert best_run().info.run_name == "default"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    assert best_run().info.run_name == "named"
+
+
+# The model of a run
+
+
+def test_the_uri_is_that_of_the_last_model(tracker: Tracker) -> None:
+    run = Run(tracker.client, record(tracker, has_model=False), tracker.experiment_id)
+    later = add_model_entry(run, step=2)
+    add_model_entry(run, step=1)
+    assert model_uri(tracker.client.get_run(run.run_id)) == f"models:/{later}"
+
+
+def test_a_run_without_a_model_has_no_uri(tracker: Tracker) -> None:
+    run_id = record(tracker, "003 l1", outcome="pruned", has_model=False)
+    with pytest.raises(ValueError, match=rf"run 003 l1 \({run_id}\) has no model: it is pruned"):
+        model_uri(tracker.client.get_run(run_id))
+
+
+# Nothing to choose
+
+
+def test_an_unknown_experiment_is_named_with_those_that_exist(tracker: Tracker) -> None:
+    with pytest.raises(ValueError, match="no experiment 'studdy'") as info:
+        best_run("studdy")
+    message = one_line_of(info)
+    assert "'study'" in message
+    assert message.endswith("python -m experiments.sweep --experiment studdy")
+
+
+def test_the_command_that_would_help_is_quoted_for_a_shell(tracker: Tracker) -> None:
+    with pytest.raises(ValueError, match=r"--experiment 'my study; ls'$"):
+        best_run("my study; ls")
+
+
+def test_of_many_experiments_some_are_named(mlflow_store: str) -> None:
+    for number in range(12):
+        Tracker.open(f"e{number:02}")
+    with pytest.raises(ValueError, match="'e00', .* and 5 more; "):
+        best_run("none of them")
+
+
+def test_a_deleted_experiment_is_said_to_be_deleted(tracker: Tracker) -> None:
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(ValueError, match="'study' is deleted: restore it by"):
+        best_run("study")
+
+
+def test_without_a_finished_run_it_says_what_runs_there_are(tracker: Tracker) -> None:
+    record(tracker, outcome="pruned")
+    record(tracker, outcome="pruned")
+    record(tracker, outcome=None)
+    with pytest.raises(ValueError, match="'study' has no finished run") as info:
+        best_run("study")
+    message = one_line_of(info)
+    assert "2 pruned, 1 running" in message
+    assert message.endswith("python -m experiments.sweep --experiment study")
+
+
+def test_an_empty_experiment_has_no_runs(tracker: Tracker) -> None:
+    with pytest.raises(ValueError, match=r"no finished run .* \(runs: none\)"):
+        best_run("study")
+
+
+def test_an_unknown_metric_is_named_with_those_that_exist(tracker: Tracker) -> None:
+    record(tracker, accuracy=0.5, loss=0.1)
+    with pytest.raises(ValueError, match="metric 'val/acc': .* 'val/accuracy', 'val/loss'"):
+        best_run("study", metric="val/acc")
+
+
+def test_where_all_are_nan_none_is_best(tracker: Tracker) -> None:
+    record(tracker, accuracy=math.nan)
+    with pytest.raises(ValueError, match="no finished run with a model and a number as"):
+        best_run("study")
+
+
+def test_a_metric_that_mlflow_cannot_parse_is_one_clear_line(tracker: Tracker) -> None:
+    with pytest.raises(ValueError, match="Invalid order_by clause") as info:
+        best_run("study", metric="a`b")
+    one_line_of(info)
+
+
+# A store that can't be opened
+
+
+def test_a_missing_database_is_named_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match="no runs here: .*/mlflow.db' does not exist"):
+        best_run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_missing_database_is_not_made_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nonexistent/x.db")
+    with pytest.raises(ValueError, match="nonexistent/x.db' does not exist"):
+        best_run("study")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_database_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("not a database, but long enough to be looked at\n" * 50)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/notes.txt")
+    with pytest.raises(ValueError, match=r"can't open .*notes.txt: file is not a database$"):
+        best_run("study")
+
+
+def test_a_server_that_is_away_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ValueError, match=r"server http://me:\*\*\*@127.0.0.1:9 doesn't") as info:
+        best_run("study")
+    assert "secret" not in one_line_of(info)
+
+
+def test_a_missing_database_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+pg8000://me:secret@127.0.0.1:9/db")
+    with pytest.raises(ValueError, match=r"postgresql\+pg8000://me:\*\*\*@.*No module named"):
+        best_run("study")
+
+
+def test_retries_are_bounded_unless_the_user_says_otherwise(
+    mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.delenv(retries, raising=False)
+    with reading():
+        assert os.environ[retries] == "2"
+    assert retries not in os.environ
+    monkeypatch.setenv(retries, "5")
+    with reading():
+        assert os.environ[retries] == "5"
+    assert os.environ[retries] == "5"

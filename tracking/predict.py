@@ -1,0 +1,463 @@
+"""Label images with a recorded model: `load_best().predict(images)`, or as a command.
+
+`python -m tracking.predict SOURCE` labels a folder of images, an image, an array or a split of a
+data set, and writes a CSV file. MLflow, PyTorch and pandas are imported by what needs them, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from tracking.best import DEFAULT_METRIC, choose, described, model_uri
+from tracking.sources import Source, check, class_names, open_source
+from tracking.store import environment, one_line, reading
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas as pd
+    from mlflow.models import Model
+    from torch import Tensor
+
+    from tracking.sources import Labels
+
+    Images = npt.NDArray[np.uint8] | Tensor
+
+BATCH_SIZE = 1024
+
+# Read and written at once, in images: enough to make the cost of a chunk small.
+_CHUNK = 4096
+
+_LOADING = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictor:
+    """A recorded model, loaded to label images."""
+
+    model: Callable[[Tensor], Tensor]
+    """Images (N, H, W, C) uint8 → probabilities (N, K)."""
+    classes: tuple[str, ...]
+    """The K class names, in the order of the probabilities."""
+    image_shape: tuple[int, int, int]
+    """Height, width and channels that the model takes."""
+    uri: str
+    run_id: str | None
+    metadata: Mapping[str, Any]
+    """What was recorded beside the class names: data set, its digest, seed, loss."""
+
+    def predict(
+        self,
+        images: Images | Sequence[Images],
+        *,
+        sources: Sequence[object] | None = None,
+        labels: Labels | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> pd.DataFrame:
+        """Label images, and return a row for each.
+
+        Args:
+            images: uint8, (N, H, W, C) or one image (H, W, C), or a list of such.
+            sources: what each image is called; else its position.
+            labels: the true classes: names (None where it is not known) or positions in `classes`.
+            batch_size: images at a time.
+
+        Returns:
+            Columns `source`, `prediction` (a class name), `probability` (that of the prediction),
+            `p(<class>)` for each class, and, if labels are given, `label` (a class name, missing
+            where it is not known).
+
+        Raises:
+            ValueError: the images are of another type or shape, or numbers differ.
+        """
+        import numpy as np
+        import pandas as pd
+
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be ≥ 1, not {batch_size}")
+        batch = self._as_array(images)
+        probabilities = self._probabilities(batch, batch_size)
+        names: Any = range(len(batch))
+        if sources is not None:
+            # Objects, because pandas' strings take no file name that is no UTF-8.
+            names = pd.Series(list(sources), dtype=object)
+        if len(names) != len(batch):
+            raise ValueError(f"{len(batch)} images need as many sources, not {len(names)}")
+        best = probabilities.argmax(axis=1)
+        columns: dict[str, Any] = {
+            "source": names,
+            "prediction": [self.classes[k] for k in best],
+            "probability": probabilities[np.arange(len(batch)), best],
+        }
+        columns |= {f"p({name})": probabilities[:, k] for k, name in enumerate(self.classes)}
+        if labels is not None:
+            columns["label"] = class_names(labels, self.classes, size=len(batch))
+        return pd.DataFrame(columns)
+
+    def _as_array(self, images: Images | Sequence[Images]) -> npt.NDArray[np.uint8]:
+        import numpy as np
+
+        if isinstance(images, (list, tuple)):
+            parts = [self._as_array(image) for image in images]
+            return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *parts])
+        array = np.asarray(images)
+        if array.ndim == 3:
+            array = array[np.newaxis]
+        if array.dtype != np.uint8 or array.shape[1:] != self.image_shape:
+            shape = ", ".join(str(size) for size in self.image_shape)
+            raise ValueError(
+                f"images must be uint8 (0 to 255) and (N, {shape}) or ({shape}): "
+                f"these are {array.dtype} {np.shape(images)}"
+            )
+        return array
+
+    def _probabilities(
+        self, images: npt.NDArray[np.uint8], batch_size: int
+    ) -> npt.NDArray[np.float32]:
+        import numpy as np
+        import torch
+
+        probabilities = np.empty((len(images), len(self.classes)), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                batch = slice(start, start + batch_size)
+                # Copied: torch warns of memory that it may not write to, as a mapped file is.
+                probabilities[batch] = self.model(torch.from_numpy(images[batch].copy())).numpy()
+        return probabilities
+
+
+def load_best(experiment: str | None = None, *, metric: str = DEFAULT_METRIC) -> Predictor:
+    """Load the model of the best finished run of an experiment: see `tracking.best.choose`."""
+    return load_model(model_uri(choose(experiment, metric=metric).run))
+
+
+def load_run(run_id: str) -> Predictor:
+    """Load the last model of a run. Raises ValueError if there is no such run, or no model."""
+    with reading() as client:
+        return load_model(model_uri(client.get_run(run_id)))
+
+
+def load_model(uri: str) -> Predictor:
+    """Load a model by its URI: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
+
+    It is loaded on the CPU, and refused if that takes pickle, which can run any code.
+
+    Raises:
+        ValueError: there is no such model, or it is none that `tracking.runs` recorded.
+    """
+    from tempfile import TemporaryDirectory
+
+    with environment(_LOADING), TemporaryDirectory() as scratch:
+        folder = _fetched(uri, scratch)
+        about = _description(uri, folder)
+        metadata = about.metadata or {}
+        return Predictor(
+            model=_load_graph(uri, folder),
+            classes=tuple(metadata["classes"]),
+            image_shape=about.signature.inputs.inputs[0].shape[1:],
+            uri=uri,
+            run_id=about.run_id,
+            metadata=metadata,
+        )
+
+
+def _fetched(uri: str, destination: str) -> Path:
+    """Return a folder that holds the model: its own, if it is one on this machine, or a copy."""
+    from mlflow.artifacts import download_artifacts
+
+    folder = Path(uri.removeprefix("file://"))
+    if (folder / "MLmodel").is_file():
+        return folder
+    if ":/" not in uri:
+        raise ValueError(f"there is no model {uri!r}: give a URI, or a folder with a file MLmodel")
+    with reading():
+        try:
+            # With a destination, because MLflow writes into the store's folder if it returns that.
+            return Path(download_artifacts(uri, dst_path=destination))
+        except (ImportError, OSError) as error:  # a kind of store that takes another package, say
+            raise ValueError(f"can't fetch the model {uri}: {one_line(error)}") from error
+
+
+def _description(uri: str, folder: Path) -> Model:
+    """Return what a model's file MLmodel says, if it is a model that can label images."""
+    from mlflow.models import Model
+
+    try:
+        about = Model.load(str(folder))
+    except Exception as error:  # a damaged file may lack anything
+        raise ValueError(f"can't read the file MLmodel of {uri}: {one_line(error)}") from error
+    objection = _objection(about, folder)
+    if objection:
+        raise ValueError(f"{uri} can't be used as a model: {objection}")
+    return about
+
+
+def _objection(about: Model, folder: Path) -> str | None:
+    """Return what keeps us from labelling images with a model, if anything does."""
+    flavor = about.flavors.get("pytorch")
+    if flavor is None:
+        return f"it is no PyTorch model, but {', '.join(about.flavors) or 'nothing that is known'}"
+    data = folder / flavor["model_data"]
+    # Of a model.pth, MLflow imports the module that a file beside it names, before it refuses.
+    if not (data / "model.pt2").is_file() or (data / "model.pth").exists():
+        return "it is not stored as a graph (pt2), and pickle, which can run any code, is refused"
+    classes = (about.metadata or {}).get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "its metadata names no classes"
+    if about.signature is None or not about.signature.inputs or not about.signature.outputs:
+        return "it has no signature"
+    (images, *others), outputs = about.signature.inputs.inputs, about.signature.outputs.inputs
+    if others or str(images.type) != "uint8" or len(images.shape) != 4 or min(images.shape[1:]) < 1:
+        return f"it takes {about.signature.inputs}, not images (N, H, W, C) uint8"
+    if len(set(classes)) != len(classes) or outputs[0].shape != (-1, len(classes)):
+        return f"it gives {about.signature.outputs} for the classes {classes}"
+    return None
+
+
+def _load_graph(uri: str, folder: Path) -> Callable[[Tensor], Tensor]:
+    from mlflow import pytorch
+
+    try:
+        module: Callable[[Tensor], Tensor] = pytorch.load_model(str(folder), device="cpu")
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"can't load the model {uri}: {one_line(error)}") from error
+    return module
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    parser = _Parser(
+        prog="python -m tracking.predict",
+        description="Label images with the best model of an MLflow experiment, and write a CSV "
+        "file: source, prediction, probability, p(<class>) for each class, and label, the true "
+        "class, where it is known. Then the accuracy is printed, too.",
+        epilog="exit codes: 0 done; 2 bad input; 130 interrupted. Only 0 leaves a file.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder of images, with all below it, or one image (true class: the name of its "
+        "folder, if the model has such a class); an .npy file (uint8, N×H×W×C, N×H×W or H×W×C); "
+        "an .npz file with such images, and labels if there are any (class names, or integers "
+        "from 0); or NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or "
+        "test), split as it was when the model was trained. Images of any size: they are resized",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="the CSV file; one that is there is replaced, once all is done (default: %(default)s)",
+    )
+    model = parser.add_argument_group("model, at most one of")
+    model.add_argument(
+        "--experiment",
+        metavar="NAME",
+        help="the MLflow experiment whose best finished run is used (default: that of `mlflow run` "
+        "or MLFLOW_EXPERIMENT_NAME, else cnn-sweep)",
+    )
+    model.add_argument("--run-id", metavar="ID", help="use this run instead")
+    model.add_argument(
+        "--model",
+        metavar="URI",
+        help="use this model instead, say models:/NAME@ALIAS, runs:/ID/model or a folder",
+    )
+    parser.add_argument(
+        "--metric",
+        default=DEFAULT_METRIC,
+        metavar="NAME",
+        help="what is best: the run with the highest last value of this metric, the lowest if the "
+        "name ends in loss (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="IMAGES",
+        help="images that go through the model at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where downloads and decoded images of data sets are kept (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Label what a command line names, and return the exit code."""
+    parser = build_parser()
+    try:
+        _run(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be ≥ 1, not {options.batch_size}")
+    # By hand, because an empty one counts as not given: MLproject's parameters have defaults.
+    if sum(map(bool, (options.experiment, options.run_id, options.model))) > 1:
+        raise ValueError("--experiment, --run-id and --model exclude each other: give one")
+    check(options.source)
+    with _written_whole(options.out, source=options.source) as file:
+        predictor, why = _chosen(options)
+        source = open_source(
+            options.source,
+            classes=predictor.classes,
+            metadata=predictor.metadata,
+            data_dir=options.data_dir,
+        )
+        print(why)
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        tally = _label(predictor, source, file, batch_size=options.batch_size)
+    # With quotes and escapes: a path may hold what a terminal doesn't take.
+    print(f"labelled {source.size} images of {options.source!r}: {str(options.out)!r}\n")
+    print(tally)
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
+    """Return the model that the command line asks for, and a line on which it is, and why."""
+    if options.model:
+        predictor = load_model(options.model)
+        return predictor, f"model {predictor.uri} of run {predictor.run_id}"
+    if options.run_id:
+        with reading() as client:
+            run = client.get_run(options.run_id)
+        return load_model(model_uri(run)), described(run)
+    choice = choose(options.experiment or None, metric=options.metric)
+    return load_model(model_uri(choice.run)), str(choice)
+
+
+def _label(predictor: Predictor, source: Source, file: TextIO, *, batch_size: int) -> _Tally:
+    """Label all images of a source, chunk by chunk, and write them down."""
+    tally = _Tally()
+    with _progress(source.size) as advance:
+        for chunk in source.read(batch_size * max(1, _CHUNK // batch_size)):
+            frame = predictor.predict(
+                chunk.images, sources=chunk.names, labels=chunk.labels, batch_size=batch_size
+            )
+            _write(frame, file, header=tally.size == 0)
+            tally.add(frame)
+            advance(len(frame))
+    return tally
+
+
+def _write(frame: pd.DataFrame, file: TextIO, *, header: bool) -> None:
+    try:
+        frame.to_csv(file, index=False, header=header, lineterminator="\n")
+        file.flush()
+    except OSError as error:
+        raise ValueError(f"can't write the predictions: {error.strerror}") from error
+
+
+@dataclass
+class _Tally:
+    """How often each class was predicted, was true, and was both."""
+
+    size: int = 0
+    predicted: Counter[str] = field(default_factory=Counter)
+    true: Counter[str] = field(default_factory=Counter)
+    correct: Counter[str] = field(default_factory=Counter)
+
+    def add(self, frame: pd.DataFrame) -> None:
+        self.size += len(frame)
+        self.predicted.update(frame["prediction"])
+        if "label" in frame:
+            self.true.update(frame["label"].dropna())
+            self.correct.update(frame.loc[frame["prediction"] == frame["label"], "label"])
+
+    def __str__(self) -> str:
+        import pandas as pd
+
+        columns = {"predicted": self.predicted}
+        if self.true:
+            columns |= {"true": self.true, "correct": self.correct}
+        table = pd.DataFrame(columns).fillna(0).astype(int)
+        lines = [table.sort_index().rename_axis("class").reset_index().to_string(index=False)]
+        labelled, correct = self.true.total(), self.correct.total()
+        if labelled:
+            lines.append(f"\naccuracy {100 * correct / labelled:.2f} % ({correct} of {labelled})")
+        return "\n".join(lines)
+
+
+@contextmanager
+def _written_whole(path: Path, *, source: str) -> Iterator[TextIO]:
+    """Open a text file that gets its name when the `with` block is done, and never if that fails.
+
+    Raises ValueError, before the block is entered, if it can't be written.
+    """
+    try:
+        target = path.resolve()  # a link stays one
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        _check_writable(target, source)
+        # File names that are no UTF-8 go out as they came in.
+        file = draft.open("x", encoding="utf-8", errors="surrogateescape", newline="")
+    except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
+        raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
+    try:
+        with file:
+            yield file
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _check_writable(target: Path, source: str) -> None:
+    if not target.parent.is_dir():
+        raise ValueError(f"can't write --out: there is no folder {str(target.parent)!r}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"can't write --out: {str(target)!r} is there, and is no regular file")
+    if target.exists() and os.path.lexists(source) and target.samefile(source):
+        raise ValueError("can't write --out: it is SOURCE itself")
+    for place in (target.parent, target):
+        # The mode too: for root everything is writable, also what was made read-only on purpose.
+        if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
+            raise ValueError(f"can't write --out: {str(place)!r} is read-only")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many images are done; hand out what is to be told of each step."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
