@@ -176,7 +176,7 @@ def make_pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
 
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "none": lambda _: optuna.pruners.NopPruner(),
-    "median": lambda _: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+    "median": lambda _: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
     "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(
         min_resource=1, max_resource=epochs, reduction_factor=3
     ),

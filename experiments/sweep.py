@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -31,9 +31,14 @@ exit codes: 0 done; 1 no trial of the study is complete; 2 bad input; 130 interr
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # one line, like all that is wrong with what was typed
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    parser = _Parser(
         prog="python -m experiments.sweep",
         description="Find out which loss function, learning rate and batch size train a CNN best: "
         "an Optuna study, each trial a run with its model in MLflow.",
@@ -194,9 +199,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep of a command line, and return the exit code."""
     parser = build_parser()
-    options = parser.parse_args(argv)
     try:
-        return _run(options)
+        return _run(parser.parse_args(argv))
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -28,12 +28,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
+from tracking.store import opening
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
 DEFAULT_EXPERIMENT = "cnn-sweep"
 MODEL_NAME = "model"
+
+# The MLflow UI shows such an experiment as one of models and metrics, not of prompts and traces.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 OUTCOMES = {
     "complete": "FINISHED",
@@ -75,8 +80,7 @@ class Tracker:
             ValueError: the tracking store can't be opened, or the experiment can't be used.
         """
         _quieten()
-        try:
-            client = _client()
+        with opening() as client:
             adopted = os.environ.get("MLFLOW_RUN_ID")
             if adopted:
                 found = client.get_experiment(client.get_run(adopted).info.experiment_id)
@@ -89,10 +93,8 @@ class Tracker:
             else:
                 name = experiment or default_experiment()
                 found = client.get_experiment_by_name(name) or client.get_experiment(
-                    client.create_experiment(name)
+                    client.create_experiment(name, tags=EXPERIMENT_TAGS)
                 )
-        except MlflowException as error:
-            raise ValueError(_unusable(error)) from error
         if found.lifecycle_stage != "active":
             raise ValueError(
                 f"experiment {found.name!r} is deleted: restore it by `mlflow experiments restore "
@@ -300,11 +302,6 @@ def quoted(value: str) -> str:
     if '"' not in value:
         return f'"{value}"'
     raise ValueError(f"{value!r} holds both kinds of quotes: MLflow can't search for it")
-
-
-def _unusable(error: Exception) -> str:
-    first = str(error).strip().splitlines()[0]
-    return f"the MLflow tracking store {mlflow.get_tracking_uri()} can't be used: {first}"
 
 
 def _quieten() -> None:

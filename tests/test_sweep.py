@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_pool import FakePool, diverges, trains, weights
+from PIL import Image
+
+import experiments.workers
+from cnn.losses import LOSSES
+from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
+from experiments.settings import Settings
+from experiments.space import PRUNERS, SAMPLERS
+from experiments.sweep import build_parser, main
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = ["--trials", "2", "--epochs", "2"]
+
+
+class PoolOfFakes(FakePool):
+    """The pool that the command line opens."""
+
+    def __enter__(self) -> PoolOfFakes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, data: object) -> None:
+        pass
+
+
+def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
+    monkeypatch.setattr(
+        experiments.workers,
+        "Pool",
+        lambda num_workers, num_threads: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits_cache: Path) -> None:
+    """Each test has its own folder, which the decoded digits are in already."""
+    (Path.cwd() / "data").symlink_to(digits_cache)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    use_pool(monkeypatch, lambda job, config: script_of_ten(job, config))
+
+
+def script_of_ten(job: int, config: object) -> Iterator[object]:
+    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)  # type: ignore[arg-type]
+    yield from epochs
+    yield weights(job, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cnn.data import load
+
+    folder = tmp_path_factory.mktemp("data")
+    load("digits", data_dir=folder, seed=0)
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Return the one line of an exit with code 2."""
+    assert main(list(argv)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m experiments.sweep: error: ")
+    return line
+
+
+def test_the_help_names_every_choice() -> None:
+    text = build_parser().format_help()
+    for names in (LOSSES, SAMPLERS, PRUNERS, OPTIMIZERS, SCHEDULES, PRECISIONS):
+        for name in names:
+            assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("option", "table"),
+    [
+        ("--sampler", SAMPLERS),
+        ("--pruner", PRUNERS),
+        ("--optimizer", OPTIMIZERS),
+        ("--schedule", SCHEDULES),
+        ("--precision", ["auto", *PRECISIONS]),
+    ],
+)
+def test_the_choices_of_an_option_are_those_of_its_table(option: str, table: object) -> None:
+    (action,) = (a for a in build_parser()._actions if option in a.option_strings)
+    assert action.choices is not None
+    assert list(action.choices) == list(table)  # type: ignore[call-overload]
+
+
+def test_every_setting_is_an_option() -> None:
+    assert set(Settings.__dataclass_fields__) <= set(vars(build_parser().parse_args([])))
+
+
+def test_a_sweep_ends_with_its_table_its_best_and_what_to_type_next(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*SMALL, "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"trial +outcome +loss +learning_rate +batch_size +epochs +val_accuracy", out)
+    assert re.search(r"best: trial 0, loss \w+, learning rate [\d.e-]+, batch size \d+", out)
+    assert "validation accuracy 90.00%" in out
+    assert "mlflow ui\n" in out
+    (predict,) = re.findall(r"python -m (tracking.predict .*)", out)
+    assert predict.startswith("tracking.predict digits:test --run-id ")
+
+
+def test_a_line_is_printed_for_each_trial_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SMALL, "--workers", "1"])
+    lines = re.findall(r"^ +(\d) .* complete .* best 90.00%", capsys.readouterr().out, re.M)
+    assert lines == ["0", "1"]
+
+
+def test_the_same_command_again_does_nothing_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(SMALL)
+    capsys.readouterr()
+    assert main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "2 already finished" in out
+    assert "nothing is left to do" in out
+    assert "best: trial 0" in out
+
+
+def test_a_sweep_without_a_complete_trial_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pool(monkeypatch, diverges)
+    assert main(SMALL) == 1
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_lists_are_taken_with_spaces_or_commas_and_all_is_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("experiments.sweep._sweep", lambda _, settings, *__: seen.append(settings))
+    main(["--losses", "l1 mse", "--batch-sizes", "8,16"])
+    main(["--losses", "l1", "mse", "--batch-sizes", "8", "16"])
+    main(["--losses", "all"])
+    assert (seen[0].losses, seen[0].batch_sizes) == (("l1", "mse"), (8, 16))
+    assert seen[0] == seen[1]
+    assert seen[2].losses == tuple(LOSSES)
+
+
+def test_tensorboard_files_hold_every_metric(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main([*SMALL, "--tensorboard", str(tmp_path / "tb")])
+    folders = sorted((tmp_path / "tb").iterdir())
+    assert [folder.name[:3] for folder in folders] == ["000", "001"]
+    events = EventAccumulator(str(folders[0])).Reload()
+    assert [event.step for event in events.Scalars("val/accuracy")] == [1, 2]
+    assert events.Scalars("val/accuracy")[-1].value == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--losses", "hinge"], "unknown loss 'hinge'"),
+        (["--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["--sampler", "cma"], "argument --sampler: invalid choice: 'cma'"),
+        (["--pruner", "x"], "argument --pruner: invalid choice: 'x'"),
+        (["--learning-rate-min", "0"], "--learning-rate-min must be finite and > 0, not 0.0"),
+        (["--learning-rate-min", "-1"], "--learning-rate-min must be finite and > 0, not -1.0"),
+        (["--learning-rate-max", "inf"], "--learning-rate-max must be finite and > 0, not inf"),
+        (["--learning-rate-max", "nan"], "--learning-rate-max must be finite and > 0, not nan"),
+        (["--learning-rate-min", "2"], "--learning-rate-min 2.0 must be smaller than"),
+        (["--batch-sizes", "0"], "batch_size must be an integer ≥ 1, not 0"),
+        (["--batch-sizes", "64", "many"], "--batch-sizes takes integers ≥ 1, not 'many'"),
+        (["--batch-sizes", "100000"], "batch size 100000 is larger than the training split"),
+        (["--epochs", "0"], "epochs must be an integer ≥ 1, not 0"),
+        (["--trials", "-1"], "--trials must be ≥ 1, not -1"),
+        (["--trials", "x"], "argument --trials: invalid int value: 'x'"),
+        (["--seed", "-1"], "seed must be an integer from 0"),
+        (["--workers", "0"], "--workers must be ≥ 1, not 0"),
+        (["--timeout", "-1"], "--timeout must be seconds ≥ 0"),
+        (["--device", "tpu"], "device 'tpu' is not here"),
+        (["--storage", "sqlite:////proc/none/o.db"], "'sqlite:////proc/none/o.db' can't be opened"),
+        (["--storage", "optuna.db"], "'optuna.db' can't be opened"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_bad_input_is_one_line_and_records_nothing(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert message in error_of(capsys, *argv)
+    assert not Path("mlruns").exists()
+    assert not list(Path.cwd().glob("*.db.*.lock"))
+
+
+def test_a_tracking_store_that_cannot_be_opened_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+    assert "can't make MLflow's database '/proc/nowhere/mlflow.db'" in error_of(capsys, *SMALL)
+
+
+def test_a_tracking_server_that_is_away_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 doesn't answer" in error_of(capsys, *SMALL)
+
+
+def test_a_folder_with_a_file_that_is_no_image_is_refused_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in "ab":
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "images" / "b" / "notes.txt").write_text("no image")
+    assert "notes.txt" in error_of(capsys, "--dataset", str(tmp_path / "images"))
+
+
+def test_bad_input_in_a_process_of_its_own_has_no_traceback() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", "--losses", "hinge"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "unknown loss 'hinge'" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_real_sweep_in_order(tmp_path: Path, number: int) -> None:
+    argv = ["--trials", "50", "--epochs", "50", "--data-dir", "data", "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "experiments.sweep", *argv],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("study digits-")
+        process.send_signal(number)
+        out = process.stdout.read()
+        assert process.wait() == 130
+    assert "the same command continues the study" in out

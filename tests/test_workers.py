@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn.data import Dataset, load
+from cnn.training import TrainConfig, train
+from experiments.workers import DataReference, EpochEnded, Event, JobEnded, JobFailed, Pool
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def config(**changes: object) -> TrainConfig:
+    fields = {"loss": "mse", "learning_rate": 0.1, "batch_size": 64, "epochs": 2} | changes
+    return TrainConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def data(data_dir: Path) -> Dataset:
+    return load("digits", data_dir=data_dir, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pool(data: Dataset, data_dir: Path) -> Iterator[Pool]:
+    """One pool for all tests: a worker takes seconds to start."""
+    with Pool(1) as pool:
+        pool.open(DataReference(digest=data.digest, data_dir=data_dir, seed=0))
+        yield pool
+
+
+def wait_for_end(pool: Pool, seconds: float = 60) -> list[Event]:
+    """Return the events up to that which ends a job."""
+    events: list[Event] = []
+    deadline = time.monotonic() + seconds
+    while not (events and isinstance(events[-1], (JobEnded, JobFailed))):
+        assert time.monotonic() < deadline, f"no end after {seconds} s: {events}"
+        events.extend(pool.wait(0.1))
+    return events
+
+
+def test_a_worker_trains_as_this_process_does(pool: Pool, data: Dataset) -> None:
+    pool.submit(7, config())
+    *epochs, ended = wait_for_end(pool)
+    expected = list(train(config(), data))
+    assert isinstance(ended, JobEnded)
+    assert [(e.job, e.number) for e in epochs if isinstance(e, EpochEnded)] == [(7, 1), (7, 2)]
+    for event, epoch in zip(epochs, expected, strict=True):
+        assert isinstance(event, EpochEnded)
+        # This process may have more threads, which sum up in another order.
+        assert event.metrics["train/loss"] == pytest.approx(epoch.train_loss, rel=1e-3)
+    for name, value in expected[-1].model.state_dict().items():
+        np.testing.assert_allclose(ended.weights[name], value.numpy(), atol=1e-2)
+
+
+def test_a_worker_repeats_bit_for_bit(pool: Pool) -> None:
+    ends = []
+    for job in (1, 2):
+        pool.submit(job, config(precision="bfloat16"))
+        end = wait_for_end(pool)[-1]
+        assert isinstance(end, JobEnded)
+        ends.append(end)
+    for name, value in ends[0].weights.items():
+        np.testing.assert_array_equal(ends[1].weights[name], value)
+
+
+def test_an_exception_ends_its_job_only(pool: Pool) -> None:
+    pool.submit(1, config(batch_size=10**6))
+    (failed,) = wait_for_end(pool)
+    assert isinstance(failed, JobFailed)
+    assert failed.error.startswith("ValueError: batch size 1000000 is larger")
+    assert "Traceback" in failed.details
+    pool.submit(2, config(epochs=1))
+    assert isinstance(wait_for_end(pool)[-1], JobEnded)
+
+
+def test_a_stopped_job_ends_before_its_last_epoch(pool: Pool) -> None:
+    pool.submit(1, config(epochs=500))
+    while not pool.wait(0.1):
+        pass
+    pool.stop(1)
+    *epochs, ended = wait_for_end(pool)
+    assert isinstance(ended, JobEnded)
+    assert len(epochs) < 100
+
+
+def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: Pool) -> None:
+    pool.submit(1, config(epochs=500))
+    while not pool.wait(0.1):
+        pass
+    (worker,) = pool._workers
+    worker.process.send_signal(signal.SIGKILL)
+    failed = wait_for_end(pool)[-1]
+    assert failed == JobFailed(
+        job=1, error="the worker process was killed by signal 9 (SIGKILL)", details=""
+    )
+    pool.submit(2, config(epochs=1))
+    assert isinstance(wait_for_end(pool)[-1], JobEnded)
+
+
+def test_workers_that_cannot_start_are_not_started_for_ever(data_dir: Path) -> None:
+    with Pool(1) as pool:
+        pool.open(DataReference(digest="0" * 32, data_dir=data_dir, seed=0))
+        with pytest.raises(RuntimeError, match="exited with status 1 without a job"):
+            wait_for_end(pool)
+
+
+def test_workers_end_when_the_main_process_is_killed(data: Dataset, data_dir: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from cnn.training import TrainConfig; from experiments.workers import *\n"
+        "pool = Pool(1); pool.open(DataReference(digest=sys.argv[1], "
+        "data_dir=Path(sys.argv[2]), seed=0))\n"
+        "pool.submit(1, TrainConfig(loss='mse', learning_rate=0.1, batch_size=1, epochs=99))\n"
+        "print(pool._workers[0].process.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, data.digest, str(data_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as main:
+        assert main.stdout is not None
+        worker = int(main.stdout.readline())
+        main.kill()
+    deadline = time.monotonic() + 20
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlives its main process"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
