@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from experiments.settings import Settings
     from experiments.study import SweepStarted
+
+SAME_WISH_SECONDS = 1.0
 
 EPILOG = """\
 losses:
@@ -44,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "an Optuna study, each trial a run with its model in MLflow.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -199,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep of a command line, and return the exit code."""
     parser = build_parser()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         return _run(parser.parse_args(argv))
     except ValueError as error:
@@ -344,17 +349,18 @@ def _num_cores() -> int:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list, for the sweep to end in order.
+def _interrupts() -> Iterator[list[float]]:
+    """Collect the time of the first SIGINT or SIGTERM in a list, for the sweep to end in order.
 
-    The second ends it at once.
+    The second ends it at once, unless it comes with the first: `mlflow run` hands on a Ctrl-C as
+    SIGTERM to a process that has had it from the terminal already.
     """
-    received: list[int] = []
+    received: list[float] = []
 
-    def receive(number: int, _: object) -> None:
-        if received:
+    def receive(*_: object) -> None:
+        if received and time.monotonic() > received[0] + SAME_WISH_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(time.monotonic())
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -134,7 +134,7 @@ class Pool:
     def _receive(self, worker: _Worker) -> Iterator[Event]:
         try:
             event: Event = worker.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # the latter, where it died within a message
             error = f"the worker process {worker.close()}"
             self._replace(worker, error)
             if worker.job is not None:
@@ -247,8 +247,10 @@ def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[
             os._exit(1)  # the main process is gone: nobody waits for what is under way
         if isinstance(message, int):
             stopped.add(message)
-        else:
-            inbox.put(message)
+            continue
+        if isinstance(message, tuple):
+            stopped.discard(message[0])  # a job that was stopped can be handed out again
+        inbox.put(message)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,14 @@ def test_a_stopped_job_ends_before_its_last_epoch(pool: Pool) -> None:
     assert len(epochs) < 100
 
 
+def test_a_job_that_was_stopped_can_be_handed_out_again(pool: Pool) -> None:
+    pool.submit(1, config(epochs=500))
+    pool.stop(1)
+    wait_for_end(pool)
+    pool.submit(1, config(epochs=3))
+    assert len(wait_for_end(pool)) == 4
+
+
 def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: Pool) -> None:
     pool.submit(1, config(epochs=500))
     while not pool.wait(0.1):

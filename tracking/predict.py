@@ -253,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         "file: source, prediction, probability, p(<class>) for each class, and label, the true "
         "class, where it is known. Then the accuracy is printed, too.",
         epilog="exit codes: 0 done; 2 bad input; 130 interrupted. Only 0 leaves a file.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "source",
@@ -310,6 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Label what a command line names, and return the exit code."""
     parser = build_parser()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         _run(parser.parse_args(argv))
     except ValueError as error:

@@ -26,7 +26,12 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+)
 
 from tracking.store import opening
 
@@ -116,7 +121,7 @@ class Tracker:
         """
         if adopted := os.environ.get("MLFLOW_RUN_ID"):
             run = Run(self.client, adopted, self.experiment_id)
-            run.set_tags(tags)
+            run.set_tags({MLFLOW_RUN_NAME: name, **tags})
             return run
         run_before = self.find_run(earlier) if earlier else None
         if run_before is not None:

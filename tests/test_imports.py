@@ -1,0 +1,171 @@
+"""Who imports whom: `experiments` → `tracking`, `cnn`, and never the other way round."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "cnn": {"mlflow", "optuna", "tracking", "experiments"},
+    "tracking": {"optuna", "cnn", "experiments"},
+}
+# What labels images by name has to decode them as training does: a call of one of its functions
+# imports `cnn`, importing it does not.
+INSIDE_FUNCTIONS = {"tracking/sources.py": {"cnn"}}
+
+SLOW_TO_IMPORT = {"torch", "mlflow", "optuna", "pandas"}
+
+# Imports every module of a package, one after the other, and prints what each brought.
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+names = [package.__name__]
+names += [found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+brought, before = {}, set()
+for name in names:
+    importlib.import_module(name)
+    now = {module.partition(".")[0] for module in sys.modules}
+    brought[name] = sorted(now - before)
+    before = now
+print(json.dumps(brought))
+"""
+
+# Runs a module as `python -m` does, asks it for help, and prints what that brought.
+HELP = """
+import json, runpy, sys
+name = sys.argv[1]
+sys.argv = [name, "--help"]
+try:
+    runpy.run_module(name, run_name="__main__")
+except SystemExit as exit:
+    assert not exit.code
+print(json.dumps(sorted({module.partition(".")[0] for module in sys.modules})))
+"""
+
+
+def in_a_new_process(script: str, argument: str, *, root: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, argument],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@cache
+def brought(package: str, root: Path) -> dict[str, list[str]]:
+    """Return what each module of a package brings, beyond those imported before it."""
+    found: dict[str, list[str]] = json.loads(in_a_new_process(IMPORT_ALL, package, root=root))
+    return found
+
+
+def wrong_imports(package: str, *, root: Path = ROOT) -> dict[str, set[str]]:
+    """Return what each module of a package brings when imported, and must not."""
+    return {
+        module: wrong
+        for module, names in brought(package, root).items()
+        if (wrong := FORBIDDEN[package].intersection(names))
+    }
+
+
+def wrong_statements(package: str, *, root: Path = ROOT) -> list[str]:
+    """Return the import statements of a package that must not be, wherever in a file they are."""
+    return [
+        f"{path.relative_to(root).as_posix()}:{line} imports {name}"
+        for path in sorted((root / package).rglob("*.py"))
+        for name, line, in_function in imports(path)
+        if name in FORBIDDEN[package]
+        and not (
+            in_function and name in INSIDE_FUNCTIONS.get(path.relative_to(root).as_posix(), set())
+        )
+    ]
+
+
+def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Yield each top-level package that a file imports, its line, and whether in a function."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                names = [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), level=0):
+                names = [module]
+            case _:
+                continue
+        for name in names:
+            yield name.partition(".")[0], node.lineno, id(node) in inside
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_importing_a_package_brings_nothing_that_it_must_not_know(package: str) -> None:
+    assert wrong_imports(package) == {}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_file_of_a_package_imports_what_it_must_not_know(package: str) -> None:
+    assert wrong_statements(package) == []
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_every_module_is_looked_at(package: str) -> None:
+    stems = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert set(brought(package, ROOT)) == {package, *(f"{package}.{stem}" for stem in stems)}
+
+
+@pytest.mark.parametrize("module", ["experiments.sweep", "tracking.predict"])
+def test_help_imports_nothing_slow(module: str) -> None:
+    *text, modules = in_a_new_process(HELP, module, root=ROOT).splitlines()
+    assert f"python -m {module}" in text[0]
+    assert SLOW_TO_IMPORT.isdisjoint(json.loads(modules))
+
+
+def plant(root: Path, file: str, source: str) -> None:
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "__init__.py").touch()
+    path.write_text(source)
+
+
+def test_a_module_that_imports_what_it_must_not_would_be_found(tmp_path: Path) -> None:
+    plant(tmp_path, "experiments/space.py", "")
+    plant(tmp_path, "cnn/good.py", "import json\n")
+    plant(tmp_path, "cnn/model.py", "from experiments import space\n")
+    plant(tmp_path, "tracking/runs.py", "import experiments.space\n")
+    assert wrong_imports("cnn", root=tmp_path) == {"cnn.model": {"experiments"}}
+    assert wrong_imports("tracking", root=tmp_path) == {"tracking.runs": {"experiments"}}
+    assert wrong_statements("cnn", root=tmp_path) == ["cnn/model.py:1 imports experiments"]
+
+
+def test_an_import_that_goes_round_about_would_be_found(tmp_path: Path) -> None:
+    plant(tmp_path, "experiments/space.py", "")
+    plant(tmp_path, "helpers/names.py", "import experiments.space\n")
+    plant(tmp_path, "cnn/model.py", "import helpers.names\n")
+    assert wrong_imports("cnn", root=tmp_path) == {"cnn.model": {"experiments"}}
+
+
+def test_an_import_that_hides_in_a_function_would_be_found(tmp_path: Path) -> None:
+    hidden = "def f():\n    import cnn.data\n"
+    plant(tmp_path, "tracking/runs.py", hidden)
+    plant(tmp_path, "tracking/sources.py", f"{hidden}\nimport cnn\n")
+    assert wrong_statements("tracking", root=tmp_path) == [
+        "tracking/runs.py:2 imports cnn",
+        "tracking/sources.py:4 imports cnn",  # where it may, inside functions, it may only there
+    ]
