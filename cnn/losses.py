@@ -189,9 +189,9 @@ def multi_margin(outputs: Tensor, labels: Tensor) -> Tensor:
 
     Weston & Watkins 1999. The outputs are scores, so their softmax ranks but is not calibrated.
     """
-    # torch has no half precision for this one on the CPU.
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return F.multi_margin_loss(outputs, labels)
+    # Not torch's own, which makes a loss of 0 of NaN outputs, and has no half precision on the CPU.
+    margins = F.relu(1 - outputs.gather(1, labels.unsqueeze(1)) + outputs)
+    return (margins * (1 - _one_hot(outputs, labels))).mean()
 
 
 def squared_hinge(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -307,8 +307,8 @@ LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
 
 def get_loss(name: str) -> Loss:
     """The loss of that name, as users type it. Raises ValueError, with the choices, for others."""
-    if name in LOSSES:
+    if isinstance(name, str) and name in LOSSES:
         return LOSSES[name]
-    close = difflib.get_close_matches(name, LOSSES, n=1)
+    close = difflib.get_close_matches(str(name), LOSSES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown loss {name!r}{hint}; choose from {', '.join(LOSSES)}")

@@ -62,5 +62,5 @@ def build_cnn(num_classes: int, *, seed: int) -> CNN:
     PyTorch's layers draw from the global generator only: it is set aside meanwhile.
     """
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the GPUs as well
         return CNN(num_classes).to(memory_format=torch.channels_last)

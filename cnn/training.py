@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -119,6 +120,8 @@ class TrainConfig:
         _check("seed", self.seed, "an integer from 0 to 2**32 - 1", _is_integer_from(0, 2**32 - 1))
         _check("momentum", self.momentum, "≥ 0 and < 1", lambda v: 0 <= v < 1)
         _check("weight_decay", self.weight_decay, "finite and ≥ 0", lambda v: 0 <= v < math.inf)
+        is_device = re.compile(r"cpu|cuda(:\d+)?").fullmatch
+        _check("device", self.device, "cpu, cuda or cuda:N", is_device)
 
     def as_params(self) -> dict[str, Any]:
         """Return the fields by name, for a tracker's params."""
@@ -156,7 +159,7 @@ class Epoch:
     images_per_second: float
     """Training images a second of training time, validation left out."""
     diverged: bool
-    """The loss or a weight is no longer finite: this is the last epoch."""
+    """A loss, of training or validation, or a weight is not finite: this is the last epoch."""
     model: CNN = field(repr=False, compare=False)
     """The network itself, float32; it goes on changing if the iteration goes on."""
 
@@ -194,7 +197,8 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
         trained = _train_epoch(stepper, training, torch.split(order, config.batch_size))
         trained_at = time.perf_counter()
         validated = evaluate(model, validation, loss)
-        diverged = not (math.isfinite(trained.loss) and _is_finite(model))
+        losses_are_finite = math.isfinite(trained.loss) and math.isfinite(validated.loss)
+        diverged = not (losses_are_finite and _is_finite(model))
         yield Epoch(
             number=number,
             train_loss=trained.loss,
@@ -370,12 +374,12 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 
 def _is_integer_from(low: int, high: float = math.inf) -> Callable[[object], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+    return lambda v: isinstance(v, int) and low <= v <= high
 
 
-def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], object]) -> None:
     try:
-        fine = is_allowed(value)
+        fine = is_allowed(value) and not isinstance(value, bool)  # True is an integer to Python
     except TypeError:
         fine = False
     if not fine:
@@ -383,5 +387,5 @@ def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

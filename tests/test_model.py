@@ -1,0 +1,216 @@
+"""The CNN against the design's layers, and against a slow, obvious version in numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cnn.losses import PROBABILITIES
+from cnn.model import CNN, Classifier, build_cnn
+
+
+def random_images(num_images):
+    """Return images (N, 32, 32, 3) uint8 in which no axis is like another."""
+    generator = torch.Generator().manual_seed(num_images)
+    return torch.randint(256, (num_images, 32, 32, 3), generator=generator, dtype=torch.uint8)
+
+
+def layers(model):
+    return [*model.features, *model.head]
+
+
+def inputs_of(layer, model, images):
+    """Return what a layer is given when the model sees these images."""
+    given = []
+    handle = layer.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    model(images)
+    handle.remove()
+    return given[0]
+
+
+def slow_outputs(model, images):
+    """What the design says, on numpy arrays (N, C, H, W) in float64."""
+    weights = [weight.detach().double().numpy() for weight in model.parameters()]
+    x = np.transpose(images.numpy(), (0, 3, 1, 2)) / 127.5 - 1
+    for weight, bias in zip(weights[0:6:2], weights[1:6:2], strict=True):
+        x = slow_max_pool(slow_convolution(x, weight, bias))
+    x = x.reshape(len(x), 1024)
+    for weight, bias in zip(weights[6::2], weights[7::2], strict=True):
+        x = x @ weight.T + bias
+    return torch.from_numpy(x)
+
+
+def slow_convolution(x, weight, bias):
+    height, width = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    out = np.broadcast_to(bias[:, None, None], (len(x), len(bias), height, width)).copy()
+    for i in range(5):
+        for j in range(5):
+            window = padded[:, :, i : i + height, j : j + width]
+            out += np.einsum("nchw,kc->nkhw", window, weight[:, :, i, j])
+    return out
+
+
+def slow_max_pool(x):
+    corners = [x[:, :, i::2, j::2] for i in range(2) for j in range(2)]
+    return np.maximum.reduce(corners)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_cnn(10, seed=0)
+
+
+# The network
+
+
+def test_it_has_145578_parameters_for_ten_classes(model):
+    assert sum(weight.numel() for weight in model.parameters()) == 145_578
+    assert list(model.buffers()) == []
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 100])
+def test_the_last_width_follows_the_number_of_classes(num_classes):
+    model = build_cnn(num_classes, seed=0)
+    assert model(random_images(4)).shape == (4, num_classes)
+
+
+def test_each_layer_is_that_of_the_design_and_has_its_shape(model):
+    expected = [
+        (nn.Conv2d, (4, 32, 32, 32)),
+        (nn.MaxPool2d, (4, 32, 16, 16)),
+        (nn.Conv2d, (4, 32, 16, 16)),
+        (nn.MaxPool2d, (4, 32, 8, 8)),
+        (nn.Conv2d, (4, 64, 8, 8)),
+        (nn.MaxPool2d, (4, 64, 4, 4)),
+        (nn.Flatten, (4, 1024)),
+        (nn.Linear, (4, 64)),
+        (nn.Linear, (4, 10)),
+    ]
+    x = inputs_of(model.features[0], model, random_images(4))
+    assert x.shape == (4, 3, 32, 32)
+    for layer, (kind, shape) in zip(layers(model), expected, strict=True):
+        x = layer(x)
+        assert type(layer) is kind
+        assert x.shape == shape
+
+
+def test_it_equals_a_slow_obvious_version(model):
+    images = random_images(4)
+    torch.testing.assert_close(
+        model(images).double(), slow_outputs(model, images), rtol=0, atol=1e-6
+    )
+
+
+def test_it_equals_a_slow_obvious_version_to_the_last_digits_in_float64(model):
+    images = random_images(4)
+    outputs = copy.deepcopy(model).double()(images)
+    torch.testing.assert_close(outputs, slow_outputs(model, images), rtol=0, atol=1e-14)
+
+
+def test_there_is_no_activation_but_the_max_pools(model):
+    """With average pools in their place, the middle of two images gives that of their outputs."""
+    affine = copy.deepcopy(model).double()
+    for i in (1, 3, 5):
+        affine.features[i] = nn.AvgPool2d(2)
+    one, other = random_images(8).div(2, rounding_mode="floor").mul(2).chunk(2)
+    middle = (one / 2 + other / 2).to(torch.uint8)
+    torch.testing.assert_close(affine(middle), (affine(one) + affine(other)) / 2)
+
+
+def test_pixels_0_to_255_become_minus_1_to_1(model):
+    levels = torch.arange(256, dtype=torch.uint8).repeat(12).reshape(1, 32, 32, 3)
+    pixels = inputs_of(model.features[0], model, levels).permute(0, 2, 3, 1).flatten()
+    torch.testing.assert_close(pixels[:256], torch.linspace(-1, 1, 256))
+
+
+def test_images_and_weights_are_channels_last(model):
+    weight = model.features[0].weight
+    pixels = inputs_of(model.features[0], model, random_images(4))
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_copy_in_bfloat16_gives_about_the_same_outputs(model):
+    images = random_images(16)
+    outputs = copy.deepcopy(model).bfloat16()(images)
+    assert outputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs.float(), model(images), rtol=0, atol=0.01)
+
+
+def test_images_are_left_as_they_are(model):
+    images = random_images(4)
+    model(images)
+    assert torch.equal(images, random_images(4))
+
+
+# Its initial weights
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before():
+    torch.manual_seed(1)
+    one = build_cnn(10, seed=7).state_dict()
+    torch.manual_seed(2)
+    other = build_cnn(10, seed=7).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_other_weights():
+    pairs = zip(build_cnn(10, seed=0).parameters(), build_cnn(10, seed=1).parameters(), strict=True)
+    assert not any(torch.equal(one, other) for one, other in pairs)
+
+
+def test_initial_weights_are_those_of_pytorch():
+    torch.manual_seed(3)
+    expected = CNN(10).state_dict()
+    weights = build_cnn(10, seed=3).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_building_leaves_the_global_generator_as_it_was():
+    before = torch.get_rng_state()
+    build_cnn(10, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_building_leaves_the_generators_of_gpus_as_they_were(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    build_cnn(10, seed=0)
+    assert seeded == []
+
+
+# The form that is stored
+
+every_probability = pytest.mark.parametrize("key", PROBABILITIES)
+
+
+@every_probability
+def test_a_classifier_gives_the_probabilities_of_the_outputs(model, key):
+    images = random_images(16)
+    with torch.inference_mode():
+        probabilities = Classifier(model, PROBABILITIES[key])(images)
+        assert torch.equal(probabilities, PROBABILITIES[key](model(images)))
+    assert (probabilities >= 0).all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(16))
+
+
+def test_a_classifier_gives_float32_of_a_network_in_bfloat16(model):
+    network = copy.deepcopy(model).bfloat16()
+    probabilities = Classifier(network, PROBABILITIES["softmax"])(random_images(4))
+    assert probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+
+
+@every_probability
+def test_an_exported_classifier_takes_any_number_of_images(model, key):
+    classifier = Classifier(model, PROBABILITIES[key]).eval()
+    exported = torch.export.export(
+        classifier, (random_images(2),), dynamic_shapes={"images": {0: torch.export.Dim("N")}}
+    ).module()
+    for num_images in (1, 2, 7):
+        images = random_images(num_images)
+        torch.testing.assert_close(exported(images), classifier(images))
