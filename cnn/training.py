@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -183,7 +184,7 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
     number of threads. Training that diverges yields a last epoch that says so.
 
     Raises:
-        ValueError: the batch size is larger than the training split.
+        ValueError: at the first epoch, the batch size is larger than the training split.
     """
     check_batch_size(config.batch_size, data)
     device = torch.device(config.device)
@@ -220,10 +221,11 @@ def evaluate(model: nn.Module, split: Split, loss: Loss) -> Evaluation:
     """Return a network's mean loss and accuracy on a split, which is on the network's device."""
     totals = _Totals(split.rows.device)
     everything = torch.arange(len(split), device=split.rows.device)
-    for indices in torch.split(everything, EVALUATION_BATCH_SIZE):
-        images, labels = split.batch(indices)
-        outputs = model(images).float()
-        totals.add(loss(outputs, labels), outputs, labels)
+    with _repeatable():
+        for indices in torch.split(everything, EVALUATION_BATCH_SIZE):
+            images, labels = split.batch(indices)
+            outputs = model(images).float()
+            totals.add(loss(outputs, labels), outputs, labels)
     return Evaluation(loss=totals.loss, accuracy=totals.accuracy)
 
 
@@ -293,8 +295,9 @@ class _Stepper:
         dtype = PRECISIONS[config.precision]
         self.network = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
         self.parameters: list[Tensor] = list(self.network.parameters())
-        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
+        self.gradients: list[Tensor] = []
         if self.network is not model:
+            self.gradients = [torch.zeros_like(weight) for weight in self.weights]
             for weight, gradient in zip(self.weights, self.gradients, strict=True):
                 weight.grad = gradient
 
@@ -345,10 +348,7 @@ class _Totals:
 def _train_epoch(stepper: _Stepper, training: Split, batches: tuple[Tensor, ...]) -> _Totals:
     device = training.rows.device
     totals = _Totals(device)
-    # What repeats bit for bit on a GPU is cuDNN's choice; float32 there means TF32's products.
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=True
-    ):
+    with _repeatable():
         for step, indices in enumerate(batches, 1):
             images, labels = training.batch(indices)
             loss, outputs = stepper(images, labels)
@@ -359,6 +359,14 @@ def _train_epoch(stepper: _Stepper, training: Split, batches: tuple[Tensor, ...]
     if device.type != "cpu":
         torch.cuda.synchronize(device)
     return totals
+
+
+def _repeatable() -> AbstractContextManager[None]:
+    """Have cuDNN take what repeats bit for bit. (Its float32 products are TF32's.)"""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=True
+    )
+    return flags
 
 
 def _is_finite(model: nn.Module) -> bool:
