@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 DEFAULT_EXPERIMENT = "cnn-sweep"
 MODEL_NAME = "model"
 
-# The MLflow UI shows such an experiment as one of models and metrics, not of prompts and traces.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-
 OUTCOMES = {
     "complete": "FINISHED",
     "diverged": "FINISHED",
@@ -98,7 +95,7 @@ class Tracker:
             else:
                 name = experiment or default_experiment()
                 found = client.get_experiment_by_name(name) or client.get_experiment(
-                    client.create_experiment(name, tags=EXPERIMENT_TAGS)
+                    client.create_experiment(name)
                 )
         if found.lifecycle_stage != "active":
             raise ValueError(
