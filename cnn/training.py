@@ -12,7 +12,7 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -139,6 +139,21 @@ class Evaluation:
     """Share of the images whose largest output is that of their class, 0 to 1."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """All that it takes to go on after an epoch as if nothing had happened, bit for bit.
+
+    The order of the images and the learning rate follow from the configuration and the epoch.
+    """
+
+    epoch: int
+    """The last that is in it."""
+    model: Mapping[str, Tensor]
+    """The network's `state_dict`, float32."""
+    optimizer: Mapping[str, Any]
+    """The optimizer's `state_dict`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What an epoch of training came to."""
@@ -163,6 +178,8 @@ class Epoch:
     """A loss, of training or validation, or a weight is not finite: this is the last epoch."""
     model: CNN = field(repr=False, compare=False)
     """The network itself, float32; it goes on changing if the iteration goes on."""
+    optimizer: torch.optim.Optimizer = field(repr=False, compare=False)
+    """The optimizer itself, likewise."""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by the names under which they are logged."""
@@ -176,12 +193,27 @@ class Epoch:
             "time/images_per_second": self.images_per_second,
         }
 
+    def checkpoint(self) -> Checkpoint:
+        """Return what it takes to go on after this epoch; good until the iteration goes on."""
+        return Checkpoint(
+            epoch=self.number,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
 
-def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
+
+def train(
+    config: TrainConfig, data: Dataset, *, after: Checkpoint | None = None
+) -> Iterator[Epoch]:
     """Train a new CNN on the training split and yield an `Epoch` after each epoch.
 
     The same configuration and data give the same epochs, bit for bit, on one machine with the same
     number of threads. Training that diverges yields a last epoch that says so.
+
+    Args:
+        config: all that determines the training, but for the data.
+        data: its training and validation splits are used.
+        after: a checkpoint of the same configuration and data, to go on from.
 
     Raises:
         ValueError: at the first epoch, the batch size is larger than the training split.
@@ -191,8 +223,13 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
     training, validation = data.train.to(device), data.validation.to(device)
     loss = get_loss(config.loss)
     model = build_cnn(len(data.classes), seed=config.seed).to(device)
-    stepper = _Stepper(model, loss, config, steps=config.epochs * _num_batches(config, training))
-    for number in range(1, config.epochs + 1):
+    num_batches = math.ceil(len(training) / config.batch_size)
+    stepper = _Stepper(model, loss, config, steps=config.epochs * num_batches)
+    first = 1
+    if after is not None:
+        first = after.epoch + 1
+        stepper.restore(after, step=after.epoch * num_batches)
+    for number in range(first, config.epochs + 1):
         start = time.perf_counter()
         order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
         trained = _train_epoch(stepper, training, torch.split(order, config.batch_size))
@@ -211,6 +248,7 @@ def train(config: TrainConfig, data: Dataset) -> Iterator[Epoch]:
             images_per_second=trained.num_images / (trained_at - start),
             diverged=diverged,
             model=model,
+            optimizer=stepper.optimizer,
         )
         if diverged:
             return
@@ -285,6 +323,7 @@ class _Stepper:
     """
 
     def __init__(self, model: CNN, loss: Loss, config: TrainConfig, *, steps: int) -> None:
+        self.model = model
         self.weights: list[Tensor] = list(model.parameters())
         self.loss = loss
         self.peak = config.learning_rate
@@ -300,6 +339,16 @@ class _Stepper:
             self.gradients = [torch.zeros_like(weight) for weight in self.weights]
             for weight, gradient in zip(self.weights, self.gradients, strict=True):
                 weight.grad = gradient
+
+    def restore(self, checkpoint: Checkpoint, *, step: int) -> None:
+        """Be as after this many steps, when the checkpoint was made."""
+        self.step = step
+        self.model.load_state_dict(checkpoint.model)
+        # It keeps what it is given: a copy, so that the checkpoint stays what it is.
+        self.optimizer.load_state_dict(copy.deepcopy(dict(checkpoint.optimizer)))
+        if self.network is not self.model:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.weights)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take a step on a batch, and return its loss () and outputs (N, K) before the step."""
@@ -371,10 +420,6 @@ def _repeatable() -> AbstractContextManager[None]:
 
 def _is_finite(model: nn.Module) -> bool:
     return all(bool(weight.isfinite().all()) for weight in model.parameters())
-
-
-def _num_batches(config: TrainConfig, training: Split) -> int:
-    return math.ceil(len(training) / config.batch_size)
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:

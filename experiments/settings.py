@@ -39,6 +39,8 @@ class Settings:
     timeout: float
     """Seconds; 0 is no limit."""
     workers: int
+    max_failures: int
+    """Failed trials in a row."""
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -47,7 +49,11 @@ class Settings:
         ):
             if value not in choices:
                 raise ValueError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
-        for flag, number in (("--trials", self.trials), ("--workers", self.workers)):
+        for flag, number in (
+            ("--trials", self.trials),
+            ("--workers", self.workers),
+            ("--max-failures", self.max_failures),
+        ):
             if number < 1:
                 raise ValueError(f"{flag} must be ≥ 1, not {number}")
         if not 0 <= self.timeout < math.inf:

@@ -91,14 +91,15 @@ class TrialSeededSampler(BaseSampler):
 
     def _sampler(self, trial: FrozenTrial) -> BaseSampler:
         mixed = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
-        return self._make_sampler(int(mixed))
+        sampler = self._make_sampler(int(mixed))
+        if isinstance(sampler, _NumberedQMCSampler):
+            sampler.number = trial.number
+        return sampler
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Return what `sample_relative` is to sample."""
-        if trial.params:  # taken up again: it has its parameters
-            return {}
         return self._sampler(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -136,11 +137,22 @@ class TrialSeededSampler(BaseSampler):
         self._sampler(trial).after_trial(study, trial, state, values)
 
 
+class _NumberedQMCSampler(optuna.samplers.QMCSampler):
+    """A sequence in which a trial's place is its number.
+
+    Optuna counts in the storage: there, a trial that is taken up again would take two places.
+    """
+
+    number = 0
+
+    def _find_sample_id(self, study: optuna.Study, search_space: object) -> int:  # noqa: ARG002
+        return self.number
+
+
 def _qmc(mixed: int, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "QMCSampler is experimental")
-        # The sequence is one for the study; its place in it is kept in the storage.
-        return optuna.samplers.QMCSampler(
+        return _NumberedQMCSampler(
             seed=seed,
             scramble=True,
             independent_sampler=optuna.samplers.RandomSampler(seed=mixed),

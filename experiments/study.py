@@ -12,10 +12,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -28,6 +30,7 @@ from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
 from cnn.model import CNN, Classifier
 from cnn.training import TrainConfig, check_batch_size
+from experiments.heartbeat import Heartbeat, open_storage
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
@@ -36,7 +39,18 @@ from tracking.runs import Run, Tracker
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
 
+RETRIES = 1
+"""How often a trial that failed is tried again, on a fresh worker."""
+
 OBJECTIVE = "val/accuracy"
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "diverged": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+"""What Optuna is told of each outcome."""
+
 TRIALS_COLUMNS = [
     "trial",
     "outcome",
@@ -97,7 +111,16 @@ class TrialEnded:
     reason: str
 
 
-SweepEvent = SweepStarted | TrialStarted | TrialProgressed | TrialEnded
+@dataclass(frozen=True, kw_only=True)
+class SweepEnded:
+    """Nothing runs any more, and all is recorded."""
+
+    outcome: str
+    """`complete`, `interrupted`, or `failed`: too many trials in a row."""
+    reason: str
+
+
+SweepEvent = SweepStarted | TrialStarted | TrialProgressed | TrialEnded | SweepEnded
 
 
 def sweep(
@@ -160,41 +183,66 @@ class _Sweep:
         self.pool, self.data, self.should_stop = pool, data, should_stop
         self.space = settings.space()
         self.running: dict[int, _RunningTrial] = {}
-        self.finished = self.closed = False
-        self.leftover = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self.outcome, self.reason = "interrupted", ""
+        self.closed = False
+        self.leftover: list[FrozenTrial] = []
+        self.failures_in_a_row = 0
+        self.heartbeat = Heartbeat(study, is_shared=_sqlite_file(settings.storage) is None)
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
 
     def events(self) -> Iterator[SweepEvent]:
+        self.leftover = self._reconcile()
         while self.running or self._has_more():
             if self.should_stop():
                 return
+            if self.failures_in_a_row >= self.settings.max_failures:
+                self.outcome = "failed"
+                self.reason = f"{self.failures_in_a_row} trials failed one after another"
+                return
+            self.heartbeat.record(running.trial for running in self.running.values())
             while self.pool.num_idle and self._has_more():
                 yield self._start()
             for event in self.pool.wait(WAIT_SECONDS):
                 yield from self._take(event)
-        self.finished = True
+        self.outcome = "complete"
 
-    def close(self) -> list[TrialEnded]:
+    def close(self) -> list[TrialEnded | SweepEnded]:
         """Close what still runs as interrupted, and then the parent."""
         if self.closed:
             return []
         self.closed = True
         ended = [self._interrupt(running) for running in list(self.running.values())]
-        self.parent.end("complete" if self.finished else "interrupted")
-        return ended
+        self.parent.end(self.outcome, reason=self.reason)
+        return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason)]
+
+    def _reconcile(self) -> list[FrozenTrial]:
+        """Make Optuna and MLflow agree on what a dead process left, and return what to take up.
+
+        A trial whose run has an outcome was over: Optuna was still to be told.
+        """
+        unfinished = []
+        for trial in self.heartbeat.abandoned():
+            run = self._find_run(trial.number, trial.user_attrs)
+            outcome = run.outcome() if run is not None else None
+            if run is None or outcome is None or outcome == "interrupted":
+                unfinished.append(trial)
+                continue
+            run.end(outcome)
+            accuracy = run.last_value(OBJECTIVE)
+            self._tell(trial.number, trial._trial_id, outcome, accuracy, run.last_value("val/loss"))
+        return unfinished
 
     def _has_more(self) -> bool:
         if time.monotonic() >= self.deadline:
             return False
-        wanted = self.settings.trials - _num_finished(self.study) - len(self.running)
-        return wanted > 0
+        # Those of other processes, on a storage that several share, are counted as well.
+        return bool(self.leftover) or _num_begun(self.study) < self.settings.trials
 
     def _start(self) -> TrialStarted:
         if self.leftover:
-            frozen = self.leftover.pop(0)
-            trial = Trial(self.study, frozen._trial_id)
+            trial = self.heartbeat.take_up(self.leftover.pop(0))
         else:
-            trial = self.study.ask()
+            trial = self.heartbeat.ask()
         config = self.space.suggest(trial)
         run = self._open_run(trial, config)
         self.running[trial.number] = _RunningTrial(trial, config, run)
@@ -202,11 +250,11 @@ class _Sweep:
         return TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
     def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
-        if run_id := trial.user_attrs.get("run_id"):
-            earlier = self.tracker.find_run(run_id)
-            if earlier is not None:
-                earlier.reopen()
-                return earlier
+        earlier = self._find_run(trial.number, trial.user_attrs)
+        if earlier is not None:
+            earlier.reopen()
+            trial.set_user_attr("run_id", earlier.run_id)
+            return earlier
         name = (
             f"{trial.number:03d} {config.loss} lr={config.learning_rate:.3g} bs={config.batch_size}"
         )
@@ -214,12 +262,23 @@ class _Sweep:
         run = self.tracker.start_run(
             name,
             params=config.as_params() | data,
-            tags={"study": self.study.study_name, "trial": str(trial.number), "role": "trial"},
+            tags=self._tags(trial.number),
             parent=self.parent,
         )
         trial.set_user_attr("run_id", run.run_id)
         log_data(run, self.data)
         return run
+
+    def _tags(self, number: int) -> dict[str, str]:
+        # The study's own id: one that was deleted and made again may have the same name.
+        study = {"study": self.study.study_name, "study_id": self.study.user_attrs["id"]}
+        return study | {"trial": str(number), "role": "trial"}
+
+    def _find_run(self, number: int, user_attrs: Mapping[str, Any]) -> Run | None:
+        """Return the run of a trial, though its process may have died before it noted its id."""
+        if run_id := user_attrs.get("run_id"):
+            return self.tracker.find_run(run_id)
+        return self.tracker.find_tagged(self._tags(number))
 
     def _take(self, event: EpochEnded | JobEnded | JobFailed) -> Iterator[SweepEvent]:
         running = self.running.get(event.job)
@@ -231,18 +290,20 @@ class _Sweep:
                 yield TrialProgressed(trial=event.job, number=event.number, metrics=event.metrics)
                 if not event.diverged and self._should_prune(running, event):
                     self.pool.stop(event.job)
-                    yield self._end(running, "pruned", TrialState.PRUNED)
+                    yield self._end(running, "pruned")
             case JobEnded() if running.diverged:
                 reason = f"not finite in epoch {running.epochs}"
-                yield self._end(running, "diverged", TrialState.COMPLETE, reason)
+                yield self._end(running, "diverged", reason)
             case JobEnded():
                 self._record_model(running, event)
-                running.trial.set_user_attr("val_loss", running.val_loss)
-                yield self._end(running, "complete", TrialState.COMPLETE)
+                yield self._end(running, "complete")
             case JobFailed():
                 if event.details:
                     running.run.log_text(event.details, "traceback.txt")
-                yield self._end(running, "failed", TrialState.FAIL, event.error)
+                if running.may_be_tried_again():
+                    self.pool.submit(event.job, running.config)
+                else:
+                    yield self._end(running, "failed", event.error)
 
     def _should_prune(self, running: _RunningTrial, event: EpochEnded) -> bool:
         # After the last epoch there is nothing left to save.
@@ -269,16 +330,30 @@ class _Sweep:
             },
         )
 
-    def _end(
-        self, running: _RunningTrial, outcome: str, state: TrialState, reason: str = ""
-    ) -> TrialEnded:
+    def _end(self, running: _RunningTrial, outcome: str, reason: str = "") -> TrialEnded:
         """Close the run, then tell Optuna."""
         running.run.end(outcome, reason=reason)
-        running.trial.set_user_attr("outcome", outcome)
-        value = running.accuracy if state == TrialState.COMPLETE else None
-        self.study.tell(running.trial, value, state)
-        del self.running[running.trial.number]
+        number = running.trial.number
+        del self.running[number]  # from here on it has an outcome, whatever happens
+        self._tell(number, running.trial._trial_id, outcome, running.accuracy, running.val_loss)
+        self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
+        self.pool.forget(running.config)
         return running.ended(outcome, reason)
+
+    def _tell(
+        self,
+        number: int,
+        trial_id: int,
+        outcome: str,
+        accuracy: float | None,
+        val_loss: float | None,
+    ) -> None:
+        state = STATES[outcome]
+        storage = self.study._storage
+        storage.set_trial_user_attr(trial_id, "outcome", outcome)
+        if outcome == "complete":
+            storage.set_trial_user_attr(trial_id, "val_loss", val_loss)
+        self.study.tell(number, accuracy if state == TrialState.COMPLETE else None, state)
 
     def _interrupt(self, running: _RunningTrial) -> TrialEnded:
         """Close the run; for Optuna the trial goes on, and the next start takes it up again."""
@@ -307,8 +382,16 @@ class _RunningTrial:
         self.accuracy, self.val_loss = event.metrics[OBJECTIVE], event.metrics["val/loss"]
         if event.number > self.recorded:
             self.run.log_metrics(event.metrics, step=event.number)
+            self.recorded = event.number
         if event.number > self.reported:
             self.trial.report(self.accuracy, event.number)
+            self.reported = event.number
+
+    def may_be_tried_again(self) -> bool:
+        """Note a failure, and return whether it was the first: no fault of the trial's, maybe."""
+        failures = self.trial.user_attrs.get("failures", 0) + 1
+        self.trial.set_user_attr("failures", failures)
+        return bool(failures <= RETRIES)
 
     def ended(self, outcome: str, reason: str) -> TrialEnded:
         return TrialEnded(
@@ -338,7 +421,7 @@ def open_study(settings: Settings, data: Dataset) -> Study:
     with _storage_errors(settings.storage):
         study = optuna.create_study(
             study_name=name,
-            storage=settings.storage,
+            storage=open_storage(settings.storage),
             sampler=make_sampler(settings.sampler, settings.seed),
             pruner=make_pruner(settings.pruner, settings.epochs),
             direction="maximize",
@@ -348,6 +431,7 @@ def open_study(settings: Settings, data: Dataset) -> Study:
         if made_with is None:
             if study.get_trials(deepcopy=False):
                 raise ValueError(f"study {name!r} in {settings.storage} was not made by this tool")
+            study.set_user_attr("id", uuid.uuid4().hex)
             study.set_user_attr("settings", identity)
             made_with = identity
     different = [key for key in identity if made_with.get(key) != identity[key]]
@@ -468,6 +552,10 @@ def _storage_errors(storage: str) -> Iterator[None]:
 
 def _num_finished(study: Study) -> int:
     return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def _num_begun(study: Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
 
 
 def _best(study: Study) -> tuple[float, int] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from experiments.settings import Settings
-    from experiments.study import SweepStarted
+    from experiments.study import SweepEnded, SweepStarted
 
 SAME_WISH_SECONDS = 1.0
 
@@ -136,6 +136,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no trial after so long; 0 is no limit (default: %(default)s)",
     )
+    search.add_argument(
+        "--max-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="stop after so many failed trials one after another (default: %(default)s)",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--optimizer",
@@ -236,9 +243,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
     from experiments.display import Display
-    from experiments.study import SweepStarted, open_study, sweep, trials_table
+    from experiments.study import SweepEnded, SweepStarted, open_study, sweep, trials_table
 
     started: SweepStarted | None = None
+    ended: SweepEnded | None = None
     with ExitStack() as stack:
         interrupted = stack.enter_context(_interrupts())
         observers: list[Any] = [stack.enter_context(Display(settings))]
@@ -249,14 +257,17 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         for event in sweep(settings, data, pool, should_stop=lambda: bool(interrupted)):
             if isinstance(event, SweepStarted):
                 started = event
+            elif isinstance(event, SweepEnded):
+                ended = event
             for observer in observers:
                 observer.show(event)
     assert started is not None
+    assert ended is not None
     table = trials_table(open_study(settings, data))
-    return _report(table, started, data_name=options.dataset, interrupted=bool(interrupted))
+    return _report(table, started, ended, data_name=options.dataset)
 
 
-def _report(table: Any, started: SweepStarted, *, data_name: str, interrupted: bool) -> int:
+def _report(table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: str) -> int:
     """Print the trials, the best one, and what to type next."""
     shown = table.drop(columns=["val_loss", "run_id"]).assign(
         learning_rate=table["learning_rate"].map("{:.4g}".format),
@@ -264,9 +275,13 @@ def _report(table: Any, started: SweepStarted, *, data_name: str, interrupted: b
     )
     print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     complete = table[table["outcome"] == "complete"]
-    if interrupted:
+    if ended.outcome == "interrupted":
         print("interrupted: the same command continues the study")
         return 130
+    if ended.outcome == "failed":
+        reason = "their runs in MLflow say why; the same command goes on with the next trials"
+        print(f"stopped: {ended.reason}: {reason}", file=sys.stderr)
+        return 1
     if not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
         return 1

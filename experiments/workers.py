@@ -10,7 +10,10 @@ to be set before it starts, and PyTorch's threads do not survive a fork.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -27,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from cnn.training import TrainConfig
+    from cnn.data import Dataset
+    from cnn.training import Checkpoint, TrainConfig
 
 ALLOCATOR = {
     # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
@@ -48,6 +52,18 @@ class DataReference:
     digest: str
     data_dir: Path
     seed: int
+
+    def checkpoint(self, config: TrainConfig) -> Path:
+        """Return where the checkpoint of a training is kept.
+
+        Under a digest of all that the training depends on: whoever trains the same goes on from it,
+        and ends with the same.
+        """
+        from importlib.metadata import version
+
+        depends_on = [self.digest, self.seed, version("torch"), config.as_params()]
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+        return self.data_dir / "checkpoints" / f"{key}.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +138,11 @@ class Pool:
             if worker.job == job:
                 worker.send(job)
 
+    def forget(self, config: TrainConfig) -> None:
+        """Remove the checkpoint of a training that is over."""
+        assert self._data is not None
+        self._data.checkpoint(config).unlink(missing_ok=True)
+
     def wait(self, timeout: float) -> list[Event]:
         """Return what happened, once something has, or nothing after `timeout` seconds."""
         by_connection = {worker.connection: worker for worker in self._workers}
@@ -135,12 +156,16 @@ class Pool:
         try:
             event: Event = worker.connection.recv()
         except (EOFError, OSError):  # the latter, where it died within a message
-            error = f"the worker process {worker.close()}"
+            error = f"the worker process {worker.wait()}"
             self._replace(worker, error)
             if worker.job is not None:
                 yield JobFailed(job=worker.job, error=error, details="")
             return
-        if not isinstance(event, EpochEnded):
+        if isinstance(event, JobFailed):
+            # Whatever it is that raised, what comes next is not to be trained in the same process.
+            worker.close()
+            self._replace(worker, event.error)
+        elif isinstance(event, JobEnded):
             worker.job = None
         yield event
 
@@ -155,7 +180,7 @@ class Pool:
     def close(self) -> None:
         """End all workers at once, whatever they do."""
         for worker in self._workers:
-            worker.process.kill()
+            worker.process.kill()  # all, before the first is waited for
         for worker in self._workers:
             worker.close()
 
@@ -190,7 +215,12 @@ class _Worker:
         with suppress(ConnectionError):
             self.connection.send(message)
 
-    def close(self) -> str:
+    def close(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> str:
         """Wait for the process, which has ended or is about to, and say how it ended."""
         self.connection.close()
         code = self.process.wait()
@@ -218,24 +248,65 @@ def main(argv: Sequence[str]) -> None:
     while True:
         job, config = inbox.get()
         try:
-            for event in _train(job, config, data, stopped):
+            for event in _train(job, config, data, stopped, reference.checkpoint(config)):
                 connection.send(event)
         except Exception as error:  # whatever it is, it goes to the trial's run
             message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             connection.send(JobFailed(job=job, error=message, details=traceback.format_exc()))
 
 
-def _train(job: int, config: TrainConfig, data: Any, stopped: set[int]) -> Iterator[Event]:
+def _train(
+    job: int, config: TrainConfig, data: Dataset, stopped: set[int], file: Path
+) -> Iterator[Event]:
+    """Train, from the checkpoint in `file` on if there is one, and keep one there.
+
+    Epochs that are in the checkpoint are told again, with the metrics that they had: how many of
+    them the main process came to hear of, it knows.
+    """
     from cnn.training import train
 
-    for epoch in train(config, data):
-        yield EpochEnded(
-            job=job, number=epoch.number, metrics=epoch.metrics(), diverged=epoch.diverged
-        )
+    past, checkpoint = _read_checkpoint(file)
+    for number, metrics in enumerate(past, 1):
+        yield EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
+    state = None if checkpoint is None else checkpoint.model
+    for epoch in train(config, data, after=checkpoint):
+        state = epoch.model.state_dict()
+        past.append(epoch.metrics())
+        if not epoch.diverged:
+            _write_checkpoint(file, past, epoch.checkpoint())
+        yield EpochEnded(job=job, number=epoch.number, metrics=past[-1], diverged=epoch.diverged)
         if job in stopped:
             break
-    weights = {name: value.cpu().numpy() for name, value in epoch.model.state_dict().items()}
-    yield JobEnded(job=job, weights=weights)
+    assert state is not None
+    yield JobEnded(job=job, weights={name: value.cpu().numpy() for name, value in state.items()})
+
+
+def _write_checkpoint(file: Path, past: list[dict[str, float]], checkpoint: Checkpoint) -> None:
+    import torch
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}")
+    torch.save({"past": past, **vars(checkpoint)}, draft)
+    draft.replace(file)
+
+
+def _read_checkpoint(file: Path) -> tuple[list[dict[str, float]], Checkpoint | None]:
+    """Return the metrics of the epochs in a checkpoint, and it, if there is a whole one.
+
+    None is no loss but of time: training starts again, and ends with the same.
+    """
+    import torch
+
+    from cnn.training import Checkpoint
+
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        return [], None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # cut short by a power cut
+        return [], None
+    past = content.pop("past")
+    return past, Checkpoint(**content)
 
 
 def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:

@@ -20,6 +20,7 @@ class FakePool:
         self.jobs: dict[int, deque[Event]] = {}
         self.configs: dict[int, TrainConfig] = {}
         self.stopped: list[int] = []
+        self.forgotten: list[TrainConfig] = []
 
     @property
     def num_idle(self) -> int:
@@ -32,6 +33,9 @@ class FakePool:
 
     def stop(self, job: int) -> None:
         self.stopped.append(job)
+
+    def forget(self, config: TrainConfig) -> None:
+        self.forgotten.append(config)
 
     def wait(self, timeout: float) -> list[Event]:
         events = [self.jobs[job].popleft() for job in list(self.jobs)]

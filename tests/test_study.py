@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cnn.data import Dataset
 from experiments.settings import Settings
 from experiments.study import (
+    SweepEnded,
     SweepEvent,
     SweepStarted,
     TrialEnded,
@@ -68,6 +70,7 @@ def settings(mlflow_store: str, tmp_path: Path) -> Settings:
         experiment="tests",
         timeout=0,
         workers=1,
+        max_failures=99,
     )
 
 
@@ -247,12 +250,128 @@ def test_a_failed_trial_keeps_its_traceback_and_the_sweep_goes_on(
     assert "no luck" in Path(text).read_text()
 
 
+def test_a_trial_that_failed_once_is_tried_again_and_nothing_is_recorded_twice(
+    settings: Settings, data: Dataset
+) -> None:
+    tries: list[int] = []
+
+    def script(job: int, config: Any) -> Iterator[Any]:
+        tries.append(job)
+        return iter((fails if tries == [0] else trains(good))(job, config))
+
+    run_sweep(replace(settings, trials=1), data, script)
+    (trial,) = trials(settings, data)
+    assert tries == [0, 0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["failures"] == 1
+    assert list(history(trial_runs()[0], "val/accuracy")) == [1, 2, 3]
+
+
+def test_a_trial_is_tried_twice_in_all_though_its_process_dies_in_between(
+    settings: Settings, data: Dataset
+) -> None:
+    tries: list[int] = []
+
+    def script(job: int, config: Any) -> Iterator[Any]:
+        tries.append(job)
+        return iter(fails(job, config))
+
+    events = sweep(replace(settings, trials=1), data, FakePool(script))
+    while not tries[1:]:
+        next(events)
+    events.close()
+    run_sweep(replace(settings, trials=1), data, script)
+    assert len(tries) == 3  # the second was cut off
+    assert trials(settings, data)[0].state == TrialState.FAIL
+
+
+def test_a_sweep_that_only_fails_is_stopped(settings: Settings, data: Dataset) -> None:
+    *_, ended = run_sweep(replace(settings, trials=9, max_failures=2), data, fails)
+    assert ended == SweepEnded(outcome="failed", reason="2 trials failed one after another")
+    assert [trial.state for trial in trials(settings, data)] == [TrialState.FAIL] * 2
+    assert parent_run().info.status == "FAILED"
+
+
+def test_failures_between_others_do_not_stop_a_sweep(settings: Settings, data: Dataset) -> None:
+    def script(job: int, config: Any) -> Iterator[Any]:
+        return iter((fails if job % 2 else diverges)(job, config))
+
+    *_, ended = run_sweep(replace(settings, trials=6, max_failures=2), data, script)
+    assert ended == SweepEnded(outcome="complete", reason="")
+
+
+class Killed(BaseException):
+    """What no code of ours survives."""
+
+
+@pytest.mark.parametrize(
+    ("where", "times"),
+    [
+        ("mlflow.MlflowClient.create_run", 2),
+        ("optuna.trial.Trial.set_user_attr", 1),
+        ("optuna.trial.Trial._suggest", 2),
+        ("optuna.trial.Trial.report", 2),
+        ("mlflow.MlflowClient.log_batch", 4),
+        ("mlflow.MlflowClient.log_inputs", 2),
+        ("mlflow.MlflowClient.create_logged_model", 1),
+        ("mlflow.MlflowClient.log_model_artifacts", 1),
+        ("mlflow.MlflowClient.finalize_logged_model", 1),
+        ("mlflow.MlflowClient.log_outputs", 1),
+        ("mlflow.MlflowClient.set_terminated", 1),
+        ("optuna.study.Study.tell", 1),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_sweep_killed_anywhere_ends_as_the_undisturbed_one(
+    settings: Settings,
+    data: Dataset,
+    where: str,
+    times: int,
+    moment: str,
+) -> None:
+    settings = replace(settings, trials=2, epochs=2)
+    call = pkgutil.resolve_name(where)
+    calls: list[str] = []
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(where)
+        if len(calls) >= times and moment == "before":
+            raise Killed
+        result = call(*args, **kwargs)
+        if len(calls) >= times:
+            raise Killed
+        return result
+
+    # From there on each call kills, as those of a dead process do not come.
+    with pytest.MonkeyPatch.context() as dying:
+        dying.setattr(where, killing)
+        with pytest.raises(Killed):
+            run_sweep(settings, data, trains(good))
+    run_sweep(settings, data, trains(good))
+    after = trials(settings, data)
+    assert [trial.state for trial in after] == [TrialState.COMPLETE] * 2
+    assert [trial.value for trial in after] == [0.9, 0.89]
+    assert {run.info.status for run in client_runs()} == {"FINISHED"}
+    assert sorted(trial_runs()) == [0, 1]
+    for number, run in trial_runs().items():
+        assert after[number].user_attrs["run_id"] == run.info.run_id
+        assert after[number].user_attrs["outcome"] == run.data.tags["outcome"] == "complete"
+        for metric in METRICS:
+            assert list(history(run, metric)) == [1, 2]
+    models = MlflowClient().search_logged_models([client_runs()[0].info.experiment_id])
+    linked = [output.model_id for run in client_runs() for output in run.outputs.model_outputs]
+    assert sorted(model.model_id for model in models) == sorted(linked)
+    assert len(linked) == 2
+
+
 def test_stopping_closes_what_runs_as_interrupted(settings: Settings, data: Dataset) -> None:
     seen, should_stop = stop_after(TrialProgressed, 2)
     for event in sweep(settings, data, FakePool(trains(good)), should_stop=should_stop):
         seen.append(event)
-    assert isinstance(seen[-1], TrialEnded)
-    assert seen[-1].outcome == "interrupted"
+    *_, trial_ended, sweep_ended = seen
+    assert isinstance(trial_ended, TrialEnded)
+    assert trial_ended.outcome == "interrupted"
+    assert sweep_ended == SweepEnded(outcome="interrupted", reason="")
     assert trial_runs()[0].info.status == parent_run().info.status == "KILLED"
     assert trial_runs()[0].data.tags["outcome"] == "interrupted"
 
@@ -325,9 +444,10 @@ def test_trials_is_the_total_that_a_study_is_brought_to(settings: Settings, data
     run_sweep(replace(settings, trials=1), data, diverges)
     run_sweep(replace(settings, trials=3), data, diverges)
     assert len(trials(settings, data)) == 3
-    (only,) = run_sweep(replace(settings, trials=2), data, diverges)
-    assert isinstance(only, SweepStarted)
-    assert only.num_before == 3
+    started, ended = run_sweep(replace(settings, trials=2), data, diverges)
+    assert isinstance(started, SweepStarted)
+    assert started.num_before == 3
+    assert ended == SweepEnded(outcome="complete", reason="")
 
 
 def test_several_workers_have_trials_at_the_same_time(settings: Settings, data: Dataset) -> None:
@@ -339,7 +459,7 @@ def test_several_workers_have_trials_at_the_same_time(settings: Settings, data: 
 
 def test_after_the_timeout_no_trial_is_started(settings: Settings, data: Dataset) -> None:
     events = run_sweep(replace(settings, timeout=1e-9), data, trains(good))
-    assert [type(event) for event in events] == [SweepStarted]
+    assert [type(event) for event in events] == [SweepStarted, SweepEnded]
 
 
 def test_the_name_of_a_study_follows_from_its_settings(settings: Settings, data: Dataset) -> None:

@@ -742,3 +742,34 @@ def test_a_gpu_follows_the_cpu(coloured_noise):
     on_gpu = curve(train(make_config(device="cuda"), coloured_noise))
     for row, expected in zip(on_gpu, on_cpu, strict=True):
         assert row == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(
+    coloured_noise, precision, optimizer, epoch
+):
+    config = make_config(epochs=3, precision=precision, optimizer=optimizer, learning_rate=0.01)
+    checkpoints, expected = [], []
+    for each in train(config, coloured_noise):
+        checkpoints.append(copy.deepcopy(each.checkpoint()))
+        expected.append((each.number, each.train_loss, each.val_loss, each.learning_rate))
+    last = each.model.state_dict()
+    rest = list(train(config, coloured_noise, after=checkpoints[epoch - 1]))
+    curve = [(e.number, e.train_loss, e.val_loss, e.learning_rate) for e in rest]
+    assert curve == expected[epoch:]
+    if rest:
+        for name, value in rest[-1].model.state_dict().items():
+            assert torch.equal(value, last[name]), name
+
+
+def test_going_on_leaves_the_checkpoint_as_it_was(coloured_noise):
+    config = make_config(epochs=2)
+    checkpoint = copy.deepcopy(next(train(config, coloured_noise)).checkpoint())
+    before = copy.deepcopy(checkpoint)
+    (again,) = train(config, coloured_noise, after=checkpoint)
+    (once_more,) = train(config, coloured_noise, after=checkpoint)
+    assert again.train_loss == once_more.train_loss
+    for name, value in before.model.items():
+        assert torch.equal(checkpoint.model[name], value)

@@ -152,3 +152,67 @@ def is_running(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_same(
+    pool: Pool, data: Dataset, data_dir: Path
+) -> None:
+    training = config(epochs=4, seed=5, precision="bfloat16")
+    reference = DataReference(digest=data.digest, data_dir=data_dir, seed=0)
+    pool.submit(1, training)
+    *undisturbed, expected = wait_for_end(pool)
+    pool.forget(training)
+
+    pool.submit(2, training)
+    before: list[Event] = []
+    while len(before) < 2:
+        before.extend(pool.wait(0.1))
+    (worker,) = pool._workers
+    worker.process.kill()
+    before.extend(wait_for_end(pool)[:-1])
+    assert reference.checkpoint(training).exists()
+    pool.submit(2, training)
+    *after, ended = wait_for_end(pool)
+
+    # What was trained before is told again as it was, with its times.
+    assert after[: len(before)] == before
+    assert isinstance(expected, JobEnded)
+    assert isinstance(ended, JobEnded)
+    for name, value in expected.weights.items():
+        np.testing.assert_array_equal(ended.weights[name], value)
+    assert losses(after) == losses(undisturbed)
+    pool.forget(training)
+    assert not reference.checkpoint(training).exists()
+
+
+def losses(events: list[Event]) -> list[tuple[int, float, float]]:
+    return [
+        (event.number, event.metrics["train/loss"], event.metrics["val/loss"])
+        for event in events
+        if isinstance(event, EpochEnded)
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK cut short", b"x" * 10_000])
+def test_a_damaged_checkpoint_costs_time_and_nothing_else(
+    pool: Pool, data: Dataset, data_dir: Path, content: bytes
+) -> None:
+    training = config(seed=6)
+    file = DataReference(digest=data.digest, data_dir=data_dir, seed=0).checkpoint(training)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    pool.submit(1, training)
+    assert len(losses(wait_for_end(pool))) == 2
+
+
+def test_a_finished_training_is_told_from_its_checkpoint(pool: Pool) -> None:
+    training = config(seed=7)
+    pool.submit(1, training)
+    first = wait_for_end(pool)
+    pool.submit(1, training)
+    again = wait_for_end(pool)
+    assert first[:-1] == again[:-1]
+    assert isinstance(first[-1], JobEnded)
+    assert isinstance(again[-1], JobEnded)
+    for name, value in first[-1].weights.items():
+        np.testing.assert_array_equal(again[-1].weights[name], value)

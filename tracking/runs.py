@@ -11,8 +11,10 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -20,6 +22,8 @@ from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
     Metric,
     Param,
     RunTag,
@@ -137,6 +141,12 @@ class Tracker:
         here = info.experiment_id == self.experiment_id and info.lifecycle_stage == "active"
         return Run(self.client, run_id, self.experiment_id) if here else None
 
+    def find_tagged(self, tags: Mapping[str, str]) -> Run | None:
+        """Return a run of this experiment with all of these tags, unless there is none."""
+        wanted = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
+        found = self.client.search_runs([self.experiment_id], wanted, max_results=1)
+        return Run(self.client, found[0].info.run_id, self.experiment_id) if found else None
+
     def start_run(
         self,
         name: str,
@@ -179,6 +189,16 @@ class Run:
         """Return the last step at which a metric was logged, 0 if it never was."""
         history = self.client.get_metric_history(self.run_id, metric)
         return max((entry.step for entry in history), default=0)
+
+    def last_value(self, metric: str) -> float | None:
+        """Return the last value of a metric, None if it was never logged."""
+        value: float | None = self.client.get_run(self.run_id).data.metrics.get(metric)
+        return value
+
+    def outcome(self) -> str | None:
+        """Return what became of the run, None if it isn't over."""
+        outcome: str | None = self.client.get_run(self.run_id).data.tags.get("outcome")
+        return outcome
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, all in one request."""
@@ -228,6 +248,8 @@ class Run:
         The model is stored as a graph with its weights (`pt2`): loading it runs no pickle and needs
         no class of ours. Its batch size is free.
 
+        A run has one model: if it has it already, that is the answer.
+
         Args:
             model: in `eval()` mode, float32, on the CPU; images (N, H, W, C) uint8 → class
                 probabilities (N, K) float32.
@@ -244,31 +266,58 @@ class Run:
 
         assert not model.training
         assert len(input_example) >= 2
+        run = self.client.get_run(self.run_id)
+        if run.outputs is not None and run.outputs.model_outputs:
+            return f"models:/{run.outputs.model_outputs[-1].model_id}"
+        # Step by step rather than by `Model.log`: that links the run to a model which is still to
+        # be written, and puts it into the active experiment instead of the run's.
+        self._delete_unlinked_models()
+        logged = self.client.create_logged_model(
+            self.experiment_id, MODEL_NAME, self.run_id, params=run.data.params
+        )
         images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
         probabilities = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
-        # Made here, because MLflow would make it in its active experiment, most often `Default`,
-        # where the UI doesn't show it beside its run, and `runs:/<id>/model` doesn't find it.
-        params = self.client.get_run(self.run_id).data.params
-        logged = self.client.create_logged_model(
-            self.experiment_id, MODEL_NAME, self.run_id, params=params
-        )
-        info = Model.log(
-            artifact_path=None,
-            model_id=logged.model_id,
-            flavor=pytorch,
-            run_id=self.run_id,
-            step=step,
-            pytorch_model=model,
-            serialization_format="pt2",
-            signature=ModelSignature(Schema([images]), Schema([probabilities])),
-            input_example=input_example,
-            metadata={"classes": list(classes), **(metadata or {})},
-            # Inferring them would load the model in a process of its own: 12 s a model.
-            pip_requirements=_requirements(),
-            # It would load what was just written, once a model; a test does it once for all.
-            validate_serving_input=False,
-        )
-        return str(info.model_uri)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / MODEL_NAME
+            pytorch.save_model(
+                model,
+                folder,
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=self.run_id,
+                    model_uuid=logged.model_id,
+                    model_id=logged.model_id,
+                ),
+                serialization_format="pt2",
+                signature=ModelSignature(Schema([images]), Schema([probabilities])),
+                input_example=input_example,
+                metadata={"classes": list(classes), **(metadata or {})},
+                # Inferring them would load the model in a process of its own: 12 s a model.
+                pip_requirements=_requirements(),
+            )
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        self._link_metrics(logged.model_id, run.data.metrics, step)
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+        return f"models:/{logged.model_id}"
+
+    def _delete_unlinked_models(self) -> None:
+        """Delete what a process that died while recording a model of this run left of it."""
+        for left in self.client.search_logged_models(
+            [self.experiment_id], f"source_run_id = '{self.run_id}'"
+        ):
+            self.client.delete_logged_model(left.model_id)
+
+    def _link_metrics(self, model_id: str, names: Iterable[str], step: int) -> None:
+        """Have the model show the run's metrics of a step."""
+        # The same ones to the millisecond: else the run would have them twice.
+        linked = [
+            Metric(entry.key, entry.value, entry.timestamp, entry.step, model_id=model_id)
+            for name in names
+            for entry in self.client.get_metric_history(self.run_id, name)
+            if entry.step == step
+        ]
+        self.client.log_batch(self.run_id, metrics=linked)
 
     def reopen(self) -> None:
         """Set a run that was closed to RUNNING again, without an outcome."""
