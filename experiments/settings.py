@@ -41,6 +41,8 @@ class Settings:
     workers: int
     max_failures: int
     """Failed trials in a row."""
+    tracking_timeout: float
+    """Seconds that a tracking server may be away."""
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -58,6 +60,8 @@ class Settings:
                 raise ValueError(f"{flag} must be ≥ 1, not {number}")
         if not 0 <= self.timeout < math.inf:
             raise ValueError(f"--timeout must be seconds ≥ 0 (0: no limit), not {self.timeout}")
+        if not 0 <= self.tracking_timeout < math.inf:
+            raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {self.tracking_timeout}")
         if self.study is not None and not self.study.strip():
             raise ValueError("--study must not be empty")
         self.space()

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import optuna
 import pandas as pd
 import sqlalchemy.exc
 import torch
+from mlflow.exceptions import MlflowException
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -34,13 +35,24 @@ from experiments.heartbeat import Heartbeat, open_storage
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
+from tracking.patience import Patience, TrackingAwayError
 from tracking.runs import Run, Tracker
+from tracking.store import one_line
 
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
 
 RETRIES = 1
 """How often a trial that failed is tried again, on a fresh worker."""
+
+RECORDING_ERRORS = (
+    TrackingAwayError,
+    MlflowException,
+    optuna.exceptions.StorageInternalError,
+    sqlalchemy.exc.SQLAlchemyError,
+    OSError,
+)
+"""A server that is away, a disk that is full, a database that is locked or read-only."""
 
 OBJECTIVE = "val/accuracy"
 STATES = {
@@ -150,7 +162,8 @@ def sweep(
     with ExitStack() as stack:
         study = open_study(settings, data)
         stack.enter_context(_held(settings.storage, study.study_name))
-        tracker = Tracker.open(settings.experiment)
+        patience = Patience(seconds=settings.tracking_timeout, should_stop=should_stop)
+        tracker = Tracker.open(settings.experiment, patience=patience)
         parent = _open_parent(tracker, study, settings, data)
         running = _Sweep(settings, study, tracker, parent, pool, data, should_stop)
         stack.callback(running.close)
@@ -162,7 +175,10 @@ def sweep(
             num_before=_num_finished(study),
             best_before=_best(study),
         )
-        yield from running.events()
+        try:
+            yield from running.events()
+        except RECORDING_ERRORS as error:
+            running.reason = one_line(error)
         yield from running.close()
 
 
@@ -211,8 +227,11 @@ class _Sweep:
         if self.closed:
             return []
         self.closed = True
-        ended = [self._interrupt(running) for running in list(self.running.values())]
-        self.parent.end(self.outcome, reason=self.reason)
+        ended: list[TrialEnded] = []
+        # Where nothing can be recorded, the next start finds what is still RUNNING.
+        with suppress(*RECORDING_ERRORS):
+            ended.extend(self._interrupt(running) for running in list(self.running.values()))
+            self.parent.end(self.outcome, reason=self.reason)
         return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason)]
 
     def _reconcile(self) -> list[FrozenTrial]:

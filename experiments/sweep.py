@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 SAME_WISH_SECONDS = 1.0
 
+# Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
+# hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
+MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
 EPILOG = """\
 losses:
   l1 mse cross_entropy smooth_l1 l1_softmax mse_softmax bce label_smoothing
@@ -198,6 +206,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="the study's database; not MLflow's (default: %(default)s)",
     )
     record.add_argument(
+        "--tracking-timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for an MLflow server that went away, before the sweep is stopped "
+        "(the same command continues it; default: %(default)s)",
+    )
+    record.add_argument(
         "--tensorboard",
         type=Path,
         default=None,
@@ -210,7 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep of a command line, and return the exit code."""
     parser = build_parser()
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         return _run(parser.parse_args(argv))
     except ValueError as error:
@@ -275,6 +292,9 @@ def _report(table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: 
     )
     print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     complete = table[table["outcome"] == "complete"]
+    if ended.outcome == "interrupted" and ended.reason:
+        print(f"stopped: {ended.reason}; the same command continues the study", file=sys.stderr)
+        return 1
     if ended.outcome == "interrupted":
         print("interrupted: the same command continues the study")
         return 130

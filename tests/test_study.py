@@ -71,6 +71,7 @@ def settings(mlflow_store: str, tmp_path: Path) -> Settings:
         timeout=0,
         workers=1,
         max_failures=99,
+        tracking_timeout=0,
     )
 
 

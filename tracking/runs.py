@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
 )
 
+from tracking.patience import Patience, PatientClient
 from tracking.store import opening
 
 if TYPE_CHECKING:
@@ -70,17 +72,21 @@ def default_experiment() -> str:
 class Tracker:
     """An experiment on a tracking server, in which runs are opened."""
 
-    client: mlflow.MlflowClient
+    client: PatientClient
     experiment_id: str
     experiment: str
     context_tags: Mapping[str, str]
     """Who, from which source and commit: the same for all runs of a process, and slow to find."""
 
     @classmethod
-    def open(cls, experiment: str | None = None) -> Tracker:
+    def open(cls, experiment: str | None = None, *, patience: Patience | None = None) -> Tracker:
         """Open the experiment named, which is made where there is none.
 
         Under `mlflow run`, runs have to be in the experiment of the run that it opened.
+
+        Args:
+            experiment: its name; None is `default_experiment()`.
+            patience: with a server that goes away later.
 
         Raises:
             ValueError: the tracking store can't be opened, or the experiment can't be used.
@@ -108,7 +114,7 @@ class Tracker:
             )
         host = {"host": platform.node(), "pid": str(os.getpid())}
         return cls(
-            client=client,
+            client=PatientClient(client, patience or Patience()),
             experiment_id=found.experiment_id,
             experiment=found.name,
             context_tags=resolve_tags() | host,
@@ -159,8 +165,22 @@ class Tracker:
         all_tags = dict(self.context_tags) | dict(tags or {})
         if parent is not None:
             all_tags[MLFLOW_PARENT_RUN_ID] = parent.run_id
-        created = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name)
-        run = Run(self.client, created.info.run_id, self.experiment_id)
+        mark = {"key": uuid.uuid4().hex}
+        tries = 0
+
+        def create() -> Run:
+            nonlocal tries
+            tries += 1
+            # A run that was made, though the answer was lost, is found by its mark.
+            made = self.find_tagged(mark) if tries > 1 else None
+            if made is not None:
+                return made
+            info = self.client.create_run(
+                self.experiment_id, tags=all_tags | mark, run_name=name
+            ).info
+            return Run(self.client, info.run_id, self.experiment_id)
+
+        run = self.client.patience.insist(create)
         if params:
             run.log_params(params)
         return run
@@ -170,7 +190,7 @@ class Tracker:
 class Run:
     """One MLflow run."""
 
-    client: mlflow.MlflowClient
+    client: PatientClient
     run_id: str
     experiment_id: str
 
@@ -248,7 +268,8 @@ class Run:
         The model is stored as a graph with its weights (`pt2`): loading it runs no pickle and needs
         no class of ours. Its batch size is free.
 
-        A run has one model: if it has it already, that is the answer.
+        A run has one model: if it has it already, that is the answer. The run is linked to it last,
+        so that a process that dies meanwhile leaves no run with half a model.
 
         Args:
             model: in `eval()` mode, float32, on the CPU; images (N, H, W, C) uint8 → class
@@ -259,13 +280,25 @@ class Run:
                 model's.
             metadata: what else to store beside the class names.
         """
+        assert not model.training
+        assert len(input_example) >= 2
+        about = {"classes": list(classes), **(metadata or {})}
+        return self.client.patience.insist(
+            lambda: self._log_model(model, input_example, about, step)
+        )
+
+    def _log_model(
+        self,
+        model: nn.Module,
+        input_example: np.ndarray[Any, Any],
+        metadata: dict[str, Any],
+        step: int,
+    ) -> str:
         import numpy as np
         from mlflow import pytorch
         from mlflow.models import Model, ModelSignature
         from mlflow.types import Schema, TensorSpec
 
-        assert not model.training
-        assert len(input_example) >= 2
         run = self.client.get_run(self.run_id)
         if run.outputs is not None and run.outputs.model_outputs:
             return f"models:/{run.outputs.model_outputs[-1].model_id}"
@@ -276,7 +309,7 @@ class Run:
             self.experiment_id, MODEL_NAME, self.run_id, params=run.data.params
         )
         images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
-        probabilities = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
+        probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / MODEL_NAME
             pytorch.save_model(
@@ -291,7 +324,7 @@ class Run:
                 serialization_format="pt2",
                 signature=ModelSignature(Schema([images]), Schema([probabilities])),
                 input_example=input_example,
-                metadata={"classes": list(classes), **(metadata or {})},
+                metadata=metadata,
                 # Inferring them would load the model in a process of its own: 12 s a model.
                 pip_requirements=_requirements(),
             )

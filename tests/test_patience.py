@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tracking.patience import Patience, PatientClient, TrackingAwayError, is_away
+from tracking.runs import Tracker
+
+
+def away() -> MlflowException:
+    """Return what MLflow raises where nobody answers."""
+    error = MlflowException("API request failed")
+    error.__cause__ = requests.ConnectionError("refused")
+    return error
+
+
+class Server:
+    """Fails so often, and then answers."""
+
+    def __init__(self, failures: list[BaseException]) -> None:
+        self.failures = failures
+        self.calls = 0
+
+    def call(self, *_: Any) -> str:
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return "answer"
+
+    log_batch = call
+    create_run = call
+
+
+def test_a_call_is_repeated_until_there_is_an_answer() -> None:
+    server = Server([away(), requests.Timeout("slow")])
+    assert Patience(seconds=5).insist(server.call) == "answer"
+    assert server.calls == 3
+
+
+def test_patience_has_an_end() -> None:
+    start = time.monotonic()
+    with pytest.raises(TrackingAwayError, match="doesn't answer"):
+        Patience(seconds=0.5).insist(Server([away() for _ in range(99)]).call)
+    assert time.monotonic() - start < 5
+
+
+def test_without_patience_there_is_one_call() -> None:
+    server = Server([away()])
+    with pytest.raises(TrackingAwayError):
+        Patience().insist(server.call)
+    assert server.calls == 1
+
+
+def test_another_error_is_not_waited_out() -> None:
+    server = Server([MlflowException("no such run")])
+    with pytest.raises(MlflowException, match="no such run"):
+        Patience(seconds=60).insist(server.call)
+    assert server.calls == 1
+
+
+def test_who_wants_to_stop_has_no_patience() -> None:
+    with pytest.raises(TrackingAwayError):
+        Patience(seconds=60, should_stop=lambda: True).insist(Server([away()]).call)
+
+
+def test_a_locked_database_and_a_gateway_without_a_server_are_away() -> None:
+    assert is_away(MlflowException("(sqlite3.OperationalError) database is locked"))
+    assert is_away(MlflowException("API request to x failed with error code 503 != 200."))
+    assert not is_away(MlflowException("API request to x failed with error code 404 != 200."))
+
+
+def test_a_client_repeats_what_can_be_repeated_only() -> None:
+    server = Server([away()])
+    client = PatientClient(server, Patience(seconds=5))  # type: ignore[arg-type]
+    assert client.log_batch("id") == "answer"
+    server.failures = [away()]
+    with pytest.raises(MlflowException):
+        client.create_run("id")
+
+
+def test_a_run_that_was_made_though_the_answer_was_lost_is_not_made_twice(
+    mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker.open("tests", patience=Patience(seconds=5))
+    create_run, lost = MlflowClient.create_run, [away()]
+
+    def losing(*args: Any, **kwargs: Any) -> Any:
+        run = create_run(*args, **kwargs)
+        if lost:
+            raise lost.pop()
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", losing)
+    run = tracker.start_run("once")
+    (only,) = MlflowClient().search_runs([tracker.experiment_id])
+    assert only.info.run_id == run.run_id
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def real_server(folder: Path, port: int) -> Iterator[None]:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    with (
+        (folder / "server.log").open("ab") as log,
+        subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, 9)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_and_started_again_loses_no_metric(
+    mlflow_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    patience = Patience(seconds=120)
+    with real_server(tmp_path, port):
+        patience.insist(lambda: MlflowClient().search_experiments())
+        run = Tracker.open("tests", patience=patience).start_run("run")
+        run.log_metrics({"val/accuracy": 0.1}, step=1)
+    with pytest.raises(TrackingAwayError):
+        Patience().insist(lambda: MlflowClient().get_run(run.run_id))
+    with real_server(tmp_path, port):
+        run.log_metrics({"val/accuracy": 0.2}, step=2)  # while it starts
+        run.end("complete")
+        history = run.client.get_metric_history(run.run_id, "val/accuracy")
+    assert [(entry.step, entry.value) for entry in history] == [(1, 0.1), (2, 0.2)]

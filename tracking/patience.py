@@ -1,0 +1,90 @@
+"""Patience with a tracking server that is away: try again, within a bound, and lose nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlflow
+import requests
+from mlflow.exceptions import MlflowException
+
+from tracking.store import one_line
+
+Result = TypeVar("Result")
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
+LOOK_EVERY_SECONDS = 0.2
+
+NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log_outputs"}
+"""What a server may have done though its answer was lost: tried again by those who can tell."""
+
+
+class TrackingAwayError(Exception):
+    """The tracking server has not answered for as long as it was waited for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for a server that is away."""
+
+    seconds: float = 0
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked while waiting: once true, there is no more patience."""
+
+    def insist(self, call: Callable[[], Result]) -> Result:
+        """Call until the server answers.
+
+        Raises:
+            TrackingAwayError: it did not, for `seconds`.
+        """
+        deadline, pause = time.monotonic() + self.seconds, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return call()
+            except (MlflowException, requests.RequestException) as error:
+                if not is_away(error):
+                    raise
+                if time.monotonic() + pause > deadline or not self._sleep(pause):
+                    raise TrackingAwayError(
+                        f"the MLflow server {mlflow.get_tracking_uri()} doesn't answer: "
+                        f"{one_line(error)}"
+                    ) from error
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep, and return whether there is still patience."""
+        end = time.monotonic() + seconds
+        while not self.should_stop():
+            left = end - time.monotonic()
+            if left <= 0:
+                return True
+            time.sleep(min(left, LOOK_EVERY_SECONDS))
+        return False
+
+
+class PatientClient:
+    """An `MlflowClient` of which every call that can be repeated is, while the server is away."""
+
+    def __init__(self, client: mlflow.MlflowClient, patience: Patience) -> None:
+        self._client, self.patience = client, patience
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if name in NOT_REPEATABLE:
+            return call
+        return lambda *args, **kwargs: self.patience.insist(lambda: call(*args, **kwargs))
+
+
+def is_away(error: BaseException) -> bool:
+    """Return whether an error says that there is no answer, or that it can be had later."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (requests.ConnectionError, requests.Timeout)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    text = str(error)
+    unavailable = any(f"failed with error code {code}" in text for code in (502, 503, 504))
+    return unavailable or "database is locked" in text
