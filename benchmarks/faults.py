@@ -13,14 +13,19 @@ import argparse
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
+SHOWN = 20
+"""Differences that are printed: where the first trial differs, most later ones do."""
+
 TERMINATED = {"FINISHED", "FAILED", "KILLED"}
 
 
@@ -50,7 +55,7 @@ def main() -> int:
         assert run(command, stormy) == 0
         print(f"killed: main process {kills.count('main')} times, worker {kills.count('worker')}")
         problems = compare(state(calm), state(stormy))
-    for problem in problems:
+    for problem in problems[:SHOWN]:
         print(f"  {problem}")
     print(f"{len(problems)} differences in {options.trials} trials of {options.epochs} epochs")
     return bool(problems)
@@ -84,6 +89,9 @@ def start_in(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
 def disturb(command: list[str], folder: Path, number: int, dice: random.Random) -> list[str]:
     """Start the sweep again and again, kill it so many times, and return what was killed."""
     killed: list[str] = []
+    spared = (
+        -1
+    )  # the trial whose worker was killed: a second time, it would rightly count as failed
     process: subprocess.Popen[bytes] | None = None
     while len(killed) < number:
         if process is None or process.poll() is not None:
@@ -93,9 +101,10 @@ def disturb(command: list[str], folder: Path, number: int, dice: random.Random) 
         workers = children(process.pid)
         if process.poll() == 0:
             break  # through before it could be killed as often
-        if dice.random() < 0.3 and workers:
+        if dice.random() < 0.4 and workers and spared != (trial := num_finished(folder)):
             os.kill(workers[0], signal.SIGKILL)
             killed.append("worker")
+            spared = trial
         else:
             process.kill()
             process.wait()
@@ -104,6 +113,20 @@ def disturb(command: list[str], folder: Path, number: int, dice: random.Random) 
         process.kill()
         process.wait()
     return killed
+
+
+def num_finished(folder: Path) -> int:
+    """Return how many trials are over: with one worker, the number of the one under way."""
+    file = folder / "optuna.db"
+    if not file.exists():
+        return 0
+    with closing(sqlite3.connect(file)) as database:
+        try:
+            query = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')"
+            (count,) = database.execute(query).fetchone()
+        except sqlite3.OperationalError:  # its tables are being made
+            return 0
+    return int(count)
 
 
 def children(pid: int) -> list[int]:

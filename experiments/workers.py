@@ -11,6 +11,7 @@ to be set before it starts, and PyTorch's threads do not survive a fork.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -41,6 +42,9 @@ ALLOCATOR = {
 }
 MAX_IDLE_DEATHS = 3
 """Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
+
+DRAFT = ".draft"
+"""The suffix of a checkpoint that is being written."""
 
 NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
@@ -129,6 +133,9 @@ class Pool:
     def submit(self, job: int, config: TrainConfig) -> None:
         """Hand a job to an idle worker."""
         worker = next(worker for worker in self._workers if worker.job is None)
+        if worker.process.poll() is not None:
+            # It died while it had nothing to do: no failure of the job that comes next.
+            worker = self._replace(worker, f"the worker process {worker.wait()}")
         worker.job = job
         worker.send((job, config))
 
@@ -141,7 +148,9 @@ class Pool:
     def forget(self, config: TrainConfig) -> None:
         """Remove the checkpoint of a training that is over."""
         assert self._data is not None
-        self._data.checkpoint(config).unlink(missing_ok=True)
+        file = self._data.checkpoint(config)
+        for each in (file, file.with_suffix(DRAFT)):
+            each.unlink(missing_ok=True)
 
     def wait(self, timeout: float) -> list[Event]:
         """Return what happened, once something has, or nothing after `timeout` seconds."""
@@ -169,13 +178,14 @@ class Pool:
             worker.job = None
         yield event
 
-    def _replace(self, dead: _Worker, error: str) -> None:
+    def _replace(self, dead: _Worker, error: str) -> _Worker:
         self._num_idle_deaths += dead.job is None
         if self._num_idle_deaths > MAX_IDLE_DEATHS:
             raise RuntimeError(f"{error} without a job, {self._num_idle_deaths} times by now")
         fresh = _Worker(self._num_threads)
         fresh.send(self._data)
         self._workers[self._workers.index(dead)] = fresh
+        return fresh
 
     def close(self) -> None:
         """End all workers at once, whatever they do."""
@@ -282,12 +292,18 @@ def _train(
 
 
 def _write_checkpoint(file: Path, past: list[dict[str, float]], checkpoint: Checkpoint) -> None:
+    """Keep a checkpoint, whole or not at all. Without one, a trial that is cut off starts again."""
     import torch
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}")
-    torch.save({"past": past, **vars(checkpoint)}, draft)
-    draft.replace(file)
+    content = io.BytesIO()
+    torch.save({"past": past, **vars(checkpoint)}, content)
+    draft = file.with_suffix(DRAFT)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content.getbuffer())
+        draft.replace(file)
+    except OSError as error:  # a full disk is no reason to lose the trial, too
+        print(f"note: no checkpoint can be kept: {error}", file=sys.stderr)
 
 
 def _read_checkpoint(file: Path) -> tuple[list[dict[str, float]], Checkpoint | None]:

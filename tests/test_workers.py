@@ -216,3 +216,30 @@ def test_a_finished_training_is_told_from_its_checkpoint(pool: Pool) -> None:
     assert isinstance(again[-1], JobEnded)
     for name, value in first[-1].weights.items():
         np.testing.assert_array_equal(again[-1].weights[name], value)
+
+
+def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
+    pool: Pool, data: Dataset, data_dir: Path
+) -> None:
+    training = config(seed=8)
+    file = DataReference(digest=data.digest, data_dir=data_dir, seed=0).checkpoint(training)
+    draft = file.with_suffix(".draft")
+    draft.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
+    pool.submit(1, training)
+    *epochs, ended = wait_for_end(pool)
+    assert isinstance(ended, JobEnded)
+    assert len(epochs) == 2
+    assert not file.exists()
+    draft.rmdir()
+
+
+def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(pool: Pool) -> None:
+    pool.submit(1, config(epochs=1))
+    wait_for_end(pool)
+    (worker,) = pool._workers
+    worker.process.kill()
+    worker.process.wait()
+    pool.submit(2, config(epochs=1))
+    *_, ended = wait_for_end(pool)
+    assert isinstance(ended, JobEnded)
+    assert ended.job == 2
