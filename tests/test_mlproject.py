@@ -229,9 +229,9 @@ def test_requirements_are_pinned_by_version_and_hash() -> None:
         "numpy==2.4.6",
         f"numpy>=2 --hash=sha256:{'0' * 64}",
         f"numpy==2.* --hash=sha256:{'0' * 64}",
-        f"numpy @ file:///opt/numpy.whl --hash=sha256:{'0' * 64}",
+        f"numpy @ file:///somewhere/numpy.whl --hash=sha256:{'0' * 64}",
         "numpy==2.4.6 --hash=md5:0",
-        "--find-links /opt/wheels",
+        "--find-links /somewhere/wheels",
     ],
 )
 def test_a_requirement_without_version_or_hash_would_be_found(line: str) -> None:
