@@ -52,7 +52,8 @@ def main() -> int:
         assert run(command, calm) == 0
         print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
         kills = disturb(command, stormy, options.kills, random.Random(options.seed))
-        assert run(command, stormy) == 0
+        code = run(command, stormy)
+        assert code == 0, (stormy / "log.txt").read_text()[-2000:]
         print(f"killed: main process {kills.count('main')} times, worker {kills.count('worker')}")
         problems = compare(state(calm), state(stormy))
     for problem in problems[:SHOWN]:
@@ -201,6 +202,7 @@ def compare(calm: dict[str, Any], stormy: dict[str, Any]) -> list[str]:
             problems.append(f"trial {number} has {len(runs)} runs")
             continue
         (run,) = runs
+        calm_run = calm_runs[str(number)]
         linked |= {output.model_id for output in run.outputs.model_outputs}
         for what, here, there in (
             ("state", trial.state, expected.state),
@@ -216,12 +218,19 @@ def compare(calm: dict[str, Any], stormy: dict[str, Any]) -> list[str]:
                 int(trial.user_attrs["outcome"] == "complete"),
             ),
             ("weights", stormy["weights"].get(str(number)), calm["weights"].get(str(number))),
-            ("metrics", exact(stormy, run), exact(calm, calm_runs[str(number)])),
+            ("metrics", exact(stormy, run), exact(calm, calm_run)),
+            ("params in MLflow", run.data.params, calm_run.data.params),
+            ("data sets", digests(run), digests(calm_run)),
         ):
             if here != there:
                 problems.append(f"trial {number}: {what} {here!r:.100} instead of {there!r:.100}")
     problems += [f"model {model} belongs to no run" for model in stormy["models"] - linked]
     return problems
+
+
+def digests(run: Any) -> list[str]:
+    """Return the digests of the data sets that a run has logged."""
+    return [each.dataset.digest for each in run.inputs.dataset_inputs]
 
 
 def not_over(runs: list[Any]) -> list[Any]:

@@ -269,22 +269,18 @@ class _Sweep:
         return TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
     def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
-        earlier = self._find_run(trial.number, trial.user_attrs)
-        if earlier is not None:
-            earlier.reopen()
-            trial.set_user_attr("run_id", earlier.run_id)
-            return earlier
-        name = (
-            f"{trial.number:03d} {config.loss} lr={config.learning_rate:.3g} bs={config.batch_size}"
-        )
-        data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
-        run = self.tracker.start_run(
-            name,
-            params=config.as_params() | data,
-            tags=self._tags(trial.number),
-            parent=self.parent,
-        )
+        run = self._find_run(trial.number, trial.user_attrs)
+        if run is not None:
+            run.reopen()
+        else:
+            rate = f"lr={config.learning_rate:.3g}"
+            name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
+            run = self.tracker.start_run(name, tags=self._tags(trial.number), parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
+        # The process that opened it may have died before it came to these.
+        if not run.params():
+            data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
+            run.log_params(config.as_params() | data)
         log_data(run, self.data)
         return run
 

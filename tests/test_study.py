@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
 from cnn.data import Dataset
+from cnn.training import TrainConfig
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,
@@ -309,6 +310,7 @@ class Killed(BaseException):
     ("where", "times"),
     [
         ("mlflow.MlflowClient.create_run", 2),
+        ("tracking.runs.Run.log_params", 2),
         ("optuna.trial.Trial.set_user_attr", 1),
         ("optuna.trial.Trial._suggest", 2),
         ("optuna.trial.Trial.report", 2),
@@ -357,6 +359,9 @@ def test_a_sweep_killed_anywhere_ends_as_the_undisturbed_one(
     for number, run in trial_runs().items():
         assert after[number].user_attrs["run_id"] == run.info.run_id
         assert after[number].user_attrs["outcome"] == run.data.tags["outcome"] == "complete"
+        assert run.data.params["loss"] == after[number].params["loss"]
+        assert len(run.data.params) == len(TrainConfig.__dataclass_fields__) + 2
+        assert [each.dataset.digest for each in run.inputs.dataset_inputs] == [data.digest]
         for metric in METRICS:
             assert list(history(run, metric)) == [1, 2]
     models = MlflowClient().search_logged_models([client_runs()[0].info.experiment_id])

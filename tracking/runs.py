@@ -35,7 +35,6 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
     MLFLOW_PARENT_RUN_ID,
     MLFLOW_RUN_NAME,
-    MLFLOW_RUN_NOTE,
 )
 
 from tracking.patience import Patience, PatientClient
@@ -210,6 +209,10 @@ class Run:
         history = self.client.get_metric_history(self.run_id, metric)
         return max((entry.step for entry in history), default=0)
 
+    def params(self) -> dict[str, str]:
+        """Return the params that were logged."""
+        return dict(self.client.get_run(self.run_id).data.params)
+
     def last_value(self, metric: str) -> float | None:
         """Return the last value of a metric, None if it was never logged."""
         value: float | None = self.client.get_run(self.run_id).data.metrics.get(metric)
@@ -223,10 +226,6 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, all in one request."""
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-
-    def describe(self, text: str) -> None:
-        """Set the description that the MLflow UI shows, in Markdown."""
-        self.set_tags({MLFLOW_RUN_NOTE: text})
 
     def log_text(self, text: str, file: str) -> None:
         """Store a text as an artifact of the run."""
