@@ -17,13 +17,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
 import sqlalchemy.exc
 import torch
-from mlflow.exceptions import MlflowException
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -35,24 +34,17 @@ from experiments.heartbeat import Heartbeat, open_storage
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
-from tracking.patience import Patience, TrackingAwayError
-from tracking.runs import Run, Tracker
 from tracking.store import one_line
+
+# MLflow, a second to import, and its tables, another, can wait until the workers have begun.
+if TYPE_CHECKING:
+    from tracking.runs import Run, Tracker
 
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
 
 RETRIES = 1
 """How often a trial that failed is tried again, on a fresh worker."""
-
-RECORDING_ERRORS = (
-    TrackingAwayError,
-    MlflowException,
-    optuna.exceptions.StorageInternalError,
-    sqlalchemy.exc.SQLAlchemyError,
-    OSError,
-)
-"""A server that is away, a disk that is full, a database that is locked or read-only."""
 
 OBJECTIVE = "val/accuracy"
 STATES = {
@@ -75,6 +67,21 @@ TRIALS_COLUMNS = [
     "run_id",
 ]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def recording_errors() -> tuple[type[BaseException], ...]:
+    """Return what a server that is away raises, a full disk, a locked or read-only database."""
+    from mlflow.exceptions import MlflowException
+
+    from tracking.patience import TrackingAwayError
+
+    return (
+        TrackingAwayError,
+        MlflowException,
+        optuna.exceptions.StorageInternalError,
+        sqlalchemy.exc.SQLAlchemyError,
+        OSError,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +169,9 @@ def sweep(
     with ExitStack() as stack:
         study = open_study(settings, data)
         stack.enter_context(_held(settings.storage, study.study_name))
-        patience = Patience(seconds=settings.tracking_timeout, should_stop=should_stop)
-        tracker = Tracker.open(settings.experiment, patience=patience)
-        parent = _open_parent(tracker, study, settings, data)
-        running = _Sweep(settings, study, tracker, parent, pool, data, should_stop)
+        running = _Sweep(settings, study, pool, data, should_stop)
+        running.begin()
+        tracker, parent = running.connect()
         stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
@@ -177,7 +183,7 @@ def sweep(
         )
         try:
             yield from running.events()
-        except RECORDING_ERRORS as error:
+        except recording_errors() as error:
             running.reason = one_line(error)
         yield from running.close()
 
@@ -189,15 +195,16 @@ class _Sweep:
         self,
         settings: Settings,
         study: Study,
-        tracker: Tracker,
-        parent: Run,
         pool: Pool,
         data: Dataset,
         should_stop: Callable[[], bool],
     ) -> None:
-        self.settings, self.study, self.tracker, self.parent = settings, study, tracker, parent
+        self.settings, self.study = settings, study
         self.pool, self.data, self.should_stop = pool, data, should_stop
         self.space = settings.space()
+        self.tracker: Tracker
+        self.parent: Run
+        self.without_run: list[tuple[Trial, TrainConfig]] = []
         self.running: dict[int, _RunningTrial] = {}
         self.outcome, self.reason = "interrupted", ""
         self.closed = False
@@ -206,9 +213,29 @@ class _Sweep:
         self.heartbeat = Heartbeat(study, is_shared=_sqlite_file(settings.storage) is None)
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
 
+    def begin(self) -> None:
+        """Hand out the first trials, before MLflow is there to record them.
+
+        Unless an earlier process left some: what became of those, MLflow knows.
+        """
+        if not self.heartbeat.abandoned():
+            self._hand_out()
+
+    def connect(self) -> tuple[Tracker, Run]:
+        """Open MLflow's experiment and the run that the trials' runs hang under."""
+        from tracking.patience import Patience
+        from tracking.runs import Tracker
+
+        timeout = self.settings.tracking_timeout
+        patience = Patience(seconds=timeout, should_stop=self.should_stop)
+        self.tracker = Tracker.open(self.settings.experiment, patience=patience)
+        self.parent = _open_parent(self.tracker, self.study, self.settings, self.data)
+        return self.tracker, self.parent
+
     def events(self) -> Iterator[SweepEvent]:
-        self.leftover = self._reconcile()
-        while self.running or self._has_more():
+        if not self.without_run:
+            self.leftover = self._reconcile()
+        while self.running or self.without_run or self._has_more():
             if self.should_stop():
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
@@ -216,8 +243,8 @@ class _Sweep:
                 self.reason = f"{self.failures_in_a_row} trials failed one after another"
                 return
             self.heartbeat.record(running.trial for running in self.running.values())
-            while self.pool.num_idle and self._has_more():
-                yield self._start()
+            self._hand_out()
+            yield from self._open_runs()
             for event in self.pool.wait(WAIT_SECONDS):
                 yield from self._take(event)
         self.outcome = "complete"
@@ -229,7 +256,7 @@ class _Sweep:
         self.closed = True
         ended: list[TrialEnded] = []
         # Where nothing can be recorded, the next start finds what is still RUNNING.
-        with suppress(*RECORDING_ERRORS):
+        with suppress(*recording_errors()):
             ended.extend(self._interrupt(running) for running in list(self.running.values()))
             self.parent.end(self.outcome, reason=self.reason)
         return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason)]
@@ -257,16 +284,24 @@ class _Sweep:
         # Those of other processes, on a storage that several share, are counted as well.
         return bool(self.leftover) or _num_begun(self.study) < self.settings.trials
 
-    def _start(self) -> TrialStarted:
-        if self.leftover:
-            trial = self.heartbeat.take_up(self.leftover.pop(0))
-        else:
-            trial = self.heartbeat.ask()
-        config = self.space.suggest(trial)
-        run = self._open_run(trial, config)
-        self.running[trial.number] = _RunningTrial(trial, config, run)
-        self.pool.submit(trial.number, config)
-        return TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
+    def _hand_out(self) -> None:
+        """Give each idle worker a trial, whose run is opened while it trains."""
+        while self.pool.num_idle and self._has_more():
+            if self.leftover:
+                trial = self.heartbeat.take_up(self.leftover.pop(0))
+            else:
+                trial = self.heartbeat.ask()
+            config = self.space.suggest(trial)
+            self.pool.submit(trial.number, config)
+            self.without_run.append((trial, config))
+
+    def _open_runs(self) -> Iterator[TrialStarted]:
+        while self.without_run:
+            trial, config = self.without_run[0]
+            run = self._open_run(trial, config)
+            self.running[trial.number] = _RunningTrial(trial, config, run)
+            self.without_run.pop(0)
+            yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
     def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
         run = self._find_run(trial.number, trial.user_attrs)
