@@ -133,9 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     search.add_argument(
         "--pruner",
-        choices=("none", "median", "hyperband", "asha"),
+        choices=("none", "median", "hyperband", "asha", "one_epoch"),
         default="median",
-        help="how trials that lag behind are ended early (default: %(default)s)",
+        help="how trials that lag behind are ended early; one_epoch keeps the best third after "
+        "their first epoch (default: %(default)s)",
     )
     search.add_argument(
         "--timeout",

@@ -588,7 +588,10 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
         ({"trials": 0}, "--trials must be ≥ 1, not 0"),
         ({"timeout": -1.0}, "--timeout must be seconds ≥ 0"),
         ({"sampler": "cma"}, "unknown --sampler 'cma': choose one of tpe, random, qmc, gp"),
-        ({"pruner": "no"}, "unknown --pruner 'no': choose one of none, median, hyperband, asha"),
+        (
+            {"pruner": "no"},
+            "unknown --pruner 'no': choose one of none, median, hyperband, asha, one_epoch",
+        ),
         ({"device": "tpu"}, "device 'tpu' is not here"),
         ({"study": " "}, "--study must not be empty"),
     ],
