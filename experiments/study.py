@@ -11,14 +11,17 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import sqlalchemy.exc
@@ -31,6 +34,7 @@ from cnn.losses import PROBABILITIES, get_loss
 from cnn.model import CNN, Classifier
 from cnn.training import TrainConfig, check_batch_size
 from experiments.heartbeat import Heartbeat, open_storage
+from experiments.interrupts import InterruptionError, Interrupts
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
@@ -146,8 +150,7 @@ def sweep(
     settings: Settings,
     data: Dataset,
     pool: Pool,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
+    interrupts: Interrupts | None = None,
 ) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield what happens.
 
@@ -158,7 +161,7 @@ def sweep(
         settings: what to do.
         data: the data set.
         pool: the workers, which have opened the same data; it is not closed.
-        should_stop: asked several times a second; once true, what runs is closed as `interrupted`
+        interrupts: asked several times a second; once true, what runs is closed as `interrupted`
             and the iteration ends.
 
     Raises:
@@ -169,7 +172,7 @@ def sweep(
     with ExitStack() as stack:
         study = open_study(settings, data)
         stack.enter_context(_held(settings.storage, study.study_name))
-        running = _Sweep(settings, study, pool, data, should_stop)
+        running = _Sweep(settings, study, pool, data, interrupts or Interrupts())
         running.begin()
         tracker, parent = running.connect()
         stack.callback(running.close)
@@ -197,10 +200,10 @@ class _Sweep:
         study: Study,
         pool: Pool,
         data: Dataset,
-        should_stop: Callable[[], bool],
+        interrupts: Interrupts,
     ) -> None:
         self.settings, self.study = settings, study
-        self.pool, self.data, self.should_stop = pool, data, should_stop
+        self.pool, self.data, self.interrupts = pool, data, interrupts
         self.space = settings.space()
         self.tracker: Tracker
         self.parent: Run
@@ -227,7 +230,7 @@ class _Sweep:
         from tracking.runs import Tracker
 
         timeout = self.settings.tracking_timeout
-        patience = Patience(seconds=timeout, should_stop=self.should_stop)
+        patience = Patience(seconds=timeout, should_stop=self.interrupts)
         self.tracker = Tracker.open(self.settings.experiment, patience=patience)
         self.parent = _open_parent(self.tracker, self.study, self.settings, self.data)
         return self.tracker, self.parent
@@ -236,7 +239,7 @@ class _Sweep:
         if not self.without_run:
             self.leftover = self._reconcile()
         while self.running or self.without_run or self._has_more():
-            if self.should_stop():
+            if self.interrupts():
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
                 self.outcome = "failed"
@@ -245,6 +248,7 @@ class _Sweep:
             self.heartbeat.record(running.trial for running in self.running.values())
             self._hand_out()
             yield from self._open_runs()
+            self._rehearse()
             for event in self.pool.wait(WAIT_SECONDS):
                 yield from self._take(event)
         self.outcome = "complete"
@@ -359,21 +363,47 @@ class _Sweep:
         # After the last epoch there is nothing left to save.
         return event.number < running.config.epochs and running.trial.should_prune()
 
+    def _rehearse(self) -> None:
+        """Make a model's graph for nothing, while the workers train their first trials.
+
+        The first time in a process it takes seconds, for PyTorch's compiler is imported: a worker
+        would wait as long, and a Ctrl-C, too.
+        """
+        if "torch._dynamo" in sys.modules or not self.running:
+            return
+        from tracking.runs import save_model
+
+        config = next(iter(self.running.values())).config
+        model = self._classifier(CNN(len(self.data.classes)), config)
+        classes = {"classes": self.data.classes}
+        with (
+            suppress(InterruptionError),
+            TemporaryDirectory() as scratch,
+            self.interrupts.at_once(),
+        ):
+            folder = Path(scratch, "model")
+            save_model(model, folder, input_example=self._example(), metadata=classes)
+
+    def _example(self) -> np.ndarray[Any, Any]:
+        images, _ = self.data.validation.batch(torch.arange(2))
+        return images.numpy()
+
+    def _classifier(self, network: CNN, config: TrainConfig) -> Classifier:
+        to_probabilities = PROBABILITIES[get_loss(config.loss).outputs_to_probabilities]
+        return Classifier(network, to_probabilities).eval()
+
     def _record_model(self, running: _RunningTrial, event: JobEnded) -> None:
         network = CNN(len(self.data.classes))
         network.load_state_dict({k: torch.from_numpy(v) for k, v in event.weights.items()})
-        loss = get_loss(running.config.loss)
-        to_probabilities = PROBABILITIES[loss.outputs_to_probabilities]
-        example, _ = self.data.validation.batch(torch.arange(2))
         running.run.log_model(
-            Classifier(network, to_probabilities).eval(),
-            input_example=example.numpy(),
+            self._classifier(network, running.config),
+            input_example=self._example(),
             classes=self.data.classes,
             step=running.epochs,
             metadata={
                 "dataset": self.data.name,
                 "dataset_digest": self.data.digest,
-                "loss": loss.name,
+                "loss": running.config.loss,
                 "seed": self.settings.seed,
                 "study": self.study.study_name,
                 "trial": running.trial.number,

@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from experiments.settings import Settings
     from experiments.study import SweepEnded, SweepStarted
-
-SAME_WISH_SECONDS = 1.0
 
 # Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
 # hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
@@ -261,18 +255,19 @@ def _run(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
     from experiments.display import Display
+    from experiments.interrupts import Interrupts
     from experiments.study import SweepEnded, SweepStarted, open_study, sweep, trials_table
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
     with ExitStack() as stack:
-        interrupted = stack.enter_context(_interrupts())
+        interrupts = stack.enter_context(Interrupts())
         observers: list[Any] = [stack.enter_context(Display(settings))]
         if options.tensorboard is not None:
             from experiments.tensorboard import EventFiles
 
             observers.append(stack.enter_context(EventFiles(options.tensorboard)))
-        for event in sweep(settings, data, pool, should_stop=lambda: bool(interrupted)):
+        for event in sweep(settings, data, pool, interrupts):
             if isinstance(event, SweepStarted):
                 started = event
             elif isinstance(event, SweepEnded):
@@ -384,27 +379,12 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[float]]:
-    """Collect the time of the first SIGINT or SIGTERM in a list, for the sweep to end in order.
-
-    The second ends it at once, unless it comes with the first: `mlflow run` hands on a Ctrl-C as
-    SIGTERM to a process that has had it from the terminal already.
-    """
-    received: list[float] = []
-
-    def receive(*_: object) -> None:
-        if received and time.monotonic() > received[0] + SAME_WISH_SECONDS:
-            raise KeyboardInterrupt
-        received.append(time.monotonic())
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _leave(code: int) -> NoReturn:
+    """End the process at once: taking MLflow and PyTorch apart would take two seconds more."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -137,6 +137,31 @@ def test_help_imports_nothing_slow(module: str) -> None:
     assert SLOW_TO_IMPORT.isdisjoint(json.loads(modules))
 
 
+# Trains a little, with each optimizer, and prints whether PyTorch's compiler was imported for it.
+TRAIN = """
+import sys, torch
+from cnn.data import Dataset, Split
+from cnn.training import OPTIMIZERS, TrainConfig, train
+images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4) % 2
+split = Split(pool=images, pool_labels=labels, rows=torch.arange(4))
+data = Dataset(name="", classes=("a", "b"), train=split, validation=split, test=split, digest="",
+               source="")
+for name in OPTIMIZERS:
+    config = TrainConfig(loss="mse", learning_rate=0.1, batch_size=2, epochs=1, optimizer=name)
+    assert len(list(train(config, data))) == 1
+print(sys.argv[1] in sys.modules)
+"""
+
+
+def test_a_worker_does_not_import_the_compiler() -> None:
+    assert in_a_new_process(TRAIN, "torch._dynamo", root=ROOT).strip() == "False"
+
+
+def test_the_workers_do_not_wait_for_mlflow() -> None:
+    loads = "import sys, experiments.study; print(sys.argv[1] in sys.modules)"
+    assert in_a_new_process(loads, "mlflow", root=ROOT).strip() == "False"
+
+
 def plant(root: Path, file: str, source: str) -> None:
     path = root / file
     path.parent.mkdir(parents=True, exist_ok=True)

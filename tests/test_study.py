@@ -5,7 +5,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cnn.data import Dataset
 from cnn.training import TrainConfig
+from experiments.interrupts import Interrupts
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,
@@ -116,10 +117,21 @@ def history(run: Run, metric: str) -> dict[int, float]:
     return steps
 
 
-def stop_after(wanted: type, number: int = 1) -> tuple[list[SweepEvent], Callable[[], bool]]:
+class StopAfter(Interrupts):
+    """A Ctrl-C that comes once so many events of a kind were seen."""
+
+    def __init__(self, seen: list[SweepEvent], wanted: type, number: int) -> None:
+        super().__init__()
+        self.seen, self.wanted, self.number = seen, wanted, number
+
+    def __call__(self) -> bool:
+        return sum(isinstance(event, self.wanted) for event in self.seen) >= self.number
+
+
+def stop_after(wanted: type, number: int = 1) -> tuple[list[SweepEvent], Interrupts]:
     """Return a list to put events into, and what says stop once it holds so many of a kind."""
     seen: list[SweepEvent] = []
-    return seen, lambda: sum(isinstance(event, wanted) for event in seen) >= number
+    return seen, StopAfter(seen, wanted, number)
 
 
 def test_a_complete_trial_is_recorded_alike_in_optuna_and_mlflow(
@@ -371,8 +383,8 @@ def test_a_sweep_killed_anywhere_ends_as_the_undisturbed_one(
 
 
 def test_stopping_closes_what_runs_as_interrupted(settings: Settings, data: Dataset) -> None:
-    seen, should_stop = stop_after(TrialProgressed, 2)
-    for event in sweep(settings, data, FakePool(trains(good)), should_stop=should_stop):
+    seen, interrupts = stop_after(TrialProgressed, 2)
+    for event in sweep(settings, data, FakePool(trains(good)), interrupts=interrupts):
         seen.append(event)
     *_, trial_ended, sweep_ended = seen
     assert isinstance(trial_ended, TrialEnded)
@@ -396,8 +408,8 @@ def test_closing_the_iteration_anywhere_leaves_no_run_running(
 def test_an_interrupted_trial_goes_on_under_its_number_in_its_run(
     settings: Settings, data: Dataset
 ) -> None:
-    seen, should_stop = stop_after(TrialProgressed, 5)
-    for event in sweep(settings, data, FakePool(trains(good)), should_stop=should_stop):
+    seen, interrupts = stop_after(TrialProgressed, 5)
+    for event in sweep(settings, data, FakePool(trains(good)), interrupts=interrupts):
         seen.append(event)
     before = {number: run.info.run_id for number, run in trial_runs().items()}
     params = [trial.params for trial in trials(settings, data)]
@@ -425,9 +437,9 @@ def test_a_resumed_study_goes_the_way_of_the_undisturbed_one(
     script = trains(suits)
     run_sweep(whole, data, without_models(script))
     for stop in (1, 5):
-        seen, should_stop = stop_after(TrialStarted, stop)
+        seen, interrupts = stop_after(TrialStarted, stop)
         pool = FakePool(without_models(script))
-        for event in sweep(parts, data, pool, should_stop=should_stop):
+        for event in sweep(parts, data, pool, interrupts=interrupts):
             seen.append(event)
     run_sweep(parts, data, without_models(script))
     expected = [trial.params for trial in trials(whole, data)]
@@ -461,6 +473,28 @@ def test_several_workers_have_trials_at_the_same_time(settings: Settings, data: 
     kinds = [type(event) for event in events]
     assert kinds[:4] == [SweepStarted, TrialStarted, TrialStarted, TrialStarted]
     assert {run.info.status for run in trial_runs().values()} == {"FINISHED"}
+
+
+def test_the_first_trials_train_before_mlflow_is_opened(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = FakePool(trains(good), num_workers=2)
+    monkeypatch.setattr("tracking.runs.Tracker.open", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(sweep(replace(settings, workers=2), data, pool))
+    assert sorted(pool.jobs) == [0, 1]
+
+
+def test_trials_that_began_before_mlflow_could_not_be_opened_are_taken_up(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+        with pytest.raises(ValueError, match="/proc/nowhere"):
+            run_sweep(settings, data, trains(good))
+    run_sweep(settings, data, trains(good))
+    assert [trial.state for trial in trials(settings, data)] == [TrialState.COMPLETE] * 3
+    assert sorted(trial_runs()) == [0, 1, 2]
 
 
 def test_after_the_timeout_no_trial_is_started(settings: Settings, data: Dataset) -> None:

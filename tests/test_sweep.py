@@ -18,7 +18,7 @@ from cnn.losses import LOSSES
 from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
-from experiments.sweep import _interrupts, build_parser, main
+from experiments.sweep import build_parser, main
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]
@@ -256,17 +256,3 @@ def test_a_signal_ends_a_real_sweep_in_order(tmp_path: Path, number: int) -> Non
         out = process.stdout.read()
         assert process.wait() == 130
     assert "the same command continues the study" in out
-
-
-def test_a_second_signal_ends_a_sweep_at_once_unless_it_comes_with_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("experiments.sweep.time.monotonic", lambda: now)
-    with _interrupts() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(received) == 2
-        now += 5
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)

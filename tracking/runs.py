@@ -42,6 +42,7 @@ from tracking.store import opening
 
 if TYPE_CHECKING:
     import numpy as np
+    from mlflow.models import Model
     from torch import nn
 
 DEFAULT_EXPERIMENT = "cnn-sweep"
@@ -293,10 +294,7 @@ class Run:
         metadata: dict[str, Any],
         step: int,
     ) -> str:
-        import numpy as np
-        from mlflow import pytorch
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import Schema, TensorSpec
+        from mlflow.models import Model
 
         run = self.client.get_run(self.run_id)
         if run.outputs is not None and run.outputs.model_outputs:
@@ -307,26 +305,15 @@ class Run:
         logged = self.client.create_logged_model(
             self.experiment_id, MODEL_NAME, self.run_id, params=run.data.params
         )
-        images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
-        probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
+        about = Model(
+            artifact_path=logged.artifact_location,
+            run_id=self.run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        )
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / MODEL_NAME
-            pytorch.save_model(
-                model,
-                folder,
-                mlflow_model=Model(
-                    artifact_path=logged.artifact_location,
-                    run_id=self.run_id,
-                    model_uuid=logged.model_id,
-                    model_id=logged.model_id,
-                ),
-                serialization_format="pt2",
-                signature=ModelSignature(Schema([images]), Schema([probabilities])),
-                input_example=input_example,
-                metadata=metadata,
-                # Inferring them would load the model in a process of its own: 12 s a model.
-                pip_requirements=_requirements(),
-            )
+            save_model(model, folder, input_example=input_example, metadata=metadata, about=about)
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         self._link_metrics(logged.model_id, run.data.metrics, step)
@@ -365,6 +352,44 @@ class Run:
             tags["reason"] = reason
         self.set_tags(tags)
         self.client.set_terminated(self.run_id, status=OUTCOMES[outcome])
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    input_example: np.ndarray[Any, Any],
+    metadata: Mapping[str, Any],
+    about: Model | None = None,
+) -> None:
+    """Write a model to a folder, as `Run.log_model` records it.
+
+    The first call of a process takes seconds, to import PyTorch's compiler.
+
+    Args:
+        model: as `Run.log_model` takes it, and `input_example` as well.
+        folder: which is made.
+        metadata: what to store beside it, with the names of its K `classes`.
+        about: what is known of it already, say its run.
+    """
+    import numpy as np
+    from mlflow import pytorch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
+    probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
+    pytorch.save_model(
+        model,
+        folder,
+        mlflow_model=about,
+        serialization_format="pt2",
+        signature=ModelSignature(Schema([images]), Schema([probabilities])),
+        input_example=input_example,
+        metadata=dict(metadata),
+        # Inferring them would load the model in a process of its own: 12 s a model.
+        pip_requirements=_requirements(),
+    )
 
 
 def _client() -> mlflow.MlflowClient:

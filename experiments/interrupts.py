@@ -1,0 +1,63 @@
+"""SIGINT and SIGTERM as a wish to stop, which a sweep asks for and ends in order."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SAME_WISH_SECONDS = 1.0
+
+
+class InterruptionError(Exception):
+    """There was a signal within a block that it may end at once."""
+
+
+class Interrupts:
+    """Notes the first SIGINT or SIGTERM of a `with` block; the second raises KeyboardInterrupt.
+
+    Unless it comes with the first: `mlflow run` hands on a Ctrl-C as SIGTERM to a process that has
+    had it from the terminal already.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._raises = False
+
+    def __call__(self) -> bool:
+        """Return whether there was one."""
+        return self.first is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have a signal end this block: one in which nothing is recorded, and which takes long.
+
+        Raises:
+            InterruptionError: there was a signal, in the block or before it.
+        """
+        self._raises = True
+        try:
+            if self.first is not None:
+                raise InterruptionError
+            yield
+        finally:
+            self._raises = False
+
+    def __enter__(self) -> Interrupts:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, *_: object) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+            if self._raises:
+                raise InterruptionError
+        elif now > self.first + SAME_WISH_SECONDS:
+            raise KeyboardInterrupt

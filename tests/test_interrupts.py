@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+
+from experiments.interrupts import InterruptionError, Interrupts
+
+both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def receive(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@both
+def test_a_first_signal_is_noted(number: int) -> None:
+    with Interrupts() as interrupts:
+        assert not interrupts()
+        receive(number)
+        assert interrupts()
+
+
+def test_a_second_signal_raises_unless_it_comes_with_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("experiments.interrupts.time.monotonic", lambda: now)
+    with Interrupts() as interrupts:
+        receive(signal.SIGINT)
+        receive(signal.SIGTERM)
+        assert interrupts()
+        now += 5
+        with pytest.raises(KeyboardInterrupt):
+            receive(signal.SIGINT)
+
+
+@both
+def test_a_signal_ends_a_block_that_says_so_and_that_only(number: int) -> None:
+    with Interrupts() as interrupts:
+        reached = []
+        with suppress(InterruptionError), interrupts.at_once():
+            receive(number)
+            reached.append("the block's end")
+        assert not reached
+        assert interrupts()
+
+
+def test_a_block_that_ends_at_once_does_not_begin_after_a_signal() -> None:
+    with Interrupts() as interrupts:
+        receive(signal.SIGINT)
+        with pytest.raises(InterruptionError), interrupts.at_once():
+            raise AssertionError("the block begins")
+
+
+def test_a_block_that_is_over_is_not_ended() -> None:
+    with Interrupts() as interrupts:
+        with interrupts.at_once():
+            pass
+        receive(signal.SIGINT)
+        assert interrupts()
+
+
+def test_afterwards_signals_do_what_they_did_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
