@@ -11,6 +11,8 @@ from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tracking.store import make_whole
+
 INTERVAL_SECONDS = 20
 GRACE_SECONDS = 120
 """A trial whose last sign of life is older is taken to be abandoned."""
@@ -18,6 +20,7 @@ GRACE_SECONDS = 120
 
 def open_storage(url: str) -> RDBStorage:
     """Open a storage that keeps signs of life of its trials."""
+    make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Argument ``heartbeat_interval`` is an experimental")
         return RDBStorage(url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS)

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlflow
-    import sqlalchemy
 
 # What a server gets that doesn't answer, unless the user says otherwise. MLflow's own bounds (7
 # retries, 120 seconds each) make a wrong address a matter of minutes.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 _MESSAGE_LENGTH = 300
+
+_PASSING = (
+    "database or disk is full",
+    "database is locked",
+    "readonly database",
+    "No space left on device",
+    "Disk quota exceeded",
+)
+
+
+class NotNowError(ValueError):
+    """A full disk, a database that is locked or read-only: no fault of what was asked for."""
 
 
 def reading() -> AbstractContextManager[mlflow.MlflowClient]:
@@ -45,19 +56,102 @@ def opening() -> AbstractContextManager[mlflow.MlflowClient]:
 def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import mlflow
     import requests
+    import sqlalchemy
     from mlflow.exceptions import MlflowException
 
     uri = mlflow.get_tracking_uri()
     with environment({key: value for key, value in _PATIENCE.items() if key not in os.environ}):
         try:
             check_database(uri, must_exist=must_exist)
+            if not must_exist:
+                make_whole(uri, _make_tables)
             yield mlflow.MlflowClient()
-        except MlflowException as error:
+        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             if isinstance(error.__context__, requests.exceptions.RequestException):
                 line = f"the MLflow server {uri} doesn't answer"
             else:
-                line = f"MLflow ({uri}): {one_line(error)}"
-            raise ValueError(_without_passwords(line)) from error
+                line = f"MLflow ({uri}): {one_line(getattr(error, 'orig', None) or error)}"
+            raise refusal(line, error) from error
+
+
+def _make_tables(uri: str) -> None:
+    """Have MLflow make the tables of a database, and leave no connection open."""
+    import mlflow
+
+    with environment({"MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool"}):
+        mlflow.MlflowClient(uri).get_experiment("0")
+
+
+def make_whole(url: str, make: Callable[[str], None]) -> None:
+    """Make an SQLite file with its tables, if it isn't there: all of them, or no file.
+
+    Tables are made in many steps, MLflow's in seconds; a process that is killed meanwhile would
+    leave a database that is refused from then on. So they are made in a draft beside the file,
+    which takes its place once it is whole. Of several processes one does it, and the others wait.
+
+    Args:
+        url: of a database; where it is no SQLite file, there is nothing to do.
+        make: makes the tables of the database at the URL that it is handed, and leaves it closed.
+
+    Raises:
+        ValueError: it can't be made there.
+    """
+    file = sqlite_file(url)
+    if file is None or file.exists():
+        return
+    import fcntl
+
+    import sqlalchemy
+
+    draft = file.with_name(f"{file.name}.draft")
+    try:
+        stream = draft.open("ab")
+    except OSError as error:
+        raise refusal(f"can't make the database {url}: {error.strerror}", error) from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if not file.exists():
+            stream.truncate(0)  # what a process that was killed left of it
+            drafted = sqlalchemy.make_url(url).set(database=str(draft))
+            try:
+                with _without_syncing():
+                    make(drafted.render_as_string(hide_password=False))
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(0)  # on a full disk, others need the room
+                raise
+            draft.rename(file)
+    draft.unlink(missing_ok=True)  # the file is there: whoever has made another draft finds that
+
+
+@contextmanager
+def _without_syncing() -> Iterator[None]:
+    """Have SQLite keep its journal in memory and not wait for the disk, as no draft needs it to."""
+    import sqlalchemy
+
+    def speed_up(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode = MEMORY")
+        connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", speed_up)
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", speed_up)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of an SQLite database; None for another, one in memory, or none at all."""
+    import sqlalchemy
+
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return None
+    name = parsed.database
+    if parsed.get_backend_name() != "sqlite" or not name or name.startswith((":", "file:")):
+        return None
+    return Path(name)
 
 
 def check_database(uri: str, *, must_exist: bool) -> None:
@@ -70,22 +164,21 @@ def check_database(uri: str, *, must_exist: bool) -> None:
 
     try:
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-        if not _is_to_be_made(engine.url, must_exist=must_exist):
+        if not _is_to_be_made(uri, must_exist=must_exist):
             sqlalchemy.inspect(engine).get_table_names()
     except sqlalchemy.exc.ArgumentError:
         return  # no database: a server, or what MLflow itself has something to say about
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         line = f"can't open the database {uri}: {one_line(getattr(error, 'orig', None) or error)}"
-        raise ValueError(_without_passwords(line)) from error
+        raise refusal(line, error) from error
 
 
-def _is_to_be_made(url: sqlalchemy.URL, *, must_exist: bool) -> bool:
+def _is_to_be_made(url: str, *, must_exist: bool) -> bool:
     """Return whether a database is a file that isn't there yet, but can be."""
-    if url.get_backend_name() != "sqlite" or url.database in {None, "", ":memory:"}:
+    found = sqlite_file(url)
+    if found is None or found.exists():
         return False
-    file = Path(str(url.database)).absolute()
-    if file.exists():
-        return False
+    file = found.absolute()
     if must_exist:
         raise ValueError(
             f"there are no runs here: MLflow's database {str(file)!r} does not exist "
@@ -97,6 +190,12 @@ def _is_to_be_made(url: sqlalchemy.URL, *, must_exist: bool) -> bool:
             "read-only (MLFLOW_TRACKING_URI can name another)"
         )
     return True
+
+
+def refusal(line: str, error: BaseException) -> ValueError:
+    """Return the error to raise, with this line, for one that a database has raised."""
+    passing = any(part in str(error) for part in _PASSING)
+    return (NotNowError if passing else ValueError)(_without_passwords(line))
 
 
 def _without_passwords(text: str) -> str:
