@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SAME_WISH_SECONDS = 1.0
+INSIST_SECONDS = 0.5
+"""A block that should end at once, and has not after so long, is told again."""
 
 
-class InterruptionError(Exception):
-    """There was a signal within a block that it may end at once."""
+class InterruptionError(KeyboardInterrupt):
+    """There was a signal within a block that it may end at once.
+
+    A KeyboardInterrupt, for libraries go on after an Exception in what they can do without.
+    """
 
 
 class Interrupts:
@@ -43,10 +48,15 @@ class Interrupts:
             yield
         finally:
             self._raises = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> Interrupts:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        handlers = {
+            signal.SIGINT: self._receive,
+            signal.SIGTERM: self._receive,
+            signal.SIGALRM: self._insist,
+        }
+        self._before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,7 +67,12 @@ class Interrupts:
         now = time.monotonic()
         if self.first is None:
             self.first = now
-            if self._raises:
-                raise InterruptionError
+            self._insist()
         elif now > self.first + SAME_WISH_SECONDS:
             raise KeyboardInterrupt
+
+    def _insist(self, *_: object) -> None:
+        if self._raises:
+            # Some code that is being imported goes on after whatever was raised in it.
+            signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS)
+            raise InterruptionError

@@ -166,6 +166,7 @@ def sweep(
 
     Raises:
         ValueError: study, storage, tracking server or settings can't be used, in one line.
+        KeyboardInterrupt: there was a second signal, or a first before anything was recorded.
     """
     for batch_size in settings.batch_sizes:
         check_batch_size(batch_size, data)
@@ -226,12 +227,13 @@ class _Sweep:
 
     def connect(self) -> tuple[Tracker, Run]:
         """Open MLflow's experiment and the run that the trials' runs hang under."""
-        from tracking.patience import Patience
-        from tracking.runs import Tracker
+        with self.interrupts.at_once():
+            from tracking.patience import Patience
+            from tracking.runs import Tracker
 
-        timeout = self.settings.tracking_timeout
-        patience = Patience(seconds=timeout, should_stop=self.interrupts)
-        self.tracker = Tracker.open(self.settings.experiment, patience=patience)
+            timeout = self.settings.tracking_timeout
+            patience = Patience(seconds=timeout, should_stop=self.interrupts)
+            self.tracker = Tracker.open(self.settings.experiment, patience=patience)
         self.parent = _open_parent(self.tracker, self.study, self.settings, self.data)
         return self.tracker, self.parent
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 
 import pytest
@@ -68,3 +69,16 @@ def test_afterwards_signals_do_what_they_did_before() -> None:
     with Interrupts():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_block_that_goes_on_nevertheless_is_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.interrupts.INSIST_SECONDS", 0.01)
+    with Interrupts() as interrupts:
+        reached = []
+        with suppress(InterruptionError), interrupts.at_once():
+            with suppress(BaseException):
+                receive(signal.SIGINT)
+            reached.append("what follows")
+            time.sleep(30)
+            reached.append("its end")
+        assert reached == ["what follows"]
