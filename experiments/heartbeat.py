@@ -1,15 +1,25 @@
-"""Which trials of a study are alive: a sign of life for ours, and those that no process trains."""
+"""Which trials of a study are alive: a sign of life for ours, and those that no process trains.
+
+On a storage that several processes share, each trial belongs to the process that wrote its last
+sign of life. It is only ever written over the one that was read before: of several that want a
+trial one gets it, and a process that was suspended for too long finds that it has lost its own.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import column, func, select, table
 
 from tracking.store import make_whole
 
@@ -17,13 +27,40 @@ INTERVAL_SECONDS = 20
 GRACE_SECONDS = 120
 """A trial whose last sign of life is older is taken to be abandoned."""
 
+MAKING_TRIES, MAKING_PAUSE_SECONDS = 5, 1.0
+"""For a storage whose tables another process is making."""
+
+LONG_AGO = datetime(2000, 1, 1)
+
+# Of Optuna's tables; it has no call that writes only if nobody else has.
+SIGNS = table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
+ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "value_json")))
+
 
 def open_storage(url: str) -> RDBStorage:
-    """Open a storage that keeps signs of life of its trials."""
+    """Open a storage that keeps signs of life of its trials; it is made if it isn't there."""
     make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Argument ``heartbeat_interval`` is an experimental")
-        return RDBStorage(url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS)
+    for tries_left in reversed(range(MAKING_TRIES)):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Argument ``heartbeat_interval`` is an exp")
+                return RDBStorage(
+                    url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS
+                )
+        except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
+            # A table came to be between the look whether it was there and the making of it.
+            if not tries_left:
+                raise
+            time.sleep(MAKING_PAUSE_SECONDS)
+    raise AssertionError("the last try returns or raises")
+
+
+def agree(study: Study, key: str, value: Any) -> Any:
+    """Set an attribute of a study that has none, and return what it has: the first one decides."""
+    row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
+    with suppress(sqlalchemy.exc.IntegrityError), _engine(study).begin() as connection:
+        connection.execute(ATTRIBUTES.insert().values(row))
+    return study.user_attrs[key]
 
 
 class Heartbeat:
@@ -36,17 +73,31 @@ class Heartbeat:
         self.study, self.is_shared = study, is_shared
         self.storage: Any = study._storage  # it is an RDBStorage's, with a cache before it
         self.last = time.monotonic()
+        self.signs: dict[int, datetime] = {}
+        """The last sign of life that was read, or written by us, by the trial's id."""
+        self.ours: set[int] = set()
 
     def abandoned(self) -> list[FrozenTrial]:
         """Return the RUNNING trials that no process trains.
 
         On a storage that is not shared that is all of them.
         """
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if not self.is_shared:
+        running = self._elsewhere()
+        if not self.is_shared or not running:
             return running
-        stale = set(self.storage._get_stale_trial_ids(self.study._study_id))
-        return [trial for trial in running if trial._trial_id in stale]
+        read = self._read(running)
+        for trial in running:
+            if trial._trial_id not in read:
+                # Its process has given none yet, or died before: in time, this one is too old.
+                self.storage.record_heartbeat(trial._trial_id)
+        self.signs |= read
+        now = self._now()
+        old = {key for key, sign in read.items() if (now - sign).total_seconds() > GRACE_SECONDS}
+        return [trial for trial in running if trial._trial_id in old]
+
+    def num_elsewhere(self) -> int:
+        """Return how many trials other processes have under way, where they may."""
+        return len(self._elsewhere()) if self.is_shared else 0
 
     def ask(self) -> Trial:
         """Return a new trial of the study, with a first sign of life."""
@@ -54,17 +105,76 @@ class Heartbeat:
             warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with")
             trial = self.study.ask()
         self.storage.record_heartbeat(trial._trial_id)
+        if self.is_shared:
+            self.signs |= self._read([trial])
+        self.ours.add(trial._trial_id)
         return trial
 
-    def take_up(self, abandoned: FrozenTrial) -> Trial:
-        """Return a trial that no process trains, under its own number, with a sign of life."""
-        self.storage.record_heartbeat(abandoned._trial_id)
-        return Trial(self.study, abandoned._trial_id)
+    def give_back(self, trial: Trial | FrozenTrial) -> None:
+        """Leave a trial that nothing was done for to whoever asks for one next."""
+        self.ours.discard(trial._trial_id)
+        self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
-    def record(self, trials: Iterable[Trial]) -> None:
-        """Give a sign of life for each, if it is time."""
-        if time.monotonic() < self.last + INTERVAL_SECONDS:
-            return
+    def claim(self, abandoned: FrozenTrial) -> bool:
+        """Make an abandoned trial ours, unless another process is faster."""
+        if not self._sign(abandoned._trial_id):
+            return False
+        self.ours.add(abandoned._trial_id)
+        return True
+
+    def take_up(self, abandoned: FrozenTrial) -> Trial | None:
+        """Return an abandoned trial under its own number; None if another process is faster."""
+        return Trial(self.study, abandoned._trial_id) if self.claim(abandoned) else None
+
+    def release(self, trial: Trial) -> None:
+        """Leave a trial that was begun to whoever looks for abandoned ones."""
+        if trial._trial_id in self.ours and self.is_shared:
+            self._sign(trial._trial_id, LONG_AGO)
+        self.ours.discard(trial._trial_id)
+
+    def is_due(self) -> bool:
+        """Return whether it is time for `record`."""
+        return time.monotonic() >= self.last + INTERVAL_SECONDS
+
+    def record(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Give a sign of life for each, and return those that another process has taken up."""
         self.last = time.monotonic()
-        for trial in trials:
-            self.storage.record_heartbeat(trial._trial_id)
+        lost = [trial for trial in trials if not self._sign(trial._trial_id)]
+        self.ours -= {trial._trial_id for trial in lost}
+        return lost
+
+    def _elsewhere(self) -> list[FrozenTrial]:
+        """Return the RUNNING trials that are not ours."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if trial._trial_id not in self.ours]
+
+    def _read(self, trials: Sequence[Trial | FrozenTrial]) -> dict[int, datetime]:
+        """Return the last sign of life of each trial that has one, by the trial's id."""
+        ids = [trial._trial_id for trial in trials]
+        with _engine(self.study).connect() as connection:
+            rows = connection.execute(select(SIGNS).where(SIGNS.c.trial_id.in_(ids))).all()
+        return dict(tuple(row) for row in rows)
+
+    def _sign(self, trial_id: int, sign: datetime | None = None) -> bool:
+        """Write a sign of life over the last one known; False if there is another by now."""
+        if not self.is_shared:
+            self.storage.record_heartbeat(trial_id)
+            return True
+        sign = sign or self._now()
+        last = (SIGNS.c.trial_id == trial_id) & (SIGNS.c.heartbeat == self.signs[trial_id])
+        with _engine(self.study).begin() as connection:
+            written = connection.execute(SIGNS.update().where(last).values(heartbeat=sign))
+        self.signs[trial_id] = sign
+        return bool(written.rowcount)
+
+    def _now(self) -> datetime:
+        """Return the time by the database's clock, as it stands in signs of life."""
+        with _engine(self.study).connect() as connection:
+            now: datetime = connection.execute(select(func.now())).scalar_one()
+        return now.replace(tzinfo=None)
+
+
+def _engine(study: Study) -> sqlalchemy.Engine:
+    storage: Any = study._storage
+    engine: sqlalchemy.Engine = storage._backend.engine
+    return engine

@@ -33,12 +33,12 @@ from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
 from cnn.model import CNN, Classifier
 from cnn.training import TrainConfig, check_batch_size
-from experiments.heartbeat import Heartbeat, open_storage
+from experiments.heartbeat import Heartbeat, agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
-from tracking.store import one_line
+from tracking.store import NotNowError, one_line, refusal, sqlite_file
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def sweep(
             and the iteration ends.
 
     Raises:
-        ValueError: study, storage, tracking server or settings can't be used, in one line.
+        ValueError: study, storage, tracking server or settings can't be used, in one line;
+            `NotNowError`, if it is no fault of theirs.
         KeyboardInterrupt: there was a second signal, or a first before anything was recorded.
     """
     for batch_size in settings.batch_sizes:
@@ -174,8 +175,11 @@ def sweep(
         study = open_study(settings, data)
         stack.enter_context(_held(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts or Interrupts())
-        running.begin()
-        tracker, parent = running.connect()
+        try:
+            running.begin()
+            tracker, parent = running.connect()
+        except recording_errors() as error:
+            raise NotNowError(one_line(error)) from error
         stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
@@ -214,7 +218,8 @@ class _Sweep:
         self.closed = False
         self.leftover: list[FrozenTrial] = []
         self.failures_in_a_row = 0
-        self.heartbeat = Heartbeat(study, is_shared=_sqlite_file(settings.storage) is None)
+        self.lost: set[int] = set()
+        self.heartbeat = Heartbeat(study, is_shared=sqlite_file(settings.storage) is None)
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
 
     def begin(self) -> None:
@@ -232,7 +237,7 @@ class _Sweep:
             from tracking.runs import Tracker
 
             timeout = self.settings.tracking_timeout
-            patience = Patience(seconds=timeout, should_stop=self.interrupts)
+            patience = Patience(seconds=timeout, should_stop=self._should_wait_no_more)
             self.tracker = Tracker.open(self.settings.experiment, patience=patience)
         self.parent = _open_parent(self.tracker, self.study, self.settings, self.data)
         return self.tracker, self.parent
@@ -240,18 +245,24 @@ class _Sweep:
     def events(self) -> Iterator[SweepEvent]:
         if not self.without_run:
             self.leftover = self._reconcile()
-        while self.running or self.without_run or self._has_more():
+        while self.running or self.without_run or self._has_more() or self._waits_for_others():
             if self.interrupts():
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
                 self.outcome = "failed"
                 self.reason = f"{self.failures_in_a_row} trials failed one after another"
                 return
-            self.heartbeat.record(running.trial for running in self.running.values())
+            if self._keep_alive() and self.heartbeat.is_shared:
+                self.leftover = self._reconcile()
+            yield from self._give_up_lost()
             self._hand_out()
             yield from self._open_runs()
             self._rehearse()
-            for event in self.pool.wait(WAIT_SECONDS):
+            events = self.pool.wait(WAIT_SECONDS)
+            # A process that was suspended records nothing of what others have taken up meanwhile.
+            self._keep_alive()
+            yield from self._give_up_lost()
+            for event in events:
                 yield from self._take(event)
         self.outcome = "complete"
 
@@ -264,7 +275,10 @@ class _Sweep:
         # Where nothing can be recorded, the next start finds what is still RUNNING.
         with suppress(*recording_errors()):
             ended.extend(self._interrupt(running) for running in list(self.running.values()))
-            self.parent.end(self.outcome, reason=self.reason)
+            for trial, _ in self.without_run:
+                self.heartbeat.release(trial)
+            if not self.heartbeat.num_elsewhere():  # else the last process ends it
+                self.parent.end(self.outcome, reason=self.reason)
         return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason)]
 
     def _reconcile(self) -> list[FrozenTrial]:
@@ -276,8 +290,14 @@ class _Sweep:
         for trial in self.heartbeat.abandoned():
             run = self._find_run(trial.number, trial.user_attrs)
             outcome = run.outcome() if run is not None else None
+            if trial.number >= self.settings.trials and not trial.params:
+                if self.heartbeat.claim(trial):  # one too many; see `_hand_out`
+                    self.heartbeat.give_back(trial)
+                continue
             if run is None or outcome is None or outcome == "interrupted":
                 unfinished.append(trial)
+                continue
+            if not self.heartbeat.claim(trial):
                 continue
             run.end(outcome)
             accuracy = run.last_value(OBJECTIVE)
@@ -290,13 +310,47 @@ class _Sweep:
         # Those of other processes, on a storage that several share, are counted as well.
         return bool(self.leftover) or _num_begun(self.study) < self.settings.trials
 
+    def _waits_for_others(self) -> bool:
+        """Return whether trials are under way that may be left for us to take up."""
+        return time.monotonic() < self.deadline and self.heartbeat.num_elsewhere() > 0
+
+    def _should_wait_no_more(self) -> bool:
+        """Answer `Patience`, and keep our trials alive while a tracking server is away."""
+        self._keep_alive()
+        return self.interrupts()
+
+    def _keep_alive(self) -> bool:
+        """Give signs of life, if it is time: return whether it was."""
+        if not self.heartbeat.is_due():
+            return False
+        ours = [running.trial for running in self.running.values()]
+        lost = self.heartbeat.record([*ours, *(trial for trial, _ in self.without_run)])
+        self.lost |= {trial.number for trial in lost}
+        return True
+
+    def _give_up_lost(self) -> Iterator[SweepEvent]:
+        """Leave the trials that another process has taken up, as we gave no sign of life."""
+        for number in self.lost:
+            self.pool.stop(number)
+            if running := self.running.pop(number, None):
+                yield running.ended("interrupted", "another process has taken it up")
+        self.without_run = [each for each in self.without_run if each[0].number not in self.lost]
+        self.lost.clear()
+
     def _hand_out(self) -> None:
         """Give each idle worker a trial, whose run is opened while it trains."""
         while self.pool.num_idle and self._has_more():
             if self.leftover:
-                trial = self.heartbeat.take_up(self.leftover.pop(0))
+                taken = self.heartbeat.take_up(self.leftover.pop(0))
+                if taken is None:
+                    continue
+                trial = taken
             else:
                 trial = self.heartbeat.ask()
+                if trial.number >= self.settings.trials:
+                    # Another process asked at the same time: it stays for a larger --trials.
+                    self.heartbeat.give_back(trial)
+                    continue
             config = self.space.suggest(trial)
             self.pool.submit(trial.number, config)
             self.without_run.append((trial, config))
@@ -312,7 +366,7 @@ class _Sweep:
     def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
         run = self._find_run(trial.number, trial.user_attrs)
         if run is not None:
-            run.reopen()
+            run.reopen(tags=self.tracker.process_tags)
         else:
             rate = f"lr={config.learning_rate:.3g}"
             name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
@@ -440,6 +494,7 @@ class _Sweep:
     def _interrupt(self, running: _RunningTrial) -> TrialEnded:
         """Close the run; for Optuna the trial goes on, and the next start takes it up again."""
         running.run.end("interrupted")
+        self.heartbeat.release(running.trial)
         del self.running[running.trial.number]
         return running.ended("interrupted", "")
 
@@ -501,21 +556,20 @@ def open_study(settings: Settings, data: Dataset) -> Study:
     canonical = json.dumps(identity, sort_keys=True)
     name = settings.study or f"{data.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
     with _storage_errors(settings.storage):
-        study = optuna.create_study(
+        study = _load_or_create(
             study_name=name,
             storage=open_storage(settings.storage),
             sampler=make_sampler(settings.sampler, settings.seed),
             pruner=make_pruner(settings.pruner, settings.epochs),
-            direction="maximize",
-            load_if_exists=True,
         )
+        # In this order: another process that makes it sets them before it asks for a trial.
+        has_trials = bool(study.get_trials(deepcopy=False))
         made_with = study.user_attrs.get("settings")
         if made_with is None:
-            if study.get_trials(deepcopy=False):
+            if has_trials:
                 raise ValueError(f"study {name!r} in {settings.storage} was not made by this tool")
-            study.set_user_attr("id", uuid.uuid4().hex)
-            study.set_user_attr("settings", identity)
-            made_with = identity
+            agree(study, "id", uuid.uuid4().hex)
+            made_with = agree(study, "settings", identity)
     different = [key for key in identity if made_with.get(key) != identity[key]]
     if different:
         changes = "; ".join(f"{key} {made_with.get(key)} → {identity[key]}" for key in different)
@@ -523,6 +577,14 @@ def open_study(settings: Settings, data: Dataset) -> Study:
             f"study {name!r} was made with other settings ({changes}): choose another --study"
         )
     return study
+
+
+def _load_or_create(**options: Any) -> Study:
+    """Load a study, or make it; to load one writes nothing, which a full disk would not take."""
+    try:
+        return optuna.load_study(**options)
+    except KeyError:
+        return optuna.create_study(direction="maximize", load_if_exists=True, **options)
 
 
 def trials_table(study: Study) -> pd.DataFrame:
@@ -568,12 +630,16 @@ def log_data(run: Run, data: Dataset) -> None:
 
 def _open_parent(tracker: Tracker, study: Study, settings: Settings, data: Dataset) -> Run:
     """Return the run that the trials' runs hang under: the study's own, if it has one already."""
-    parent = tracker.parent_run(
-        f"sweep {study.study_name}",
-        tags={"study": study.study_name, "role": "sweep"},
-        earlier=study.user_attrs.get("parent_run_id"),
-    )
-    study.set_user_attr("parent_run_id", parent.run_id)
+    study_tags = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
+    earlier = study.user_attrs.get("parent_run_id")
+    parent = tracker.parent_run(f"sweep {study.study_name}", tags=study_tags, earlier=earlier)
+    if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
+        first = agree(study, "parent_run_id", parent.run_id)
+        if first != parent.run_id and (run := tracker.find_run(first)) is not None:
+            parent.delete()  # another process made one at the same time
+            parent = run
+    else:
+        study.set_user_attr("parent_run_id", parent.run_id)
     # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
     parent.log_params({f"sweep/{k}": v for k, v in settings.identity(data).items()})
     log_data(parent, data)
@@ -587,9 +653,9 @@ def _held(storage: str, study: str) -> Iterator[None]:
     A lock of the operating system's, which a dead process holds no longer.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or the lock can't be written.
     """
-    path = _sqlite_file(storage)
+    path = sqlite_file(storage)
     if path is None:
         yield
         return
@@ -597,26 +663,22 @@ def _held(storage: str, study: str) -> Iterator[None]:
 
     key = hashlib.sha256(study.encode()).hexdigest()[:8]
     lock = path.with_name(f"{path.name}.{key}.lock")
-    with lock.open("a+") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(lock.open("ab+", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        except BlockingIOError as error:
             file.seek(0)
+            holder = file.read().decode().strip() or "?"
             raise ValueError(
-                f"study {study!r} is being run by process {file.read().strip() or '?'}: wait for "
-                "it, stop it, or choose another --study"
+                f"study {study!r} is being run by process {holder}: wait for it, stop it, or "
+                "choose another --study"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        except OSError as error:
+            raise refusal(f"can't hold study {study!r}: {error}", error) from error
         yield
-
-
-def _sqlite_file(storage: str) -> Path | None:
-    url = sqlalchemy.make_url(storage)
-    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
-        return None
-    return Path(url.database)
 
 
 @contextmanager
@@ -627,7 +689,7 @@ def _storage_errors(storage: str) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         first = str(cause).strip().splitlines()[0]
-        raise ValueError(f"the storage {storage!r} can't be opened: {first}") from error
+        raise refusal(f"the storage {storage!r} can't be opened: {first}", error) from error
     except ImportError as error:
         raise ValueError(f"the storage {storage!r} needs a driver: {error}") from error
 

@@ -11,7 +11,7 @@ import mlflow
 import requests
 from mlflow.exceptions import MlflowException
 
-from tracking.store import one_line
+from tracking.store import one_line, without_passwords
 
 Result = TypeVar("Result")
 
@@ -26,13 +26,13 @@ class TrackingAwayError(Exception):
     """The tracking server has not answered for as long as it was waited for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Patience:
-    """How long to wait for a server that is away."""
+    """How long to wait for a server that is away. It is lost once: then no call is waited for."""
 
     seconds: float = 0
     should_stop: Callable[[], bool] = lambda: False
-    """Asked while waiting: once true, there is no more patience."""
+    """Asked several times a second while waiting: once true, there is no more patience."""
 
     def insist(self, call: Callable[[], Result]) -> Result:
         """Call until the server answers.
@@ -48,10 +48,12 @@ class Patience:
                 if not is_away(error):
                     raise
                 if time.monotonic() + pause > deadline or not self._sleep(pause):
-                    raise TrackingAwayError(
-                        f"the MLflow server {mlflow.get_tracking_uri()} doesn't answer: "
-                        f"{one_line(error)}"
-                    ) from error
+                    self.seconds = 0
+                    where = without_passwords(mlflow.get_tracking_uri())
+                    line = f"the MLflow server {where} doesn't answer"
+                    if is_locked(error):
+                        line = f"MLflow's database {where} is locked by another process"
+                    raise TrackingAwayError(f"{line}: {one_line(error)}") from error
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _sleep(self, seconds: float) -> bool:
@@ -87,4 +89,9 @@ def is_away(error: BaseException) -> bool:
         seen = seen.__cause__ or seen.__context__
     text = str(error)
     unavailable = any(f"failed with error code {code}" in text for code in (502, 503, 504))
-    return unavailable or "database is locked" in text
+    return unavailable or is_locked(error)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return whether an error says that another process holds an SQLite database."""
+    return "database is locked" in str(error)

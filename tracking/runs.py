@@ -120,19 +120,26 @@ class Tracker:
             context_tags=resolve_tags() | host,
         )
 
+    @property
+    def process_tags(self) -> dict[str, str]:
+        """Which process works on a run, and where."""
+        return {key: self.context_tags[key] for key in ("host", "pid")}
+
     def parent_run(self, name: str, *, tags: Mapping[str, str], earlier: str | None) -> Run:
         """Return the run that a sweep's trials hang under.
 
         Under `mlflow run` it is the run that this opened; else the one that an earlier start of the
-        same sweep made, by its id, if it is still there; else a new one.
+        same sweep made, by its id or, where none was noted, its tags, if it is still there; else a
+        new one.
         """
         if adopted := os.environ.get("MLFLOW_RUN_ID"):
             run = Run(self.client, adopted, self.experiment_id)
-            run.set_tags({MLFLOW_RUN_NAME: name, **tags})
+            run.set_tags({MLFLOW_RUN_NAME: name, **tags, **self.process_tags})
             return run
-        run_before = self.find_run(earlier) if earlier else None
+        # Its process may have died before it could note the id.
+        run_before = self.find_run(earlier) if earlier else self.find_tagged(tags)
         if run_before is not None:
-            run_before.reopen()
+            run_before.reopen(tags=self.process_tags)
             return run_before
         return self.start_run(name, tags=tags)
 
@@ -338,11 +345,16 @@ class Run:
         ]
         self.client.log_batch(self.run_id, metrics=linked)
 
-    def reopen(self) -> None:
-        """Set a run that was closed to RUNNING again, without an outcome."""
+    def reopen(self, *, tags: Mapping[str, str]) -> None:
+        """Set a run that was closed to RUNNING again, without an outcome, but with these tags."""
         self.client.update_run(self.run_id, status="RUNNING")
+        self.set_tags(tags)
         if "outcome" in self.client.get_run(self.run_id).data.tags:
             self.client.delete_tag(self.run_id, "outcome")
+
+    def delete(self) -> None:
+        """Delete the run, as far as MLflow does: it can be restored."""
+        self.client.delete_run(self.run_id)
 
     def end(self, outcome: str, *, reason: str | None = None) -> None:
         """Close the run with an outcome of `OUTCOMES`, and say why if there is something to say."""
@@ -413,6 +425,9 @@ def quoted(value: str) -> str:
 
 
 def _quieten() -> None:
-    """Keep the making of tables, line after line, out of what users read."""
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep out of what users read what we tell them ourselves, in a line.
+
+    The making of tables, and the traceback that MLflow prints of each error that it raises as well.
+    """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

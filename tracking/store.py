@@ -195,10 +195,11 @@ def _is_to_be_made(url: str, *, must_exist: bool) -> bool:
 def refusal(line: str, error: BaseException) -> ValueError:
     """Return the error to raise, with this line, for one that a database has raised."""
     passing = any(part in str(error) for part in _PASSING)
-    return (NotNowError if passing else ValueError)(_without_passwords(line))
+    return (NotNowError if passing else ValueError)(without_passwords(line))
 
 
-def _without_passwords(text: str) -> str:
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords of the URLs in it hidden."""
     return re.sub(r"(?<=://)([^/@\s]*):[^/\s]*@", r"\1:***@", text)
 
 
