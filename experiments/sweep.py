@@ -11,6 +11,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tracking.store import NotNowError
+
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
     from experiments.settings import Settings
@@ -32,7 +34,8 @@ losses:
 The same command again continues its study: --trials is the total. Runs and models go to MLflow
 (sqlite:///mlflow.db unless MLFLOW_TRACKING_URI says otherwise), the study to --storage.
 
-exit codes: 0 done; 1 no trial of the study is complete; 2 bad input; 130 interrupted
+exit codes: 0 done; 1 no trial of the study is complete, or the disk is full, a database locked or
+read-only, a server away: the same command goes on later; 2 bad input; 130 interrupted
 """
 
 
@@ -225,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         return _run(parser.parse_args(argv))
+    except NotNowError as error:
+        print(f"stopped: {error}; the same command continues the study", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
