@@ -5,8 +5,8 @@ The same six trials (two epochs of 10,000 images, batch sizes 64 and 256, the lo
 (`benchmarks/plain.py`), in turns, each in a process and a folder of its own, from the command to
 its end: start, tables, training, validation, logging, models. Both find the images decoded.
 
-Of this project it prints as well after how long the first training step began: the time of the first
-epoch's checkpoint, less what the epoch took.
+Of this project it prints as well after how long the first training step began: when there was a
+first epoch's checkpoint, less what the epoch took.
 """
 
 from __future__ import annotations

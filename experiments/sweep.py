@@ -243,11 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from experiments.workers import Pool
+    from experiments.workers import Pool, visible_gpus
 
-    num_workers = _num_workers(options.workers, options.device)
+    # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
+    gpus = visible_gpus() if options.device in ("auto", "cuda") else []
+    num_workers = _num_workers(options.workers, options.device, len(gpus))
     num_threads = max(1, _num_cores() // num_workers)
-    with Pool(num_workers, num_threads=num_threads) as pool:  # it starts while we import
+    # The workers start while we import.
+    with Pool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
         from cnn.data import load
         from experiments.workers import DataReference
 
@@ -370,14 +373,14 @@ def _integer(flag: str, text: str) -> int:
         raise ValueError(f"{flag} takes integers ≥ 1, not {text!r}") from None
 
 
-def _num_workers(asked: int | None, device: str) -> int:
+def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
     if asked is not None:
         if asked < 1:
             raise ValueError(f"--workers must be ≥ 1, not {asked}")
         return asked
-    # Without PyTorch, which is still to be imported: a wrong guess costs speed, nothing else.
-    on_gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists())
-    return 1 if on_gpu else _num_cores()
+    if num_gpus or device.startswith("cuda"):
+        return max(1, num_gpus)
+    return _num_cores()
 
 
 def _num_cores() -> int:

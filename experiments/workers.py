@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -110,14 +111,17 @@ class Pool:
     Args:
         num_workers: how many processes.
         num_threads: how many threads each has for its arithmetic.
+        gpus: what `visible_gpus` returns, for each worker to see one of them alone, in turns; none:
+            each sees what this process does.
     """
 
-    def __init__(self, num_workers: int, *, num_threads: int = 1) -> None:
+    def __init__(self, num_workers: int, *, num_threads: int = 1, gpus: Sequence[str] = ()) -> None:
         assert num_workers >= 1
         self._num_threads = num_threads
         self._num_idle_deaths = 0
         self._data: DataReference | None = None
-        self._workers = [_Worker(num_threads) for _ in range(num_workers)]
+        seen = itertools.islice(itertools.cycle(gpus or [None]), num_workers)
+        self._workers = [_Worker(num_threads, gpu) for gpu in seen]
 
     def open(self, data: DataReference) -> None:
         """Tell the workers which data to open; they do so while the caller goes on."""
@@ -182,7 +186,7 @@ class Pool:
         self._num_idle_deaths += dead.job is None
         if self._num_idle_deaths > MAX_IDLE_DEATHS:
             raise RuntimeError(f"{error} without a job, {self._num_idle_deaths} times by now")
-        fresh = _Worker(self._num_threads)
+        fresh = _Worker(self._num_threads, dead.gpu)
         fresh.send(self._data)
         self._workers[self._workers.index(dead)] = fresh
         return fresh
@@ -204,17 +208,20 @@ class Pool:
 class _Worker:
     """The main process' end of a worker."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, gpu: str | None) -> None:
+        self.gpu = gpu
         self.job: int | None = None
         self.connection, theirs = Pipe()
         environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.workers", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=environment | ALLOCATOR | threads,
+                env=environment | ALLOCATOR,
                 cwd=Path(__file__).parents[1],
                 # Ctrl-C at the terminal is for the main process: it decides what becomes of jobs.
                 start_new_session=True,
@@ -237,6 +244,18 @@ class _Worker:
         if code < 0:
             return f"was killed by signal {-code} ({signal.Signals(-code).name})"
         return f"exited with status {code}"
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES names them.
+
+    Without PyTorch, which takes a second to import: a device file may be there without a driver.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for each in named.split(",") if (name := each.strip()) not in ("", "-1")]
+    files = Path("/dev").glob("nvidia[0-9]*")
+    return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
 
 
 def main(argv: Sequence[str]) -> None:

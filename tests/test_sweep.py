@@ -18,7 +18,7 @@ from cnn.losses import LOSSES
 from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
-from experiments.sweep import build_parser, main
+from experiments.sweep import _num_cores, _num_workers, build_parser, main
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]
@@ -41,7 +41,7 @@ def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
     monkeypatch.setattr(
         experiments.workers,
         "Pool",
-        lambda num_workers, num_threads: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
+        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
     )
 
 
@@ -256,3 +256,20 @@ def test_a_signal_ends_a_real_sweep_in_order(tmp_path: Path, number: int) -> Non
         out = process.stdout.read()
         assert process.wait() == 130
     assert "the same command continues the study" in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "num_gpus", "expected"),
+    [
+        (None, "auto", 0, _num_cores()),
+        (None, "cpu", 0, _num_cores()),
+        (None, "auto", 4, 4),
+        (None, "cuda", 0, 1),
+        (None, "cuda:1", 0, 1),
+        (3, "auto", 2, 3),
+    ],
+)
+def test_there_is_one_worker_for_each_core_or_gpu_unless_told(
+    asked: int | None, device: str, num_gpus: int, expected: int
+) -> None:
+    assert _num_workers(asked, device, num_gpus) == expected

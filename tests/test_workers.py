@@ -13,7 +13,15 @@ import pytest
 
 from cnn.data import Dataset, load
 from cnn.training import TrainConfig, train
-from experiments.workers import DataReference, EpochEnded, Event, JobEnded, JobFailed, Pool
+from experiments.workers import (
+    DataReference,
+    EpochEnded,
+    Event,
+    JobEnded,
+    JobFailed,
+    Pool,
+    visible_gpus,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -243,3 +251,32 @@ def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(pool
     *_, ended = wait_for_end(pool)
     assert isinstance(ended, JobEnded)
     assert ended.job == 2
+
+
+def seen_by(pool: Pool) -> list[str | None]:
+    """Return CUDA_VISIBLE_DEVICES of each worker."""
+    return [environment(worker.process.pid).get("CUDA_VISIBLE_DEVICES") for worker in pool._workers]
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Return a process' environment, for which it takes a moment at its start."""
+    deadline = time.monotonic() + 20
+    while not (text := Path(f"/proc/{pid}/environ").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return dict(entry.partition("=")[::2] for entry in text.split("\0"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_each_worker_sees_one_gpu_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with Pool(3, gpus=visible_gpus()) as pool:
+        assert seen_by(pool) == ["5", "7", "5"]
+    with Pool(1) as pool:
+        assert seen_by(pool) == ["5,7"]
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", " "])
+def test_gpus_that_are_hidden_are_not_seen(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert visible_gpus() == []
