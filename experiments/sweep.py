@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tracking.store import NotNowError
+from tracking.store import is_passing
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -228,10 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         return _run(parser.parse_args(argv))
-    except NotNowError as error:
-        print(f"stopped: {error}; the same command continues the study", file=sys.stderr)
-        return 1
     except ValueError as error:
+        if is_passing(error):
+            print(f"stopped: {error}; the same command continues the study", file=sys.stderr)
+            return 1
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
