@@ -25,9 +25,15 @@ _PASSING = (
     "database or disk is full",
     "database is locked",
     "readonly database",
+    "Read-only file system",
     "No space left on device",
     "Disk quota exceeded",
 )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether it is disk or database that said no, for now, to what was asked for."""
+    return isinstance(error, NotNowError) or any(part in str(error) for part in _PASSING)
 
 
 class NotNowError(ValueError):
@@ -194,8 +200,7 @@ def _is_to_be_made(url: str, *, must_exist: bool) -> bool:
 
 def refusal(line: str, error: BaseException) -> ValueError:
     """Return the error to raise, with this line, for one that a database has raised."""
-    passing = any(part in str(error) for part in _PASSING)
-    return (NotNowError if passing else ValueError)(without_passwords(line))
+    return (NotNowError if is_passing(error) else ValueError)(without_passwords(line))
 
 
 def without_passwords(text: str) -> str:
