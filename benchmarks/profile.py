@@ -1,9 +1,9 @@
 """Where does a training step's time go? `python -m benchmarks.profile`.
 
 A worker's training steps on noise, in one thread, in bfloat16 where that is fast: the share of each
-kind of operation by PyTorch's profiler, and the rate at which the convolutions run, beside that of a
-bfloat16 matrix product in the same thread. What no operation accounts for, Python's time above all,
-is the difference to the wall time of the same steps without the profiler.
+kind of operation by PyTorch's profiler, and the rate at which the convolutions run, beside that of
+a bfloat16 matrix product in the same thread. What no operation accounts for, Python's time above
+all, is the difference to the wall time of the same steps without the profiler.
 """
 
 from __future__ import annotations
