@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any
 
+import optuna
 import pytest
+from fake_pool import FakePool, trains, weights
+from mlflow import MlflowClient
 
+import experiments.workers
+from benchmarks import faults
+from cnn.data import load
+from experiments.sweep import main
+from experiments.workers import Event
 from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]
@@ -104,3 +117,191 @@ def test_what_fails_to_make_a_database_leaves_none(tmp_path: Path) -> None:
     assert not (tmp_path / "one.db").exists()
     make_whole(url, table)
     assert [file.name for file in tmp_path.iterdir()] == ["one.db"]
+
+
+# The command line, with workers that do as a script says
+
+
+class PoolOfFakes(FakePool):
+    """The pool that the command line opens; in the last epoch, something happens."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        super().__init__(script)
+        self.happens = happens
+
+    def __enter__(self) -> PoolOfFakes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, data: object) -> None:
+        pass
+
+    def wait(self, timeout: float) -> list[Event]:
+        events = super().wait(timeout)
+        if any((event.job, getattr(event, "number", 0)) == (1, 2) for event in events):
+            self.happens()
+        return events
+
+
+def script(job: int, config: Any) -> Iterator[Event]:
+    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)
+    yield from epochs
+    yield weights(job, num_classes=10)
+
+
+def nothing() -> None:
+    pass
+
+
+def sweep(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object] = nothing) -> int:
+    """Run the command line for two trials of two epochs, and return its exit code."""
+    monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: PoolOfFakes(happens))
+    command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--study", "faults"]
+    command += ["--tracking-timeout", "0", "--data-dir", os.environ["DATA"]]
+    return main([*command, "--storage", "sqlite:///optuna.db?timeout=0.1"])
+
+
+def stopped(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line on standard error of a sweep that was stopped."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: ")
+    assert line.endswith("; the same command continues the study")
+    return line
+
+
+def assert_nothing_is_lost(folder: Path) -> None:
+    study = optuna.load_study(study_name="faults", storage=f"sqlite:///{folder}/optuna.db")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("cnn-sweep")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert [trial.value for trial in study.get_trials()] == [0.9, 0.89]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sorted(run.data.tags.get("trial", "of all") for run in runs) == ["0", "1", "of all"]
+    for run in runs:
+        if run.data.tags["role"] == "trial":
+            history = client.get_metric_history(run.info.run_id, "val/accuracy")
+            assert [entry.step for entry in history] == [1, 2]
+            assert len(run.outputs.model_outputs) == 1
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    load("digits", data_dir=folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits: Path) -> Path:
+    """Give the test a working folder of its own, with MLflow's tables."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("DATA", str(digits))
+    return Path.cwd()
+
+
+@pytest.fixture
+def disk(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the test a working folder that is a small file system."""
+    folder = world / "disk"
+    folder.mkdir()
+    mounted = faults.small_disk(folder, megabytes=8)
+    try:
+        mounted.__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"can't mount a file system: {error}")
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir(world)
+    mounted.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("spare", [0, 20_000])
+def test_a_full_disk_stops_a_sweep_in_a_line_and_the_same_command_continues_it(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], spare: int
+) -> None:
+    assert sweep(monkeypatch, lambda: faults.fill(disk, spare=spare)) == 1
+    assert "database or disk is full" in stopped(capfd)
+    assert sweep(monkeypatch) == 1  # it is still
+    assert re.search("full|No space left", stopped(capfd))
+    (disk / "ballast").unlink()
+    assert sweep(monkeypatch) == 0
+    assert_nothing_is_lost(disk)
+
+
+@pytest.mark.parametrize("spare", [0, 100_000])
+def test_a_disk_that_is_full_from_the_first_start_on_is_one_line(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], spare: int
+) -> None:
+    ballast = faults.fill(disk, spare=spare)
+    assert sweep(monkeypatch) == 1
+    assert re.search("full|No space left", stopped(capfd))
+    ballast.unlink()
+    assert sweep(monkeypatch) == 0
+    assert_nothing_is_lost(disk)
+
+
+def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_it(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = sqlite3.connect(world / "optuna.db", isolation_level=None)
+    with closing(other):
+        assert sweep(monkeypatch, lambda: other.execute("BEGIN EXCLUSIVE")) == 1
+        assert "database is locked" in stopped(capfd)
+        assert sweep(monkeypatch) == 1  # it is still
+        assert "database is locked" in stopped(capfd)
+        other.execute("ROLLBACK")
+        assert sweep(monkeypatch) == 0
+    assert_nothing_is_lost(world)
+
+
+def test_a_read_only_disk_is_one_line(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep(monkeypatch, lambda: faults.fill(disk, spare=0))  # so that something is left to do
+    (disk / "ballast").unlink()
+    capfd.readouterr()
+    mount = ["mount", "--bind", str(disk), str(disk)]
+    subprocess.run(mount, check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+        monkeypatch.chdir(disk)
+        assert sweep(monkeypatch) == 1
+        assert "Read-only file system" in stopped(capfd)
+    finally:
+        monkeypatch.chdir(disk.parent)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    monkeypatch.chdir(disk)
+    assert sweep(monkeypatch) == 0
+    assert_nothing_is_lost(disk)
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[faults.Pace, dict[str, Any]]:
+    """Run the sweep that is disturbed below; return how fast it was, and what it recorded."""
+    calm = faults.Place(
+        folder=tmp_path_factory.mktemp("faults") / "calm", command=faults.sweep_command(2, 2)
+    )
+    calm.folder.mkdir()
+    return faults.undisturbed(calm, number=4), faults.state(calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["kill", "server"])
+def test_a_sweep_that_is_disturbed_ends_as_the_undisturbed_one(
+    undisturbed: tuple[faults.Pace, dict[str, Any]], tmp_path: Path, mode: str
+) -> None:
+    pace, expected = undisturbed
+    told, number = faults.Told(), {"kill": 4, "server": 1}[mode]
+    place = faults.Place(folder=tmp_path / "sweep", command=faults.sweep_command(2, 2))
+    place.folder.mkdir()
+    disturbed = faults.MODES[mode]
+    with disturbed(place, replace(pace, number=number), Random(1), told) as place:
+        assert not told.problems
+        assert faults.compare(expected, faults.state(place)) == []
+    assert told.done.total() == number
