@@ -137,7 +137,9 @@ def run(mode: str, command: tuple[str, ...], folder: Path, number: int, seed: in
     calm = Place(folder=folder / "calm", command=command)
     calm.folder.mkdir()
     pace = undisturbed(calm, number)
-    print(f"undisturbed: {pace.start_up:.1f} s to the first epoch, {pace.work:.1f} s from there on")
+    print(
+        f"undisturbed: {pace.start_up:.1f} s to the first epoch, {pace.work:.1f} s more", flush=True
+    )
     expected = state(calm)
     while told.done.total() < number and not told.problems:
         told.sweeps += 1
