@@ -10,6 +10,7 @@ from typing import Any
 from cnn.data import Dataset
 from cnn.training import resolve_device, resolve_precision
 from experiments.space import PRUNERS, SAMPLERS, Space
+from tracking.registry import check_name, default_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Settings:
     """Failed trials in a row."""
     tracking_timeout: float
     """Seconds that a tracking server may be away."""
+    register: str = "none"
+    """The registered model that the best trial's becomes a version of: a name, `auto` or `none`."""
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -64,6 +67,8 @@ class Settings:
             raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {self.tracking_timeout}")
         if self.study is not None and not self.study.strip():
             raise ValueError("--study must not be empty")
+        if self.register not in ("auto", "none"):
+            check_name(self.register)
         self.space()
 
     def space(self) -> Space:
@@ -83,6 +88,11 @@ class Settings:
                 "device": device,
             },
         )
+
+    def registered_model(self, data: Dataset) -> str | None:
+        """Return the name of the registered model, None for none."""
+        names = {"auto": default_name(data.name), "none": None}
+        return names.get(self.register, self.register)
 
     def identity(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two sweeps the same study: all that its results depend on."""

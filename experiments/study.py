@@ -143,7 +143,17 @@ class SweepEnded:
     reason: str
 
 
-SweepEvent = SweepStarted | TrialStarted | TrialProgressed | TrialEnded | SweepEnded
+@dataclass(frozen=True, kw_only=True)
+class BestRegistered:
+    """The model of the best trial was offered to the model registry."""
+
+    report: str
+    """What came of it, in a line."""
+
+
+SweepEvent = (
+    SweepStarted | TrialStarted | TrialProgressed | TrialEnded | BestRegistered | SweepEnded
+)
 
 
 def sweep(
@@ -191,8 +201,9 @@ def sweep(
         )
         try:
             yield from running.events()
+            yield from running.register()
         except recording_errors() as error:
-            running.reason = one_line(error)
+            running.outcome, running.reason = "interrupted", one_line(error)
         yield from running.close()
 
 
@@ -265,6 +276,17 @@ class _Sweep:
             for event in events:
                 yield from self._take(event)
         self.outcome = "complete"
+
+    def register(self) -> Iterator[BestRegistered]:
+        """Offer the best trial's model to the model registry, once the sweep is complete."""
+        name = self.settings.registered_model(self.data)
+        if name is None or self.outcome != "complete":
+            return
+        best = trials_table(self.study).query("outcome == 'complete'").head(1)
+        if len(best):
+            from tracking.registry import offer
+
+            yield BestRegistered(report=offer(self.tracker.client, best["run_id"].iloc[0], name))
 
     def close(self) -> list[TrialEnded | SweepEnded]:
         """Close what still runs as interrupted, and then the parent."""

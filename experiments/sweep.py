@@ -212,6 +212,14 @@ def build_parser() -> argparse.ArgumentParser:
         "(the same command continues it; default: %(default)s)",
     )
     record.add_argument(
+        "--register",
+        default="auto",
+        metavar="NAME",
+        help="the registered model that the best trial's model becomes a version of, and its "
+        "champion, if it beats the present one on the same data: auto is cnn-<data set>, none "
+        "registers nothing (default: %(default)s)",
+    )
+    record.add_argument(
         "--tensorboard",
         type=Path,
         default=None,
@@ -266,10 +274,18 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
     from experiments.display import Display
     from experiments.interrupts import Interrupts
-    from experiments.study import SweepEnded, SweepStarted, open_study, sweep, trials_table
+    from experiments.study import (
+        BestRegistered,
+        SweepEnded,
+        SweepStarted,
+        open_study,
+        sweep,
+        trials_table,
+    )
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
+    registered = ""
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         observers: list[Any] = [stack.enter_context(Display(settings))]
@@ -280,6 +296,8 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         for event in sweep(settings, data, pool, interrupts):
             if isinstance(event, SweepStarted):
                 started = event
+            elif isinstance(event, BestRegistered):
+                registered = event.report
             elif isinstance(event, SweepEnded):
                 ended = event
             for observer in observers:
@@ -287,10 +305,12 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
     assert started is not None
     assert ended is not None
     table = trials_table(open_study(settings, data))
-    return _report(table, started, ended, data_name=options.dataset)
+    return _report(table, started, ended, data_name=options.dataset, registered=registered)
 
 
-def _report(table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: str) -> int:
+def _report(
+    table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str
+) -> int:
     """Print the trials, the best one, and what to type next."""
     shown = table.drop(columns=["val_loss", "run_id"]).assign(
         learning_rate=table["learning_rate"].map("{:.4g}".format),
@@ -312,10 +332,12 @@ def _report(table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: 
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
         return 1
     best = complete.iloc[0]
+    line = f"  registered:        {registered}\n" if registered else ""
     print(
         f"best: trial {best['trial']}, loss {best['loss']}, learning rate "
         f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
         f"{best['val_accuracy']:.2%}\n"
+        f"{line}"
         f"  compare the runs:  {_ui_command()}\n"
         f"                     then {_ui_address(started)}\n"
         f"  label images:      python -m tracking.predict {_quoted(data_name + ':test')} "

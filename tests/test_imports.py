@@ -130,7 +130,9 @@ def test_every_module_is_looked_at(package: str) -> None:
     assert set(brought(package, ROOT)) == {package, *(f"{package}.{stem}" for stem in stems)}
 
 
-@pytest.mark.parametrize("module", ["experiments.sweep", "tracking.predict"])
+@pytest.mark.parametrize(
+    "module", ["experiments.sweep", "tracking.predict", "tracking.best", "tracking.promote"]
+)
 def test_help_imports_nothing_slow(module: str) -> None:
     *text, modules = in_a_new_process(HELP, module, root=ROOT).splitlines()
     assert f"python -m {module}" in text[0]
