@@ -1,0 +1,51 @@
+"""A real PostgreSQL server for tests, where one is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def find_programs() -> Path | None:
+    """Return the folder of PostgreSQL's programs: Debian has them beside the PATH."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    newest = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return newest[-1].parent if newest else None
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Run a server that is reached by a socket in a folder of its own; yield the URL of it."""
+    programs = find_programs()
+    assert programs is not None
+    # It refuses to be run by root.
+    other_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    folder = Path(tempfile.mkdtemp(prefix="postgresql"))
+    try:
+        if other_user:
+            shutil.chown(folder, "postgres")
+        data = str(folder / "data")
+
+        def run(*command: str) -> None:
+            subprocess.run(
+                [*other_user, str(programs / command[0]), *command[1:]],
+                cwd=folder,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+
+        run("initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync")
+        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+        run("pg_ctl", "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start")
+        try:
+            yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

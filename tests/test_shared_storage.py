@@ -1,0 +1,251 @@
+"""Several sweeps at a time on one study, in a real PostgreSQL."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+from fake_pool import FakePool, trains
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import TrialState
+from postgresql import find_programs, server
+
+import experiments.heartbeat
+from cnn.data import Dataset
+from experiments.heartbeat import Heartbeat, agree, open_storage
+from experiments.settings import Settings
+from experiments.study import SweepEnded, TrialEnded, TrialStarted, open_study, sweep
+
+pytestmark = [
+    pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed"),
+    # Of a study's connections, which are let go with it.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    pytest.importorskip("psycopg")
+    with server() as url:
+        yield url
+
+
+@pytest.fixture
+def storage(postgresql: str) -> Iterator[str]:
+    """Give the test a database of its own."""
+    name = f"test{time.monotonic_ns()}"
+    admin = sqlalchemy.create_engine(postgresql, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    yield sqlalchemy.make_url(postgresql).set(database=name).render_as_string(hide_password=False)
+    gc.collect()  # connections that were let go, within this test and not in another
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Heartbeat, "is_due", lambda self: True)
+    monkeypatch.setattr(experiments.heartbeat, "GRACE_SECONDS", 1)
+
+
+@pytest.fixture
+def settings(mlflow_store: str, storage: str) -> Settings:
+    return Settings(
+        losses=("l1", "mse", "cross_entropy"),
+        learning_rate_min=0.001,
+        learning_rate_max=1.0,
+        batch_sizes=(2, 4),
+        trials=6,
+        epochs=2,
+        seed=0,
+        sampler="random",
+        pruner="none",
+        optimizer="sgd",
+        schedule="one_cycle",
+        device="cpu",
+        precision="float32",
+        study="shared",
+        storage=storage,
+        experiment="tests",
+        timeout=0,
+        workers=1,
+        max_failures=99,
+        tracking_timeout=0,
+    )
+
+
+def begin(settings: Settings, data: Dataset) -> Any:
+    """Begin a sweep as another process would: it goes on as it is iterated."""
+    return sweep(settings, data, FakePool(trains(lambda job, _: 0.9 - job / 100)))  # type: ignore[arg-type]
+
+
+def runs() -> list[Run]:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def assert_each_trial_was_trained_once(settings: Settings, data: Dataset) -> None:
+    assert states(settings, data) == [TrialState.COMPLETE] * settings.trials
+    by_trial = sorted(run.data.tags.get("trial", "parent") for run in runs())
+    assert by_trial == [*map(str, range(settings.trials)), "parent"]
+    assert {run.info.status for run in runs()} == {"FINISHED"}
+    for run in runs():
+        if run.data.tags["role"] == "trial":
+            history = MlflowClient().get_metric_history(run.info.run_id, "val/accuracy")
+            assert [entry.step for entry in history] == [1, 2]
+            assert len(run.outputs.model_outputs) == 1
+
+
+def alternate(*sweeps: Any) -> list[list[Any]]:
+    """Have each sweep go on to its next event in turn, until all are through."""
+    seen: list[list[Any]] = [[] for _ in sweeps]
+    left = dict(enumerate(sweeps))
+    while left:
+        for number, events in list(left.items()):
+            try:
+                seen[number].append(next(events))
+            except StopIteration:
+                del left[number]
+    return seen
+
+
+def test_sweeps_of_one_study_share_its_trials(settings: Settings, coloured_noise: Dataset) -> None:
+    settings = replace(settings, trials=2)
+    first, second = alternate(*(begin(settings, coloured_noise) for _ in range(2)))
+    for events in (first, second):
+        assert sum(isinstance(event, TrialEnded) for event in events) == 1
+        assert events[-1] == SweepEnded(outcome="complete", reason="")
+    assert_each_trial_was_trained_once(settings, coloured_noise)
+
+
+def test_a_trial_too_many_is_given_back_for_a_larger_total(
+    settings: Settings, coloured_noise: Dataset
+) -> None:
+    settings = replace(settings, trials=1)
+    first, second = begin(settings, coloured_noise), begin(settings, coloured_noise)
+    next(first)
+    with pytest.MonkeyPatch.context() as same_time:
+        # What the second saw when the first had not asked yet.
+        same_time.setattr("experiments.study._num_begun", answers(0, 1))
+        next(second)
+    assert states(settings, coloured_noise) == [TrialState.RUNNING, TrialState.WAITING]
+    for events in (first, second):
+        list(events)
+    assert states(settings, coloured_noise) == [TrialState.COMPLETE, TrialState.WAITING]
+    list(begin(replace(settings, trials=2), coloured_noise))
+    assert_each_trial_was_trained_once(replace(settings, trials=2), coloured_noise)
+
+
+def states(settings: Settings, data: Dataset) -> list[TrialState]:
+    return [trial.state for trial in open_study(settings, data).get_trials()]
+
+
+def answers(*numbers: int) -> Callable[[object], int]:
+    """Return a function that gives these answers, and then the last one again and again."""
+    left = list(numbers)
+    return lambda study: left.pop(0) if left[1:] else left[0]
+
+
+def test_what_a_dead_process_left_is_taken_up_while_another_runs(
+    settings: Settings, coloured_noise: Dataset, short_grace: None
+) -> None:
+    dead = begin(replace(settings, trials=3), coloured_noise)
+    while not isinstance(next(dead), TrialStarted):
+        pass
+    # From here on it does nothing, as a process that was killed.
+    alive = list(begin(replace(settings, trials=3), coloured_noise))
+    assert {event.trial for event in alive if isinstance(event, TrialEnded)} == {0, 1, 2}
+    assert_each_trial_was_trained_once(replace(settings, trials=3), coloured_noise)
+    # It was only suspended: what it had is no longer its own, and it notices.
+    *_, lost, ended = dead
+    assert lost.reason == "another process has taken it up"
+    assert ended == SweepEnded(outcome="complete", reason="")
+    assert_each_trial_was_trained_once(replace(settings, trials=3), coloured_noise)
+
+
+def test_an_interrupted_sweep_leaves_its_trials_to_the_others_at_once(
+    settings: Settings, coloured_noise: Dataset
+) -> None:
+    settings = replace(settings, trials=2)
+    first = begin(settings, coloured_noise)
+    while not isinstance(next(first), TrialStarted):
+        pass
+    first.close()
+    events = list(begin(settings, coloured_noise))
+    assert {event.trial for event in events if isinstance(event, TrialEnded)} == {0, 1}
+    assert_each_trial_was_trained_once(settings, coloured_noise)
+
+
+def test_of_two_that_want_an_abandoned_trial_one_gets_it(
+    settings: Settings, coloured_noise: Dataset, short_grace: None
+) -> None:
+    dead, first, second = (
+        Heartbeat(open_study(settings, coloured_noise), is_shared=True) for _ in range(3)
+    )
+    trial = dead.ask()
+    time.sleep(1.1)
+    for each in (first, second):
+        assert [found.number for found in each.abandoned()] == [trial.number]
+    (abandoned,) = second.abandoned()
+    assert first.claim(abandoned)
+    assert not second.claim(abandoned)
+    assert second.abandoned() == []
+    assert dead.record([trial]) == [trial]  # it is lost
+
+
+def test_a_process_that_died_before_its_first_sign_of_life_is_noticed(
+    settings: Settings, coloured_noise: Dataset, short_grace: None
+) -> None:
+    study = open_study(settings, coloured_noise)
+    study._storage.create_new_trial(study._study_id)
+    heartbeat = Heartbeat(study, is_shared=True)
+    assert heartbeat.abandoned() == []
+    time.sleep(1.1)
+    assert [trial.number for trial in heartbeat.abandoned()] == [0]
+
+
+def test_the_first_to_set_an_attribute_decides(settings: Settings, coloured_noise: Dataset) -> None:
+    first, second = (open_study(settings, coloured_noise) for _ in range(2))
+    assert agree(first, "colour", "red") == "red"
+    assert agree(second, "colour", "blue") == "red"
+
+
+MAKING = """
+import sys, optuna
+from experiments.heartbeat import open_storage
+sys.stdin.readline()
+study = optuna.create_study(study_name="x", storage=open_storage(sys.argv[1]), load_if_exists=True)
+print(study.study_name)
+"""
+
+
+def test_processes_that_make_the_tables_at_the_same_time_all_get_them(storage: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", MAKING, storage]
+    makers = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for _ in range(4)
+    ]
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    assert [maker.communicate(timeout=120)[0] for maker in makers] == ["x\n"] * 4
+    assert optuna.get_all_study_names(open_storage(storage)) == ["x"]
