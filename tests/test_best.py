@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import pytest
 from tracking_helpers import add_model_entry, new_store, record
 
 from tracking import best
-from tracking.best import best_run, choose, model_uri
+from tracking.best import best_run, choose, main, model_uri
 from tracking.runs import Run, Tracker
 from tracking.store import reading
 
@@ -187,6 +190,227 @@ def test_without_a_name_it_is_the_experiment_of_the_environment(
     assert best_run().info.run_name == "default"
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
     assert best_run().info.run_name == "named"
+
+
+# Among some of the runs
+
+
+def tried(
+    tracker: Tracker, accuracy: float, *, study: str = "a", loss: str = "mse", batch_size: int = 64
+) -> str:
+    run_id = record(tracker, f"{loss} {batch_size}", accuracy=accuracy, loss=0.25)
+    run = Run(tracker.client, run_id, tracker.experiment_id)
+    run.log_params({"loss": loss, "batch_size": batch_size, "learning_rate": 0.03125})
+    run.set_tags({"study": study, "trial": "7"})
+    return run_id
+
+
+@pytest.mark.parametrize(
+    ("filters", "name"),
+    [
+        ({}, "l1 64"),
+        ({"study": "it's b"}, "mse 128"),
+        ({"loss": "mse"}, "mse 32"),
+        ({"loss": "mse", "study": "it's b"}, "mse 128"),
+        ({"study": "", "loss": "", "where": " "}, "l1 64"),
+    ],
+)
+def test_a_study_and_a_loss_are_the_best_of_only_its_runs(
+    tracker: Tracker, filters: dict[str, str], name: str
+) -> None:
+    tried(tracker, 0.9, loss="l1")
+    tried(tracker, 0.8, batch_size=32)
+    tried(tracker, 0.7, study="it's b", batch_size=128)
+    assert best_run("study", **filters).info.run_name == name
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("params.batch_size = '128'", "mse 128"),
+        ("params.batch_size != '64' and metrics.`val/accuracy` > 0.75", "mse 32"),
+        ("tags.study LIKE '%b'", "mse 128"),
+    ],
+)
+def test_a_condition_excludes_the_others(tracker: Tracker, where: str, name: str) -> None:
+    tried(tracker, 0.9)
+    tried(tracker, 0.8, batch_size=32)
+    tried(tracker, 0.7, study="b", batch_size=128)
+    assert best_run("study", where=where).info.run_name == name
+
+
+def test_no_condition_brings_back_a_run_that_is_never_chosen(tracker: Tracker) -> None:
+    record(tracker, outcome="pruned")
+    for where in ("tags.outcome = 'pruned'", "tags.outcome = 'x' or tags.outcome = 'pruned'"):
+        with pytest.raises(ValueError, match=r"no finished run|can't search"):
+            best_run("study", where=where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["batch 64", "params.batch_size = 64", "params.a = '1' or params.b = '2'", "'", "a = '1'; --"],
+)
+def test_a_condition_that_mlflow_cannot_read_is_one_line_with_an_example(
+    tracker: Tracker, where: str
+) -> None:
+    tried(tracker, 0.9)
+    with pytest.raises(ValueError, match=r"params\.batch_size = '64'") as info:
+        best_run("study", where=where)
+    assert f"MLflow can't search for {where!r} (" in one_line_of(info)
+
+
+def test_filters_that_exclude_all_are_named_with_what_there_is(tracker: Tracker) -> None:
+    tried(tracker, 0.9)
+    tried(tracker, 0.8, loss="l1", study="b")
+    with pytest.raises(ValueError, match="with loss 'hinge' has a model") as info:
+        best_run("study", loss="hinge")
+    assert one_line_of(info).endswith("those that have: losses 'l1', 'mse'; studies 'a', 'b'")
+
+
+def test_a_run_whose_model_was_deleted_is_passed_over(tracker: Tracker) -> None:
+    kept = record(tracker, accuracy=0.5)
+    gone = tracker.client.get_run(record(tracker, accuracy=0.9))
+    tracker.client.delete_logged_model(gone.outputs.model_outputs[0].model_id)
+    assert best_id() == kept
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [
+        ((0.3, 0.2, 0.4), "; of 3 equal ones, its val/loss, 0.2, is the lowest"),
+        ((0.2, 0.2, 0.4), "; of 3 equal ones, it was started first"),
+        ((None, None), "; of 2 equal ones, it was started first"),
+    ],
+)
+def test_it_says_how_a_tie_was_settled(
+    tracker: Tracker, losses: tuple[float | None, ...], why: str
+) -> None:
+    record(tracker, accuracy=0.1)
+    for loss in losses:
+        record(tracker, accuracy=0.5, loss=loss)
+    assert str(choose("study")).endswith(why)
+
+
+def test_it_says_what_it_was_chosen_among(tracker: Tracker) -> None:
+    tried(tracker, 0.9)
+    choice = choose("study", study="a", loss="mse", where="params.batch_size = '64'")
+    assert (
+        "1 finished run of experiment 'study' with study 'a' and loss 'mse' and "
+        "params.batch_size = '64' by val/accuracy = 0.9: run mse 64"
+    ) in str(choice)
+
+
+def test_as_many_runners_up_are_found_as_are_asked_for(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 2)
+    runs = {accuracy: record(tracker, accuracy=accuracy) for accuracy in (0.1, 0.5, 0.3, 0.4, 0.2)}
+    ranked = [run.info.run_id for run in choose("study", top=4).ranked]
+    assert ranked == [runs[accuracy] for accuracy in (0.5, 0.4, 0.3, 0.2)]
+
+
+# The command line
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["--experiment", "study", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_prints_the_best_and_its_runners_up(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for accuracy in (0.7, 0.9, 0.8):
+        run_id = tried(tracker, accuracy)
+    why, header, *rows = printed(capsys, "--top", "2").splitlines()
+    assert why.startswith("best of 3 finished runs of experiment 'study' by val/accuracy = 0.9")
+    assert header.split()[:4] == ["rank", "run", "run_id", "study"]
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+    assert run_id in rows[1]
+    assert rows[1].split()[-4:] == ["0.03125", "64", "0.8", "0.25"]
+
+
+def test_flags_filter_as_the_function_does(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried(tracker, 0.9, loss="l1")
+    tried(tracker, 0.8, study="b")
+    run_id = tried(tracker, 0.7)
+    flags = ["--study", "a", "--loss", "mse", "--where", "params.batch_size = '64'"]
+    why, _, row = printed(capsys, *flags).splitlines()
+    assert "with study 'a' and loss 'mse' and params.batch_size = '64'" in why
+    assert run_id in row
+
+
+def test_csv_is_read_back_with_all_digits(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = tried(tracker, 0.1 + 0.2, study='with "quotes", and commas')
+    assert main(["--experiment", "study", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert float(row["val/accuracy"]) == 0.1 + 0.2
+    assert row["study"] == 'with "quotes", and commas'
+    assert row["run_id"] == run_id
+    assert row["model"] == model_uri(tracker.client.get_run(run_id))
+    assert err.startswith("best of 1 finished run")
+
+
+def test_json_is_read_back_with_null_for_what_is_no_number(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = record(tracker, accuracy=0.1 + 0.2, loss=math.nan, start=1_700_000_000_000)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (row,) = json.loads(printed(capsys, "--format", "json"), parse_constant=refuse)
+    assert row == {
+        "rank": 1,
+        "run": "run",
+        "run_id": run_id,
+        "study": None,
+        "trial": None,
+        "loss": None,
+        "learning_rate": None,
+        "batch_size": None,
+        "val/accuracy": 0.1 + 0.2,
+        "val/loss": None,
+        "started": "2023-11-14T22:13:20+00:00",
+        "model": model_uri(tracker.client.get_run(run_id)),
+    }
+
+
+def test_another_metric_has_a_column(tracker: Tracker, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tracker, metrics={"train/loss": 0.125})
+    (row,) = json.loads(printed(capsys, "--metric", "train/loss", "--format", "json"))
+    assert row["train/loss"] == 0.125
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--top", "0"], "--top must be ≥ 1, not 0"),
+        (["--top", "x"], "argument --top: invalid int value: 'x'"),
+        (["--format", "xml"], "argument --format: invalid choice: 'xml'"),
+        (["--where", "nonsense"], "MLflow can't search for 'nonsense'"),
+        (["--loss", "hinge"], "with loss 'hinge' has a model; those that have: losses 'mse'"),
+        (["--study", "'\""], "holds both kinds of quotes"),
+        (["--metric", "val/acc"], "choose one of 'val/accuracy', 'val/loss'"),
+        (["--experiment", "studdy"], "there is no experiment 'studdy'"),
+        (["surplus"], "unrecognized arguments: surplus"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    tried(tracker, 0.9)
+    assert main(["--experiment", "study", *argv]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("python -m tracking.best: error: ")
+    assert message in line
+    assert out == ""
 
 
 # The model of a run
