@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import sqlite3
@@ -17,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from fake_pool import FakePool, trains, weights
@@ -25,8 +27,11 @@ from mlflow import MlflowClient
 import experiments.workers
 from benchmarks import faults
 from cnn.data import load
+from cnn.losses import PROBABILITIES
+from cnn.model import CNN, Classifier
 from experiments.sweep import main
 from experiments.workers import Event
+from tracking.runs import save_model
 from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]
@@ -277,6 +282,32 @@ def test_a_read_only_disk_is_one_line(
     monkeypatch.chdir(disk)
     assert sweep(monkeypatch) == 0
     assert_nothing_is_lost(disk)
+
+
+def test_a_run_that_is_taken_up_names_the_process_that_works_on_it_now(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sqlite3.connect(world / "optuna.db", isolation_level=None) as other:
+        sweep(monkeypatch, lambda: other.execute("BEGIN EXCLUSIVE"))
+        other.execute("ROLLBACK")
+    client = MlflowClient(f"sqlite:///{world}/mlflow.db")
+    before = [run for run in client.search_runs(["1"]) if run.info.status != "FINISHED"]
+    assert len(before) == 2  # the sweep's own, and that of the trial that was cut off
+    for run in before:
+        client.set_tag(run.info.run_id, "pid", "1")
+        client.set_tag(run.info.run_id, "host", "elsewhere")
+    sweep(monkeypatch)
+    for run in before:
+        tags = client.get_run(run.info.run_id).data.tags
+        assert (tags["host"], tags["pid"]) == (platform.node(), str(os.getpid()))
+
+
+def test_a_model_that_a_full_disk_does_not_take_raises_and_ends_no_process(disk: Path) -> None:
+    faults.fill(disk, spare=300_000)
+    model = Classifier(CNN(3), PROBABILITIES["softmax"]).eval()
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, disk / "model", input_example=images, metadata={"classes": ["a", "b"]})
 
 
 # The real thing

@@ -161,24 +161,25 @@ def answers(*numbers: int) -> Callable[[object], int]:
 def test_what_a_dead_process_left_is_taken_up_while_another_runs(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
-    dead = begin(replace(settings, trials=3), coloured_noise)
-    while not isinstance(next(dead), TrialStarted):
-        pass
-    # From here on it does nothing, as a process that was killed.
-    alive = list(begin(replace(settings, trials=3), coloured_noise))
+    settings = replace(settings, trials=3, timeout=60)  # without a look, it would wait for ever
+    alive, dead = begin(settings, coloured_noise), begin(settings, coloured_noise)
+    for events in (alive, dead):
+        while not isinstance(next(events), TrialStarted):
+            pass
+    # From here on the second does nothing, as a process that was killed.
     assert {event.trial for event in alive if isinstance(event, TrialEnded)} == {0, 1, 2}
-    assert_each_trial_was_trained_once(replace(settings, trials=3), coloured_noise)
+    assert_each_trial_was_trained_once(settings, coloured_noise)
     # It was only suspended: what it had is no longer its own, and it notices.
     *_, lost, ended = dead
     assert lost.reason == "another process has taken it up"
     assert ended == SweepEnded(outcome="complete", reason="")
-    assert_each_trial_was_trained_once(replace(settings, trials=3), coloured_noise)
+    assert_each_trial_was_trained_once(settings, coloured_noise)
 
 
 def test_an_interrupted_sweep_leaves_its_trials_to_the_others_at_once(
     settings: Settings, coloured_noise: Dataset
 ) -> None:
-    settings = replace(settings, trials=2)
+    settings = replace(settings, trials=2, timeout=60)  # less than the time of grace
     first = begin(settings, coloured_noise)
     while not isinstance(next(first), TrialStarted):
         pass

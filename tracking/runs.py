@@ -6,13 +6,15 @@ state, and several runs can be open at a time. Every call has reached the server
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -391,17 +393,41 @@ def save_model(
 
     images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
     probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
-    pytorch.save_model(
-        model,
-        folder,
-        mlflow_model=about,
-        serialization_format="pt2",
-        signature=ModelSignature(Schema([images]), Schema([probabilities])),
-        input_example=input_example,
-        metadata=dict(metadata),
-        # Inferring them would load the model in a process of its own: 12 s a model.
-        pip_requirements=_requirements(),
-    )
+    with _written_by_python():
+        pytorch.save_model(
+            model,
+            folder,
+            mlflow_model=about,
+            serialization_format="pt2",
+            signature=ModelSignature(Schema([images]), Schema([probabilities])),
+            input_example=input_example,
+            metadata=dict(metadata),
+            # Inferring them would load the model in a process of its own: 12 s a model.
+            pip_requirements=_requirements(),
+        )
+
+
+@contextmanager
+def _written_by_python() -> Iterator[None]:
+    """Have PyTorch make an exported program's file in memory, and Python write it.
+
+    On a full disk, PyTorch's own writer ends the process; Python raises an OSError.
+    """
+    import torch
+
+    export: Any = torch.export
+    save = export.save
+
+    def save_to_memory(program: object, file: str) -> None:
+        content = io.BytesIO()
+        save(program, content)
+        Path(file).write_bytes(content.getbuffer())
+
+    export.save = save_to_memory
+    try:
+        yield
+    finally:
+        export.save = save
 
 
 def _client() -> mlflow.MlflowClient:
