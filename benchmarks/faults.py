@@ -330,7 +330,8 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     log = folder.with_suffix(".server.txt")
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Without its job runners, eight processes that nothing here asks for.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = start_in(command, folder, log=log, environment=quiet)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not answers_at(port):

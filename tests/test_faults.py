@@ -32,7 +32,7 @@ from cnn.model import CNN, Classifier
 from experiments.sweep import main
 from experiments.workers import Event
 from tracking.runs import save_model
-from tracking.store import make_whole
+from tracking.store import is_passing, make_whole
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -222,6 +222,16 @@ def disk(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     monkeypatch.chdir(world)
     mounted.__exit__(None, None, None)
+
+
+def test_a_full_disk_is_told_from_bad_input_whoever_says_it() -> None:
+    for text in (
+        "(sqlite3.OperationalError) database or disk is full",
+        "[Errno 28] No space left on device: 'data'",
+        "5520384 requested and 8064 written",
+    ):
+        assert is_passing(ValueError(f"can't use the data folder 'data': {text}"))
+    assert not is_passing(ValueError("unknown loss 'mes'"))
 
 
 @pytest.mark.parametrize("spare", [0, 20_000])

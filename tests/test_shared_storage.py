@@ -226,6 +226,7 @@ def test_the_first_to_set_an_attribute_decides(settings: Settings, coloured_nois
 MAKING = """
 import sys, optuna
 from experiments.heartbeat import open_storage
+print("ready", flush=True)
 sys.stdin.readline()
 study = optuna.create_study(study_name="x", storage=open_storage(sys.argv[1]), load_if_exists=True)
 print(study.study_name)
@@ -244,6 +245,9 @@ def test_processes_that_make_the_tables_at_the_same_time_all_get_them(storage: s
         )
         for _ in range(4)
     ]
+    for maker in makers:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "ready\n"
     for maker in makers:
         assert maker.stdin is not None
         maker.stdin.write("go\n")
