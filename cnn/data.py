@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 Scalar = TypeVar("Scalar", np.uint8, np.int64)
 
 # One more whenever the same source would give other pixels than before.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _FILES_PER_TASK = 32
 _NETWORK_TIMEOUT_SECONDS = 20.0
 _NETWORK_ERRORS = (

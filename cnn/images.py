@@ -5,7 +5,9 @@ Needs numpy and Pillow only, so that a prediction doesn't have to import torch t
 
 import io
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,15 @@ IMAGE_SIZE = 32
 # Ghostscript), and so that what is read doesn't depend on which plugins were imported before.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
 
+# What a file may ask for, looked at before anything is decoded: a few bytes can stand for gigabytes
+# of pixels. The first is where Pillow would warn.
+MAX_PIXELS = 89_478_485
+MAX_BYTES = 2**29
+
+# Images of more pixels than this are decoded one at a time, so that threads don't add up.
+_LARGE = 2**25
+_one_large_image = threading.Lock()
+
 # What file managers leave behind, beside the files whose name starts with a dot.
 _CLUTTER = {"thumbs.db", "desktop.ini"}
 
@@ -29,11 +40,15 @@ def find_images(folder: Path) -> list[Path]:
     link to a folder above ends. Whether a file is an image, `decode` finds out. Raises ValueError
     where a folder can't be listed.
     """
+    return [folder / name for name in walk(folder)]
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of what `find_images` returns, without keeping them."""
     try:
-        names = sorted(_walk(folder, "", set()))
+        yield from _walk(folder, "", set())
     except OSError as error:
         raise ValueError(f"can't list the folder {str(folder)!r}: {error}") from error
-    return [folder / name for name in names]
 
 
 def _walk(folder: Path, prefix: str, entered: set[tuple[int, int]]) -> Iterator[str]:
@@ -42,14 +57,24 @@ def _walk(folder: Path, prefix: str, entered: set[tuple[int, int]]) -> Iterator[
         return
     entered.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
-            continue
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", entered)
+        names = sorted(
+            entry.name + "/" * _is_folder(entry)
+            for entry in scan
+            if not entry.name.startswith(".") and entry.name.lower() not in _CLUTTER
+        )
+    # With the slash, so that what comes out is in the order of whole paths: `b-c.png` before `b/`.
+    for name in names:
+        if name.endswith("/"):
+            yield from _walk(folder / name, prefix + name, entered)
         else:
-            yield prefix + entry.name
+            yield prefix + name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, say: `decode` finds out
+        return False
 
 
 def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
@@ -57,15 +82,18 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
 
     Turned as its EXIF orientation says, converted to RGB (transparency is dropped, as torchvision's
     ImageFolder does), and squashed to a square where it has another size. Of an animation, the
-    first frame. Raises ValueError, which names the file, for what is no readable image.
+    first frame. Raises ValueError, which names the file, for what is no readable image, or has more
+    than MAX_PIXELS or MAX_BYTES.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
     encoded = source if isinstance(source, bytes) else _read(source)
     if not encoded:
         raise ValueError(f"{name} is no image: it is empty")
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image, _room_for(image):
             return _pixels(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is refused: it has more than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image (known: {', '.join(FORMATS)})") from error
     except MemoryError:
@@ -79,9 +107,20 @@ def _read(file: Path) -> bytes:
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no image: it is not there, or not a regular file")
     try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{str(file)!r} is refused: it has {size:,} of {MAX_BYTES:,} bytes")
         return file.read_bytes()
     except OSError as error:
         raise ValueError(f"{str(file)!r} can't be read: {error.strerror}") from error
+
+
+def _room_for(image: Image.Image) -> AbstractContextManager[object]:
+    """Refuse an image that is too large, before it is decoded; let large ones wait for another."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return _one_large_image if pixels > _LARGE else nullcontext()
 
 
 def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:

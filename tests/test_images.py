@@ -1,9 +1,14 @@
 """What `cnn.images` makes of files and arrays."""
 
+import contextlib
 import io
 import os
+import struct
 import subprocess
 import sys
+import time
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnn import images
 from cnn.images import FORMATS, IMAGE_SIZE, decode, find_images, resize
 
 
@@ -157,6 +163,7 @@ def make_truncated(file, suffix="PNG"):
         (lambda file: Image.new("I", (9, 9), 70000).save(file, "TIFF"), "70000"),
         (lambda file: None, "it is not there"),
         (lambda file: file.symlink_to("nowhere"), "it is not there"),
+        (lambda file: file.symlink_to(file), "it is not there"),
         (os.mkfifo, "not a regular file"),
     ],
 )
@@ -174,10 +181,64 @@ def test_bad_bytes_are_refused_without_printing_them():
         decode(b"not image")
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="bomb"):
-        decode(encoded(Image.new("RGB", (32, 32))))
+def bomb(width, height):
+    """Return a PNG of a few dozen bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+# Just above our limit, where Pillow only warns; and where Pillow refuses.
+@pytest.mark.parametrize("size", [(9460, 9460), (50_000, 50_000), (2**31 - 1, 1)])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(size, monkeypatch):
+    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
+    for action in ("ignore", "error"):
+        warnings.simplefilter(action, Image.DecompressionBombWarning)
+        with pytest.raises(ValueError, match="more than 89,478,485 pixels"):
+            decode(bomb(*size))
+
+
+def test_the_limit_is_on_pixels_not_on_a_side(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    assert decode(encoded(Image.new("RGB", (100, 1)))).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="more than 100 pixels"):
+        decode(encoded(Image.new("RGB", (101, 1))))
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    with (tmp_path / "a.png").open("wb") as stream:
+        stream.truncate(images.MAX_BYTES + 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="536,870,913 bytes"):
+        decode(tmp_path / "a.png")
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(images, "_LARGE", 100)
+    at_work, most = [], []
+
+    def watched(image):
+        at_work.append(image)
+        most.append(len(at_work))
+        time.sleep(0.01)
+        at_work.pop()
+        return np.zeros((32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(images, "_pixels", watched)
+    for size, alone in (((11, 10), True), ((10, 10), False)):
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(decode, [encoded(Image.new("RGB", size))] * 8))
+        assert (max(most) == 1) == alone
+
+
+def test_what_an_ending_says_makes_no_difference(tmp_path):
+    pixels = noise(32, 32, 3)
+    (tmp_path / "a.jpg").write_bytes(encoded(Image.fromarray(pixels), "PNG"))
+    np.testing.assert_array_equal(decode(tmp_path / "a.jpg"), pixels)
 
 
 # find_images
@@ -214,6 +275,23 @@ def test_follows_links_and_ends_on_a_loop(tmp_path):
 def test_a_broken_link_is_found_rather_than_left_out(tmp_path):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     assert find_images(tmp_path) == [tmp_path / "gone.png"]
+
+
+def test_a_link_to_itself_is_found_rather_than_followed(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert find_images(tmp_path) == [tmp_path / "loop.png"]
+
+
+def test_the_order_is_that_of_whole_paths(tmp_path):
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        parts = ["".join(generator.choice(list("ab-.0"), 2)) for _ in range(3)]
+        with contextlib.suppress(FileExistsError, NotADirectoryError):
+            (tmp_path / parts[0] / parts[1]).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "/".join(parts[: generator.integers(1, 4)])).touch()
+    found = [str(file.relative_to(tmp_path)) for file in find_images(tmp_path)]
+    assert len(found) > 20
+    assert found == sorted(found)
 
 
 @pytest.mark.parametrize("name", ["missing", "file"])
