@@ -109,7 +109,9 @@ def _read(file: Path) -> bytes:
     try:
         size = file.stat().st_size
         if size > MAX_BYTES:
-            raise ValueError(f"{str(file)!r} is refused: it has {size:,} of {MAX_BYTES:,} bytes")
+            raise ValueError(
+                f"{str(file)!r} is refused: it has {size:,} bytes, more than {MAX_BYTES:,}"
+            )
         return file.read_bytes()
     except OSError as error:
         raise ValueError(f"{str(file)!r} can't be read: {error.strerror}") from error
