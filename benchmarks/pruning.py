@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--study", required=True, metavar="NAME")
     parser.add_argument("--storage", default="sqlite:///optuna.db", metavar="URL")
     parser.add_argument("--trials", type=int, default=30, help="of a sweep (default: %(default)s)")
-    parser.add_argument("--replays", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--replays", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--variants", action="store_true", help="other arguments of them, too")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw curves and replays")

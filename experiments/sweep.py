@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--pruner",
         choices=("none", "median", "hyperband", "asha", "one_epoch"),
-        default="median",
+        default="one_epoch",
         help="how trials that lag behind are ended early; one_epoch keeps the best third after "
         "their first epoch (default: %(default)s)",
     )

@@ -117,7 +117,7 @@ def test_a_sweep_ends_with_its_table_its_best_and_what_to_type_next(
 
 
 def test_a_line_is_printed_for_each_trial_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*SMALL, "--workers", "1"])
+    main([*SMALL, "--workers", "1", "--pruner", "none"])
     lines = re.findall(r"^ +(\d) .* complete .* best 90.00%", capsys.readouterr().out, re.M)
     assert lines == ["0", "1"]
 
