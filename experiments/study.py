@@ -705,10 +705,11 @@ def _held(storage: str, study: str) -> Iterator[None]:
 
 @contextmanager
 def _storage_errors(storage: str) -> Iterator[None]:
-    """Turn what SQLAlchemy raises about a storage into one line for the user."""
+    """Turn what is raised about a storage into one line for the user."""
+    errors = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except errors as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         first = str(cause).strip().splitlines()[0]
         raise refusal(f"the storage {storage!r} can't be opened: {first}", error) from error

@@ -101,7 +101,7 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
         make: makes the tables of the database at the URL that it is handed, and leaves it closed.
 
     Raises:
-        ValueError: it can't be made there.
+        OSError: it can't be made there.
     """
     file = sqlite_file(url)
     if file is None or file.exists():
@@ -111,11 +111,7 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
     import sqlalchemy
 
     draft = file.with_name(f"{file.name}.draft")
-    try:
-        stream = draft.open("ab")
-    except OSError as error:
-        raise refusal(f"can't make the database {url}: {error.strerror}", error) from error
-    with stream:
+    with draft.open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         if not file.exists():
             stream.truncate(0)  # what a process that was killed left of it
