@@ -189,7 +189,7 @@ def sweep(
             running.begin()
             tracker, parent = running.connect()
         except recording_errors() as error:
-            raise NotNowError(one_line(error)) from error
+            raise NotNowError(one_line(_cause(error))) from error
         stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
@@ -203,7 +203,7 @@ def sweep(
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            running.outcome, running.reason = "interrupted", one_line(error)
+            running.outcome, running.reason = "interrupted", one_line(_cause(error))
         yield from running.close()
 
 
@@ -703,6 +703,13 @@ def _held(storage: str, study: str) -> Iterator[None]:
         yield
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Return what the database said, of an error that Optuna or SQLAlchemy made of it."""
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        error = error.__cause__ or error
+    return getattr(error, "orig", None) or error
+
+
 @contextmanager
 def _storage_errors(storage: str) -> Iterator[None]:
     """Turn what is raised about a storage into one line for the user."""
@@ -710,9 +717,9 @@ def _storage_errors(storage: str) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        cause = getattr(error, "orig", None) or error.__cause__ or error
+        cause = _cause(error)
         first = str(cause).strip().splitlines()[0]
-        raise refusal(f"the storage {storage!r} can't be opened: {first}", error) from error
+        raise refusal(f"the storage {storage!r} can't be opened: {first}", cause) from error
     except ImportError as error:
         raise ValueError(f"the storage {storage!r} needs a driver: {error}") from error
 
