@@ -29,7 +29,7 @@ COMMANDS = {
 # Flags that are not declared, because no value stands for leaving them out.
 UNDECLARED = {
     "main": {"workers", "study", "experiment", "tensorboard"},
-    "predict": {"experiment", "run-id", "model"},
+    "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where"},
 }
 
 
@@ -90,7 +90,7 @@ def flags(entry_point: str) -> dict[str, Flag]:
     found = [
         Flag((action.option_strings or [action.dest])[-1].lstrip("-"), action)
         for action in build_parser()._actions
-        if not isinstance(action, argparse._HelpAction)
+        if action.nargs != 0  # switches have no value that `mlflow run` could hand on
     ]
     return {flag.name: flag for flag in found}
 
@@ -308,5 +308,5 @@ def test_the_predict_entry_point_uses_the_best_run_of_the_same_experiment(swept:
     printed = mlflow_run(swept, "predict", "out=labels of images.csv")
     assert "accuracy" in printed
     header, *rows = (swept / "labels of images.csv").read_text().splitlines()
-    assert header.startswith("source,prediction,probability,")
+    assert header.startswith('"source","prediction","probability",')
     assert len(rows) > 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from tracking_helpers import COLOURS, ColourModel, log_model, new_store, record
 
 import tracking
 from cnn import data
-from tracking import predict
+from tracking import labelling, predict
 from tracking.predict import Predictor, load_best, load_model, load_run, main
 from tracking.runs import Tracker
 
@@ -419,15 +420,21 @@ def test_the_command_gives_what_python_gives(desk: Path, predictor: Predictor) -
     assert main(["a.npy", "--experiment", "study", "--out", "out.csv", "--batch-size", "3"]) == 0
     names = [f"a.npy[{index}]" for index in range(7)]
     expected = predictor.predict(batch, sources=names, batch_size=3)
-    expected.to_csv("expected.csv", index=False)
-    assert Path("out.csv").read_text() == Path("expected.csv").read_text()
+    frame = pd.read_csv("out.csv")
+    assert frame.pop("error").isna().all()
+    assert list(frame.columns) == list(expected.columns)
+    assert list(frame["source"]) == names
+    assert list(frame["prediction"]) == list(expected["prediction"])
+    numbers = frame.columns[2:]
+    # To the very bit: the digits that are written are enough to tell float32 numbers apart.
+    assert (frame[numbers].to_numpy(np.float32) == expected[numbers].to_numpy(np.float32)).all()
 
 
 def test_chunks_make_no_difference(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez("a.npz", images=images(7), labels=np.arange(7) % 3)
     arguments = ["a.npz", "--experiment", "study", "--batch-size", "2"]
     assert main([*arguments, "--out", "one.csv"]) == 0
-    monkeypatch.setattr(predict, "_CHUNK", 3)
+    monkeypatch.setattr(labelling, "CHUNK", 3)
     assert main([*arguments, "--out", "many.csv"]) == 0
     assert Path("many.csv").read_text() == Path("one.csv").read_text()
 
@@ -436,7 +443,7 @@ def test_chunks_make_no_difference(desk: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_images_of_other_classes_count_as_unlabelled(
     desk: Path, chunk: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(predict, "_CHUNK", chunk)
+    monkeypatch.setattr(labelling, "CHUNK", chunk)
     paint(desk / "photos", each=2)
     (desk / "photos" / "blue").rename(desk / "photos" / "azure")
     assert main(["photos", "--experiment", "study", "--batch-size", "1"]) == 0
@@ -557,14 +564,13 @@ def test_another_run_or_model_can_be_used(
     np.testing.assert_allclose(probabilities(read_csv()), expected, rtol=1e-5)
 
 
-def test_a_file_name_that_is_no_utf8_comes_out_as_it_went_in(
-    desk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_a_file_name_that_is_no_utf8_the_odd_bytes_are_told(desk: Path) -> None:
     paint(desk / "photos", each=1)
     odd = os.fsdecode(b'r\xe9d, "x"\n')
     Path("photos/red").rename(odd)
     assert main([odd, "--experiment", "study"]) == 0
-    assert b'"r\xe9d, ""x""\n/0.png",red,' in Path("predictions.csv").read_bytes()
+    assert b'"r\\xe9d, ""x""\n/0.png","red",' in Path("predictions.csv").read_bytes()
+    assert read_csv()["source"][0] == 'r\\xe9d, "x"\n/0.png'
 
 
 # Bad input
@@ -591,9 +597,14 @@ def fails(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("digits:tset", "there is no 'digits:tset'; if 'digits' is a data set, its splits are"),
         ("dogits:test", "unknown data set 'dogits'"),
         ("empty", "no images in 'empty'"),
-        ("photos", "'photos/red/notes.png' is no image"),
-        ("photos/red/notes.png", "'photos/red/notes.png' is no image"),
-        ("link", "'link' is no image"),
+        ("-", "no images in '-'"),
+        ("@missing.txt", "there is no list 'missing.txt' (a file called '@missing.txt' is "),
+        ("@empty.txt", "no images in '@empty.txt'"),
+        ("@photos", "can't read the list '@photos': Is a directory"),
+        ("text.parquet", "can't read the Parquet file 'text.parquet': Parquet magic bytes"),
+        ("none.parquet", "no images in 'none.parquet'"),
+        ("odd.parquet", "'odd.parquet' has no column 'image' or 'bytes' or 'path' (--column "),
+        ("numbers.parquet", "column 'image' of 'numbers.parquet' is int64: images must be bytes"),
         ("float.npy", "'float.npy' holds float32 (2, 32, 32, 3): images must be uint8 and"),
         ("flat.npy", "'flat.npy' holds uint8 (32, 32): images must be"),
         ("planes.npy", "'planes.npy' holds uint8 (2, 3, 32, 32): images must be"),
@@ -611,12 +622,11 @@ def fails(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_a_bad_source_is_one_line(
-    desk: Path, source: str, complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for folder in ("empty", "folder.npy", "photos/red"):
-        Path(folder).mkdir(parents=True)
-    Path("photos/red/notes.png").write_text("not an image")
-    Path("link").symlink_to("nowhere")
+    desk: Path, source: str, complaint: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for folder in ("empty", "folder.npy", "photos"):
+        Path(folder).mkdir()
     np.save("float.npy", np.zeros((2, 32, 32, 3), np.float32))
     np.save("flat.npy", np.zeros((32, 32), np.uint8))
     np.save("planes.npy", np.zeros((2, 3, 32, 32), np.uint8))
@@ -625,6 +635,18 @@ def test_a_bad_source_is_one_line(
     Path("text.npy").write_text("not an array")
     Path("text.npz").write_text("not an array")
     np.savez("unnamed.npz", images(2))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
+    Path("empty.txt").touch()
+    Path("text.parquet").write_text("not Parquet, and no images")
+    for name, table in (
+        ("none", {"image": np.array([], object)}),
+        ("odd", {"picture": [b""]}),
+        ("numbers", {"image": [1]}),
+    ):
+        frame = pd.DataFrame(table)
+        if name == "none":
+            frame = frame.astype(str)
+        frame.to_parquet(f"{name}.parquet")
     np.savez("high.npz", images=images(2), labels=[0, 3])
     np.savez("pink.npz", images=images(2), labels=["red", "pink"])
     np.savez("few.npz", images=images(2), labels=[0])
@@ -650,6 +672,15 @@ def test_a_bad_source_is_one_line(
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--experiment", "study", "--run-id", "0"], "--experiment, --run-id and --model exclude"),
+        (["--run-id", "0", "--loss", "mse"], "--study, --loss and --where choose a run: not with"),
+        (
+            ["--experiment", "study", "--column", "image"],
+            "--column is for Parquet files: 'a.npy' is none",
+        ),
+        (
+            ["--experiment", "study", "--study", "other"],
+            "no finished run of experiment 'study' with",
+        ),
     ],
 )
 def test_a_bad_option_is_one_line(
@@ -678,11 +709,13 @@ def test_empty_options_count_as_not_given(desk: Path) -> None:
         ("missing/out.csv", "can't write --out: there is no folder"),
         ("shut/out.csv", "can't write --out: "),
         ("shut.csv", "can't write --out: "),
-        (".", "can't write --out: "),
-        ("/dev/null", "can't write --out: '/dev/null' is there, and is no regular file"),
-        ("a.npy", "can't write --out: it is SOURCE itself"),
-        ("x" * 300, "can't write --out '"),
-        ("circle", "can't write --out 'circle': "),
+        (".", "--out must end in .csv, .parquet, .jsonl, which says what is written: '.'"),
+        ("out.txt", "--out must end in .csv, .parquet, .jsonl"),
+        ("folder.csv", "can't write --out: "),
+        ("pipe.csv", "can't write --out: '"),
+        ("same.csv", "can't write --out: 'a.npy' is among what is read"),
+        ("x" * 240 + ".csv", "can't write --out '"),
+        ("circle.csv", "can't write --out 'circle.csv': "),
     ],
 )
 def test_an_out_that_cannot_be_written_is_one_line_before_anything_is_loaded(
@@ -691,7 +724,10 @@ def test_an_out_that_cannot_be_written_is_one_line_before_anything_is_loaded(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(predict, "choose", lambda *_, **__: pytest.fail("it was loaded"))
     np.save("a.npy", images(2))
-    Path("circle").symlink_to("circle")
+    Path("circle.csv").symlink_to("circle.csv")
+    Path("same.csv").hardlink_to("a.npy")
+    Path("folder.csv").mkdir()
+    os.mkfifo("pipe.csv")
     Path("shut").mkdir(mode=0o555)
     Path("shut.csv").touch(mode=0o444)
     assert fails(["a.npy", "--experiment", "study", "--out", out], capsys).startswith(complaint)
@@ -707,11 +743,11 @@ def test_a_source_that_is_not_there_is_found_out_before_anything_is_loaded(
 def test_a_failure_on_the_way_leaves_the_file_of_before(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(predict, "_CHUNK", 1)
+    monkeypatch.setattr(labelling, "CHUNK", 1)
     paint(desk / "photos", each=1)
     Path("photos/red/zzz.png").write_text("not an image")
     Path("predictions.csv").write_text("of before")
-    error = fails(["photos", "--experiment", "study", "--batch-size", "1"], capsys)
+    error = fails(["photos", "--experiment", "study", "--batch-size", "1", "--strict"], capsys)
     assert error.startswith("'photos/red/zzz.png' is no image")
     assert Path("predictions.csv").read_text() == "of before"
 
@@ -722,10 +758,17 @@ def test_a_full_disk_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     np.save("a.npy", images(2))
-    error = fails(["a.npy", "--experiment", "study"], capsys)
-    assert error == "can't write the predictions: No space left on device\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(["a.npy", "--experiment", "study"]) == 1
+    note, error = capsys.readouterr().err.splitlines()
+    assert note == "note: 2 rows are kept: the same command goes on with --resume"
+    assert error.endswith("error: can't write the predictions: No space left on device")
+    assert not Path("predictions.csv").exists()
+    assert main(["a.npy", "--experiment", "study", "--resume"]) == 0
+    assert "going on after 2 of 2 images" in capsys.readouterr().err
+    assert len(read_csv()) == 2
 
 
 def test_an_interrupt_ends_quietly_and_leaves_nothing(
@@ -734,7 +777,7 @@ def test_an_interrupt_ends_quietly_and_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Predictor, "predict", interrupt)
+    monkeypatch.setattr(Predictor, "probabilities", interrupt)
     np.save("a.npy", images(2))
     assert main(["a.npy", "--experiment", "study"]) == 130
     assert capsys.readouterr().err == ""
@@ -742,7 +785,7 @@ def test_an_interrupt_ends_quietly_and_leaves_nothing(
 
 
 def test_a_bug_is_no_bad_input(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "_label", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(predict, "label", lambda *_, **__: 1 / 0)
     np.save("a.npy", images(2))
     with pytest.raises(ZeroDivisionError):
         main(["a.npy", "--experiment", "study"])
@@ -778,7 +821,10 @@ def test_help_explains_every_option_and_loads_nothing_heavy() -> None:
     )
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
-    for option in ("--out", "--experiment", "--run-id", "--model", "--metric", "--batch-size"):
+    for option in (
+        "--out", "--experiment", "--run-id", "--model", "--metric", "--batch-size", "--column",
+        "--strict", "--resume", "--study", "--loss", "--where",
+    ):  # fmt: skip
         assert option in done.stdout
 
 

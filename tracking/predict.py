@@ -1,26 +1,33 @@
 """Label images with a recorded model: `load_best().predict(images)`, or as a command.
 
-`python -m tracking.predict SOURCE` labels a folder of images, an image, an array or a split of a
-data set, and writes a CSV file. MLflow, PyTorch and pandas are imported by what needs them, so that
-`--help` answers at once.
+`python -m tracking.predict SOURCE` labels a folder of images, an image, a list of paths, an array,
+a Parquet file or a split of a data set, and writes CSV, Parquet or JSON Lines. MLflow, PyTorch and
+pandas are imported by what needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tracking.best import DEFAULT_METRIC, choose, described, model_uri
-from tracking.sources import Source, check, class_names, open_source
-from tracking.store import environment, one_line, reading
+from tracking.best import (
+    DEFAULT_METRIC,
+    add_choice_flags,
+    choice_filters,
+    choose,
+    described,
+    model_uri,
+)
+from tracking.drafts import check_name, open_draft
+from tracking.labelling import Tally, chunk_size, label
+from tracking.outputs import FORMATS, Format, format_of, table
+from tracking.sources import Chunk, Source, check, class_names, open_source
+from tracking.store import environment, is_passing, one_line, reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +42,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 1024
 
-# Read and written at once, in images: enough to make the cost of a chunk small.
-_CHUNK = 4096
+SOME_FAILED = 3
+"""The exit code where images could not be read: their rows say why."""
 
 _LOADING = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -58,6 +65,8 @@ class Predictor:
     run_id: str | None
     metadata: Mapping[str, Any]
     """What was recorded beside the class names: data set, its digest, seed, loss."""
+    digest: str = ""
+    """Of the stored graph with its weights: that of another model differs."""
 
     def predict(
         self,
@@ -89,7 +98,7 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"the batch size must be ≥ 1, not {batch_size}")
         batch = self._as_array(images)
-        probabilities = self._probabilities(batch, batch_size)
+        probabilities = self.probabilities(batch, batch_size=batch_size)
         names: Any = range(len(batch))
         if sources is not None:
             # Objects, because pandas' strings take no file name that is no UTF-8.
@@ -124,12 +133,14 @@ class Predictor:
             )
         return array
 
-    def _probabilities(
-        self, images: npt.NDArray[np.uint8], batch_size: int
+    def probabilities(
+        self, images: npt.NDArray[np.uint8], *, batch_size: int = BATCH_SIZE
     ) -> npt.NDArray[np.float32]:
+        """Return the probabilities (N, K) alone, of images (N, H, W, C) as `predict` takes them."""
         import numpy as np
         import torch
 
+        images = self._as_array(images)
         probabilities = np.empty((len(images), len(self.classes)), np.float32)
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
@@ -171,7 +182,15 @@ def load_model(uri: str) -> Predictor:
             uri=uri,
             run_id=about.run_id,
             metadata=metadata,
+            digest=_digest(folder / about.flavors["pytorch"]["model_data"]),
         )
+
+
+def _digest(folder: Path) -> str:
+    import hashlib
+
+    with (folder / "model.pt2").open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fetched(uri: str, destination: str) -> Path:
@@ -249,29 +268,53 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what is wrong with that is a ValueError."""
     parser = _Parser(
         prog="python -m tracking.predict",
-        description="Label images with the best model of an MLflow experiment, and write a CSV "
-        "file: source, prediction, probability, p(<class>) for each class, and label, the true "
-        "class, where it is known. Then the accuracy is printed, too.",
-        epilog="exit codes: 0 done; 2 bad input; 130 interrupted. Only 0 leaves a file.",
+        description="Label images with the best model of an MLflow experiment, and write a row for "
+        "each: source, prediction, probability, p(<class>) for each class, label, the true class, "
+        "where it is known, and error, where the image could not be read. Then the accuracy is "
+        "printed, too.",
+        epilog="exit codes: 0 done; 3 done, but some images could not be read; 2 bad input; 1 the "
+        "disk or the database said no; 130 interrupted. Only 0 and 3 leave a file; after 1, 130 or "
+        "a kill, --resume goes on.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
         help="a folder of images, with all below it, or one image (true class: the name of its "
-        "folder, if the model has such a class); an .npy file (uint8, N×H×W×C, N×H×W or H×W×C); "
-        "an .npz file with such images, and labels if there are any (class names, or integers "
-        "from 0); or NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or "
-        "test), split as it was when the model was trained. Images of any size: they are resized",
+        "folder, if the model has such a class); @FILE or - (standard input), a list of such "
+        "images, one a line, or with a NUL after each; an .npy file (uint8, N×H×W×C, N×H×W or "
+        "H×W×C); an .npz file with such images, and labels if there are any (class names, or "
+        "integers from 0); a .parquet file with images, and a column label if there are any; or "
+        "NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or test), split "
+        "as it was when the model was trained. Images of any size: they are resized",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("predictions.csv"),
         metavar="FILE",
-        help="the CSV file; one that is there is replaced, once all is done (default: %(default)s)",
+        help=f"what is written, by its ending ({', '.join(FORMATS)}); a file that is there is "
+        "replaced, once all is done (default: %(default)s)",
     )
-    model = parser.add_argument_group("model, at most one of")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="where a .parquet file has its images, as bytes or paths (default: image, bytes or "
+        "path, the first that is there)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first image that can't be read, and leave no file",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the same command was cut off; if there is nothing to go on with, start",
+    )
+    model = parser.add_argument_group(
+        "model", "at most one of --experiment (with --study, --loss, --where), --run-id, --model"
+    )
     model.add_argument(
         "--experiment",
         metavar="NAME",
@@ -284,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URI",
         help="use this model instead, say models:/NAME@ALIAS, runs:/ID/model or a folder",
     )
+    add_choice_flags(model)
     parser.add_argument(
         "--metric",
         default=DEFAULT_METRIC,
@@ -313,37 +357,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        _run(parser.parse_args(argv))
+        return _run(parser.parse_args(argv))
     except ValueError as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return 1 if is_passing(error) else 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be ≥ 1, not {options.batch_size}")
     # By hand, because an empty one counts as not given: MLproject's parameters have defaults.
     if sum(map(bool, (options.experiment, options.run_id, options.model))) > 1:
         raise ValueError("--experiment, --run-id and --model exclude each other: give one")
+    if (options.run_id or options.model) and any(choice_filters(options).values()):
+        raise ValueError("--study, --loss and --where choose a run: not with --run-id or --model")
     check(options.source)
-    with _written_whole(options.out, source=options.source) as file:
-        predictor, why = _chosen(options)
-        source = open_source(
-            options.source,
-            classes=predictor.classes,
-            metadata=predictor.metadata,
-            data_dir=options.data_dir,
-        )
-        print(why)
-        for note in source.notes:
-            print(f"note: {note}", file=sys.stderr)
-        tally = _label(predictor, source, file, batch_size=options.batch_size)
+    out, target = _checked(options.out, options.source)
+    predictor, why = _chosen(options)
+    source = open_source(
+        options.source,
+        classes=predictor.classes,
+        metadata=predictor.metadata,
+        data_dir=options.data_dir,
+        column=options.column or None,
+    )
+    _check_no_input(target, source.files())
+    print(why)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    tally = _written(predictor, source, out, target, options)
     # With quotes and escapes: a path may hold what a terminal doesn't take.
-    print(f"labelled {source.size} images of {options.source!r}: {str(options.out)!r}\n")
+    labelled = source.size - tally.failed
+    print(f"labelled {labelled} images of {options.source!r}: {str(options.out)!r}\n")
     print(tally)
+    if tally.failed:
+        print(
+            f"note: {tally.failed} of {source.size} images could not be read: column error says "
+            "why",
+            file=sys.stderr,
+        )
+    return SOME_FAILED if tally.failed else 0
+
+
+def _written(
+    predictor: Predictor, source: Source, out: Format, target: Path, options: argparse.Namespace
+) -> Tally:
+    """Write the file, or go on with it."""
+    import numpy as np
+
+    none = np.zeros((0, len(predictor.classes)), np.float32)
+    no_images = np.zeros((0, *predictor.image_shape), np.uint8)
+    empty = Chunk(images=no_images, names=[], labels=[] if source.has_labels else None)
+    with open_draft(
+        target,
+        _identity(predictor, source, options),
+        resume=options.resume,
+        begin=lambda: out.begin(table(empty, none, predictor.classes).schema),
+        finish=out.finish,
+    ) as draft:
+        if draft.rows:
+            print(f"note: going on after {draft.rows} of {source.size} images", file=sys.stderr)
+        return label(
+            predictor, source, draft, out, batch_size=options.batch_size, strict=options.strict
+        )
+
+
+def _identity(
+    predictor: Predictor, source: Source, options: argparse.Namespace
+) -> dict[str, object]:
+    """Return all that the bytes of the output depend on."""
+    import PIL
+    import torch
+
+    return {
+        "source": [options.source, source.size, source.fingerprint],
+        "model": [predictor.digest, list(predictor.classes)],
+        "batch size": [options.batch_size, chunk_size(options.batch_size)],
+        "format": options.out.suffix.lower(),
+        "version of PyTorch or Pillow": [torch.__version__, PIL.__version__],
+    }
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
@@ -355,82 +449,22 @@ def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
         with reading() as client:
             run = client.get_run(options.run_id)
         return load_model(model_uri(run)), described(run)
-    choice = choose(options.experiment or None, metric=options.metric)
+    choice = choose(
+        options.experiment or None, metric=options.metric, top=1, **choice_filters(options)
+    )
     return load_model(model_uri(choice.run)), str(choice)
 
 
-def _label(predictor: Predictor, source: Source, file: TextIO, *, batch_size: int) -> _Tally:
-    """Label all images of a source, chunk by chunk, and write them down."""
-    tally = _Tally()
-    with _progress(source.size) as advance:
-        for chunk in source.read(batch_size * max(1, _CHUNK // batch_size)):
-            frame = predictor.predict(
-                chunk.images, sources=chunk.names, labels=chunk.labels, batch_size=batch_size
-            )
-            _write(frame, file, header=tally.size == 0)
-            tally.add(frame)
-            advance(len(frame))
-    return tally
-
-
-def _write(frame: pd.DataFrame, file: TextIO, *, header: bool) -> None:
-    try:
-        frame.to_csv(file, index=False, header=header, lineterminator="\n")
-        file.flush()
-    except OSError as error:
-        raise ValueError(f"can't write the predictions: {error.strerror}") from error
-
-
-@dataclass
-class _Tally:
-    """How often each class was predicted, was true, and was both."""
-
-    size: int = 0
-    predicted: Counter[str] = field(default_factory=Counter)
-    true: Counter[str] = field(default_factory=Counter)
-    correct: Counter[str] = field(default_factory=Counter)
-
-    def add(self, frame: pd.DataFrame) -> None:
-        self.size += len(frame)
-        self.predicted.update(frame["prediction"])
-        if "label" in frame:
-            self.true.update(frame["label"].dropna())
-            self.correct.update(frame.loc[frame["prediction"] == frame["label"], "label"])
-
-    def __str__(self) -> str:
-        import pandas as pd
-
-        columns = {"predicted": self.predicted}
-        if self.true:
-            columns |= {"true": self.true, "correct": self.correct}
-        table = pd.DataFrame(columns).fillna(0).astype(int)
-        lines = [table.sort_index().rename_axis("class").reset_index().to_string(index=False)]
-        labelled, correct = self.true.total(), self.correct.total()
-        if labelled:
-            lines.append(f"\naccuracy {100 * correct / labelled:.2f} % ({correct} of {labelled})")
-        return "\n".join(lines)
-
-
-@contextmanager
-def _written_whole(path: Path, *, source: str) -> Iterator[TextIO]:
-    """Open a text file that gets its name when the `with` block is done, and never if that fails.
-
-    Raises ValueError, before the block is entered, if it can't be written.
-    """
+def _checked(path: Path, source: str) -> tuple[Format, Path]:
+    """Return the format of a file to be written and its real path, or raise ValueError."""
+    out = format_of(path)
     try:
         target = path.resolve()  # a link stays one
-        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        check_name(target)
         _check_writable(target, source)
-        # File names that are no UTF-8 go out as they came in.
-        file = draft.open("x", encoding="utf-8", errors="surrogateescape", newline="")
     except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
         raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
-    try:
-        with file:
-            yield file
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    return out, target
 
 
 def _check_writable(target: Path, source: str) -> None:
@@ -438,27 +472,25 @@ def _check_writable(target: Path, source: str) -> None:
         raise ValueError(f"can't write --out: there is no folder {str(target.parent)!r}")
     if target.exists() and not target.is_file():
         raise ValueError(f"can't write --out: {str(target)!r} is there, and is no regular file")
-    if target.exists() and os.path.lexists(source) and target.samefile(source):
-        raise ValueError("can't write --out: it is SOURCE itself")
+    _check_no_input(target, [source, source.removeprefix("@")])
     for place in (target.parent, target):
         # The mode too: for root everything is writable, also what was made read-only on purpose.
         if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
             raise ValueError(f"can't write --out: {str(place)!r} is read-only")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many images are done; hand out what is to be told of each step."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
+def _check_no_input(target: Path, files: Iterable[str]) -> None:
+    """Raise ValueError if a file that is there, and would be replaced, is one of these."""
+    if not target.exists():
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda count: progress.advance(task, count)
+    replaced = target.stat()
+    for file in files:
+        try:
+            same = os.path.samestat(os.stat(file), replaced)  # noqa: PTH116 -- there may be millions
+        except (OSError, ValueError):
+            continue
+        if same:
+            raise ValueError(f"can't write --out: {file!r} is among what is read")
 
 
 if __name__ == "__main__":

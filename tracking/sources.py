@@ -1,22 +1,27 @@
-"""What `python -m tracking.predict` labels: image files, arrays, or a split of a data set.
+"""What `python -m tracking.predict` labels: image files, arrays, Parquet, or a split of a data set.
 
 The one place of `tracking` that uses `cnn`, and only when a command is run: `cnn.images` and
 `cnn.data` are imported inside the functions below, so that training and prediction decode and split
 images by the same code. `import tracking` and `Predictor.predict` never load `cnn`.
 
-Everything is read in chunks, so that memory does not grow with the number of images; only an `.npz`
-has to be unpacked whole. What a user did wrong is a ValueError of one line.
+Everything is read in chunks, and decoded in threads while the model is busy with the chunk before:
+of each image no more than its name stays in memory. Only an `.npz` has to be unpacked whole. What a
+user did wrong is a ValueError of one line; an image that can't be read is a row of its chunk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tracking.ahead import ahead, num_cores
+from tracking.inputs import Item, Paths, Table, listed_paths, read_list
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,17 +30,24 @@ if TYPE_CHECKING:
     Labels = Sequence[str | None] | Sequence[int] | npt.NDArray[Any]
 
 ARRAYS = (".npy", ".npz")
+TABLES = (".parquet", ".pq")
 CHANNELS = (1, 3)
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+# What a thread decodes at a time, and how many bytes of encoded images are read ahead at most.
+_BLOCK = 32
+_BYTES_AHEAD = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Some of the images, what they are called, and their labels where they are known."""
 
-    images: npt.NDArray[np.uint8]  # (N, 32, 32, 3)
-    names: list[str]
+    images: npt.NDArray[np.uint8]  # (M, 32, 32, 3), of those that could be read
+    names: list[str]  # of all N
     labels: list[str | None] | None  # class names
+    errors: dict[int, str] = field(default_factory=dict)
+    """Why the images at these of the N positions could not be read: the N - M others were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,74 +55,213 @@ class Source:
     """Images to be labelled."""
 
     size: int
-    read: Callable[[int], Iterator[Chunk]]
-    """Read all images, so many at a time."""
+    read: Callable[[int, int], Iterator[Chunk]]
+    """Read all images, so many at a time, from a certain one on."""
+    fingerprint: str
+    """Changes when the images do, as far as that can be told without reading them."""
+    has_labels: bool
+    files: Callable[[], Iterable[str]]
+    """The files that are read: none of them may be written to."""
     notes: tuple[str, ...] = ()
     """What a user should know about them, a line each."""
 
 
+def is_list(text: str) -> bool:
+    """Return whether this names a list of paths: `@FILE`, or `-` for standard input."""
+    return text == "-" or text.startswith("@")
+
+
 def check(text: str) -> None:
     """Raise ValueError unless there is what `text` names. Quick: nothing is read."""
-    if not os.path.lexists(text):
+    if text == "-":
+        return
+    if text.startswith("@"):
+        if not os.path.lexists(text[1:]):
+            raise ValueError(
+                f"there is no list {text[1:]!r} (a file called {text!r} is './{text}')"
+            )
+    elif not os.path.lexists(text):
         _split_named(text)
 
 
 def open_source(
-    text: str, *, classes: Sequence[str], metadata: Mapping[str, Any], data_dir: Path
+    text: str,
+    *,
+    classes: Sequence[str],
+    metadata: Mapping[str, Any],
+    data_dir: Path,
+    column: str | None = None,
 ) -> Source:
     """Open what a user named, for a model to label.
 
     Args:
-        text: a folder, an image, an `.npy` or `.npz` file, or `NAME:SPLIT`.
+        text: a folder, an image, a list of paths (`@FILE`, `-`), an `.npy`, `.npz` or `.parquet`
+            file, or `NAME:SPLIT`.
         classes: the model's class names; images of other classes count as unlabelled.
         metadata: the model's: a split is drawn with its `seed`.
         data_dir: where `cnn.data` keeps data sets.
+        column: where the images are in a Parquet file.
     """
     path = Path(text)
+    suffix = "" if is_list(text) or path.is_dir() else path.suffix.lower()
+    if column and suffix not in TABLES:
+        raise ValueError(f"--column is for Parquet files: {text!r} is none")
+    if is_list(text):
+        return _open_files(read_list(text), classes, text, also=text[1:])
     if not os.path.lexists(path):
         name, split = _split_named(text)
         return _open_split(name, split, classes, metadata, data_dir)
     if path.is_dir():
         return _open_folder(path, classes)
-    if path.suffix.lower() in ARRAYS:
+    if suffix in ARRAYS:
         return _open_array(path, classes)
-    return _open_files([path], classes)
+    if suffix in TABLES:
+        return _open_table(path, classes, column)
+    return _open_files(listed_paths([text], prefix=""), classes, text)
 
 
 # Image files
 
 
 def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
-    from cnn.images import find_images
+    from cnn.images import walk
 
-    files = find_images(folder)
-    if not files:
-        raise ValueError(f"no images in {str(folder)!r}")
-    return _open_files(files, classes)
+    prefix = str(folder / "x")[:-1]  # '' for the working folder
+    return _open_files(listed_paths(walk(folder), prefix=prefix), classes, str(folder))
 
 
-def _open_files(files: Sequence[Path], classes: Sequence[str]) -> Source:
+def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = "") -> Source:
     """Open image files; the label of each is the name of its folder, if that is a class."""
-    import numpy as np
-
-    from cnn.images import decode
+    if not len(paths):
+        raise ValueError(f"no images in {text!r}")
 
     @cache
-    def folder_name(folder: Path) -> str:
-        return folder.name or folder.absolute().name  # '.' has none
+    def folder_name(folder: str) -> str:
+        return Path(folder).name or Path(folder).absolute().name  # '.' has none
 
-    labels, notes = _known([folder_name(file.parent) for file in files], classes)
+    folders = (path.rpartition("/")[0] if "/" in path else "." for path in paths)
+    labels, notes = _known([folder_name(folder) for folder in folders], classes)
 
-    def read(size: int) -> Iterator[Chunk]:
-        for part in _parts(len(files), size):
-            chunk = files[part]
-            yield Chunk(
-                images=np.stack([decode(file) for file in chunk]),
-                names=[str(file) for file in chunk],
-                labels=labels and labels[part],
+    def rows(start: int) -> Iterator[Row]:
+        for index in range(start, len(paths)):
+            path = paths[index]
+            yield path, path, labels[index] if labels else None
+
+    return Source(
+        size=len(paths),
+        read=lambda size, start: _decoded(rows(start), size, has_labels=labels is not None),
+        fingerprint=hashlib.sha256(paths.prefix.encode(errors="replace") + paths.text).hexdigest(),
+        has_labels=labels is not None,
+        files=lambda: [*filter(None, [also]), *paths] if also else paths,
+        notes=notes,
+    )
+
+
+Row = tuple[str, Item, str | None]
+"""What an image is called, itself, and its label."""
+
+
+def _decoded(rows: Iterator[Row], size: int, *, has_labels: bool) -> Iterator[Chunk]:
+    """Decode images in threads, ahead of what is asked for: up to two chunks, or some megabytes."""
+    names: list[str] = []
+    labels: list[str | None] = []
+    results: list[npt.NDArray[np.uint8] | str] = []
+    for block, decoded in ahead(_decode, _blocks(rows, size), threads=num_cores()):
+        names += [name for name, _, _ in block]
+        labels += [label for _, _, label in block]
+        results += decoded
+        if len(names) == size:
+            yield _chunk(names, results, labels if has_labels else None)
+            names, labels, results = [], [], []
+    if names:
+        yield _chunk(names, results, labels if has_labels else None)
+
+
+def _blocks(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], float]]:
+    """Yield some rows at a time, which never reach beyond the end of a chunk, and their weight."""
+    block: list[Row] = []
+    count = weight = 0.0
+    for row in rows:
+        block.append(row)
+        count += 1
+        weight += 1 / (2 * size + _BLOCK)
+        if isinstance(row[1], bytes):
+            weight += len(row[1]) / _BYTES_AHEAD
+        if len(block) == _BLOCK or count == size:
+            yield block, weight
+            block, weight = [], 0.0
+            count %= size
+    if block:
+        yield block, weight
+
+
+def _decode(block: list[Row]) -> tuple[list[Row], list[npt.NDArray[np.uint8] | str]]:
+    """Return the rows, without encoded images, and of each its pixels, or why there are none."""
+    from cnn.images import decode
+
+    results: list[npt.NDArray[np.uint8] | str] = []
+    for _, item, _ in block:
+        try:
+            results.append(
+                "there is no image"
+                if item is None
+                else decode(item if isinstance(item, bytes) else Path(item))
             )
+        except ValueError as error:
+            name = "" if isinstance(item, bytes) else f"{str(Path(item or ''))!r} "
+            results.append(str(error).removeprefix(name))  # the row names it already
+    return [(name, None, label) for name, _, label in block], results
 
-    return Source(size=len(files), read=read, notes=notes)
+
+def _chunk(
+    names: list[str],
+    results: list[npt.NDArray[np.uint8] | str],
+    labels: list[str | None] | None,
+) -> Chunk:
+    import numpy as np
+
+    from cnn.images import IMAGE_SIZE
+
+    images = [result for result in results if not isinstance(result, str)]
+    empty = np.empty((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    errors = {index: text for index, text in enumerate(results) if isinstance(text, str)}
+    return Chunk(
+        images=np.stack(images) if images else empty, names=names, labels=labels, errors=errors
+    )
+
+
+# Parquet
+
+
+def _open_table(file: Path, classes: Sequence[str], column: str | None) -> Source:
+    """Open a Parquet file; a column `label` of class names or their positions holds the labels."""
+    table = Table(file, column)
+    if not table.num_rows:
+        raise ValueError(f"no images in {str(file)!r}")
+    known = dict(zip(classes, classes, strict=True))
+
+    def label(value: object) -> str | None:
+        if isinstance(value, int):
+            return classes[value] if 0 <= value < len(classes) else None
+        return known.get(value) if isinstance(value, str) else None
+
+    def rows(start: int) -> Iterator[Row]:
+        for index, (item, value) in enumerate(table.rows(start), start):
+            name = item if isinstance(item, str) else f"{file}[{index}]"
+            yield name, item, label(value)
+
+    return Source(
+        size=table.num_rows,
+        read=lambda size, start: _decoded(rows(start), size, has_labels=table.has_labels),
+        fingerprint=f"{_state(file)} {table.column}",
+        has_labels=table.has_labels,
+        files=lambda: [str(file), *table.paths()],
+    )
+
+
+def _state(file: Path) -> str:
+    status = file.stat()
+    return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 # Arrays
@@ -134,15 +285,20 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
 
-    def read(size: int) -> Iterator[Chunk]:
-        for part in _parts(len(images), size):
-            yield Chunk(
-                images=resize(_part(images, part)),
-                names=[f"{file}[{index}]" for index in range(part.start, part.stop)],
-                labels=labels and labels[part],
-            )
+    def chunk(part: slice) -> Chunk:
+        return Chunk(
+            images=np.array(resize(_part(images, part))),  # copied, so that the file is read here
+            names=[f"{file}[{index}]" for index in range(part.start, part.stop)],
+            labels=labels and labels[part],
+        )
 
-    return Source(size=len(images), read=read)
+    return Source(
+        size=len(images),
+        read=lambda size, start: ahead(chunk, _parts(len(images), size, start), threads=1),
+        fingerprint=_state(file),
+        has_labels=labels is not None,
+        files=lambda: [str(file)],
+    )
 
 
 def _holds_images(array: npt.NDArray[Any]) -> bool:
@@ -216,8 +372,8 @@ def _split_named(text: str) -> tuple[str, str]:
     name, colon, split = text.rpartition(":")
     if not colon or not name:
         raise ValueError(
-            f"there is no {text!r}: give a folder, an image, an .npy or .npz file, or a split of "
-            "a data set, say digits:test"
+            f"there is no {text!r}: give a folder, an image, a list of paths (@FILE, or - for "
+            "standard input), an .npy, .npz or .parquet file, or a split, say digits:test"
         )
     if split not in SPLITS:
         raise ValueError(
@@ -246,24 +402,38 @@ def _open_split(
             f"{name} is now ({dataset.digest}): its splits may overlap with what it has seen",
         )
 
-    def read(size: int) -> Iterator[Chunk]:
-        for part in _parts(len(images), size):
-            positions = torch.arange(part.start, part.stop)
-            yield Chunk(
-                images=images.batch(positions)[0].numpy(),
-                names=[f"{name}:{split}[{index}]" for index in positions.tolist()],
-                labels=labels and labels[part],
-            )
+    def chunk(part: slice) -> Chunk:
+        positions = torch.arange(part.start, part.stop)
+        return Chunk(
+            images=images.batch(positions)[0].numpy(),
+            names=[f"{name}:{split}[{index}]" for index in positions.tolist()],
+            labels=labels and labels[part],
+        )
 
-    return Source(size=len(images), read=read, notes=notes)
+    return Source(
+        size=len(images),
+        read=lambda size, start: ahead(chunk, _parts(len(images), size, start), threads=1),
+        fingerprint=f"{dataset.digest} {split} {metadata['seed']}",
+        has_labels=labels is not None,
+        files=lambda: _files_below(name),
+        notes=notes,
+    )
+
+
+def _files_below(name: str) -> list[str]:
+    from cnn.images import find_images
+
+    folder = Path(name)
+    return [str(file) for file in find_images(folder)] if folder.is_dir() else []
 
 
 # What they share
 
 
-def _parts(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+def _parts(size: int, step: int, start: int) -> Iterator[tuple[slice, float]]:
+    """Yield the parts of `size` images from `start` on, each with a weight: two are read ahead."""
+    for first in range(start, size, step):
+        yield slice(first, min(first + step, size)), 0.4
 
 
 def _known(
