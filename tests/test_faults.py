@@ -165,7 +165,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object] = nothi
     """Run the command line for two trials of two epochs, and return its exit code."""
     monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: PoolOfFakes(happens))
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--study", "faults"]
-    command += ["--tracking-timeout", "0", "--data-dir", os.environ["DATA"]]
+    command += ["--tracking-timeout", "0", "--pruner", "none", "--data-dir", os.environ["DATA"]]
     return main([*command, "--storage", "sqlite:///optuna.db?timeout=0.1"])
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_a_sweep_in_a_line_and_the_same_command_continues_it(
     assert sweep(monkeypatch, lambda: faults.fill(disk, spare=spare)) == 1
     assert "database or disk is full" in stopped(capfd)
     assert sweep(monkeypatch) == 1  # it is still
-    assert re.search("full|No space left", stopped(capfd))
+    assert re.search("database or disk is full|No space left", stopped(capfd))
     (disk / "ballast").unlink()
     assert sweep(monkeypatch) == 0
     assert_nothing_is_lost(disk)
@@ -270,6 +270,31 @@ def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_i
         assert "database is locked" in stopped(capfd)
         other.execute("ROLLBACK")
         assert sweep(monkeypatch) == 0
+    assert_nothing_is_lost(world)
+
+
+HOLDING = """
+import sys, time
+from experiments.study import _held
+with _held("sqlite:///optuna.db", "faults"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_sweep_of_a_study_is_refused_in_a_line_until_the_first_is_dead(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", HOLDING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        assert sweep(monkeypatch) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"study 'faults' is being run by process {first.pid}: wait for it" in line
+        first.kill()
+    assert sweep(monkeypatch) == 0
     assert_nothing_is_lost(world)
 
 

@@ -221,6 +221,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line, cut where it gets too long to read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return what an error says, in one line, cut where it gets too long to read.
+
+    Without the statement that SQLAlchemy adds: it is not the user's.
+    """
+    text = " ".join(str(error).split()).partition(" [SQL:")[0] or type(error).__name__
     return text if len(text) <= _MESSAGE_LENGTH else f"{text[:_MESSAGE_LENGTH]} …"
