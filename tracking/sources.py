@@ -285,9 +285,15 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
 
+    def pieces(part: slice) -> Iterator[slice]:
+        """Yield what is mapped at once: of large images few."""
+        step = max(1, _BYTES_AHEAD // images[0].nbytes)
+        for first in range(part.start, part.stop, step):
+            yield slice(first, min(first + step, part.stop))
+
     def chunk(part: slice) -> Chunk:
         return Chunk(
-            images=np.array(resize(_part(images, part))),  # copied, so that the file is read here
+            images=np.concatenate([resize(_part(images, some)) for some in pieces(part)]),
             names=[f"{file}[{index}]" for index in range(part.start, part.stop)],
             labels=labels and labels[part],
         )
