@@ -385,12 +385,20 @@ def count(folder: Path, rows: str) -> int:
 
 def state(place: Place) -> dict[str, Any]:
     """Return what a finished sweep has recorded, in Optuna and MLflow."""
+    from tracking.store import environment
+
+    uri = place.uri or f"sqlite:///{place.folder}/mlflow.db"
+    with environment({"MLFLOW_TRACKING_URI": uri}):
+        return recorded(place.folder)
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what is in the study's database in a folder, and in MLflow."""
     import mlflow
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name="faults", storage=f"sqlite:///{place.folder}/optuna.db")
-    mlflow.set_tracking_uri(place.uri or f"sqlite:///{place.folder}/mlflow.db")
+    study = optuna.load_study(study_name="faults", storage=f"sqlite:///{folder}/optuna.db")
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("cnn-sweep")
     assert experiment is not None
