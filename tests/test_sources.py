@@ -34,6 +34,7 @@ def whole(opened: Source, *, size: int = 4, start: int = 0) -> tuple[list[str], 
     """Read a source in chunks; return all names, images and labels."""
     chunks = list(opened.read(size, start))
     assert [len(chunk.names) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+    assert 0 < len(chunks[-1].names) <= size
     names = [name for chunk in chunks for name in chunk.names]
     labels = [label for chunk in chunks for label in chunk.labels or []]
     return names, np.concatenate([chunk.images for chunk in chunks]), labels
@@ -159,6 +160,12 @@ def test_parquet_is_read_from_any_row_on(photos: list[str], kind: str, start: in
     assert names == (photos if kind == "paths" else numbered)[start:]
     np.testing.assert_array_equal(images, pixels(photos)[start:])
     assert labels == [CLASSES[k % 3] for k in range(start, 17)]
+
+
+def test_of_a_long_row_group_no_row_is_skipped_twice(photos: list[str]) -> None:
+    pq.write_table(pa.table({"path": [str(k) for k in range(100)]}), "t.parquet")
+    chunks = list(source("t.parquet").read(7, 40))
+    assert [name for chunk in chunks for name in chunk.names] == [str(k) for k in range(40, 100)]
 
 
 def test_a_column_can_be_named(photos: list[str]) -> None:
