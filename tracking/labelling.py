@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tracking.sources import Chunk, Source
 
 # Read and written at once, in images: enough to make the cost of a chunk small.
-CHUNK = 4096
+CHUNK = 1024
 
 
 def chunk_size(batch_size: int) -> int:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     Images = npt.NDArray[np.uint8] | Tensor
 
-BATCH_SIZE = 1024
+# Measured on two idle cores: as fast as any, and little memory beside that of the model.
+BATCH_SIZE = 256
 
 SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
