@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 CLASSES = [str(k) for k in range(10)]
 BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
 
-# Labels a file, and prints the peak of its resident memory in KiB. `ru_maxrss` is that of the whole
-# process, mapped files included.
+# Labels a file, and prints the peak of its resident memory in KiB, mapped files included. Not
+# `ru_maxrss`, which on Linux a process takes over from the one that started it: here, from the one
+# that has just written all images through a map.
 PEAK = (
-    "import resource, sys; from tracking.predict import main\n"
+    "import sys; from pathlib import Path; from tracking.predict import main\n"
     "code = main(sys.argv[1:])\n"
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    "status = Path('/proc/self/status').read_text().splitlines()\n"
+    "print(*(line.split()[1] for line in status if line.startswith('VmHWM:'))); sys.exit(code)"
 )
 
 
