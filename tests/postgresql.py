@@ -19,6 +19,17 @@ def find_programs() -> Path | None:
     return newest[-1].parent if newest else None
 
 
+def _reached_by(other_user: list[str]) -> str:
+    """Return a folder for temporary files that the user who runs the server can enter.
+
+    TMPDIR may be root's alone, as that of .ci/run is.
+    """
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if subprocess.run([*other_user, "test", "-x", folder], check=False).returncode == 0:
+            return folder
+    raise FileNotFoundError("the user postgres can enter no folder for temporary files")
+
+
 @contextmanager
 def server() -> Iterator[str]:
     """Run a server that is reached by a socket in a folder of its own; yield the URL of it."""
@@ -26,7 +37,7 @@ def server() -> Iterator[str]:
     assert programs is not None
     # It refuses to be run by root.
     other_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    folder = Path(tempfile.mkdtemp(prefix="postgresql"))
+    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir=_reached_by(other_user)))
     try:
         if other_user:
             shutil.chown(folder, "postgres")
