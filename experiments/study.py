@@ -225,6 +225,7 @@ class _Sweep:
         self.parent: Run
         self.without_run: list[tuple[Trial, TrainConfig]] = []
         self.running: dict[int, _RunningTrial] = {}
+        self.classifiers: dict[str, Classifier] = {}
         self.outcome, self.reason = "interrupted", ""
         self.closed = False
         self.leftover: list[FrozenTrial] = []
@@ -452,7 +453,7 @@ class _Sweep:
         from tracking.runs import save_model
 
         config = next(iter(self.running.values())).config
-        model = self._classifier(CNN(len(self.data.classes)), config)
+        model = self._classifier(config)
         classes = {"classes": self.data.classes}
         with (
             suppress(InterruptionError),
@@ -466,15 +467,23 @@ class _Sweep:
         images, _ = self.data.validation.batch(torch.arange(2))
         return images.numpy()
 
-    def _classifier(self, network: CNN, config: TrainConfig) -> Classifier:
-        to_probabilities = PROBABILITIES[get_loss(config.loss).outputs_to_probabilities]
-        return Classifier(network, to_probabilities).eval()
+    def _classifier(self, config: TrainConfig) -> Classifier:
+        """Return the model to record, but for the weights: one for all trials with the same graph.
+
+        So a graph is traced once a sweep, which is quicker, and all that PyTorch keeps of it.
+        """
+        kind = get_loss(config.loss).outputs_to_probabilities
+        if kind not in self.classifiers:
+            network = CNN(len(self.data.classes))
+            self.classifiers[kind] = Classifier(network, PROBABILITIES[kind]).eval()
+        return self.classifiers[kind]
 
     def _record_model(self, running: _RunningTrial, event: JobEnded) -> None:
-        network = CNN(len(self.data.classes))
-        network.load_state_dict({k: torch.from_numpy(v) for k, v in event.weights.items()})
+        model = self._classifier(running.config)
+        weights = {name: torch.from_numpy(values) for name, values in event.weights.items()}
+        model.network.load_state_dict(weights)
         running.run.log_model(
-            self._classifier(network, running.config),
+            model,
             input_example=self._example(),
             classes=self.data.classes,
             step=running.epochs,
