@@ -98,6 +98,57 @@ def test_a_decision_that_is_taken_again_is_the_same() -> None:
             assert again.should_prune() == is_bad
 
 
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+def test_every_pruner_decides_the_same_again(name: str) -> None:
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(name, epochs=9))
+    decisions = []
+    for accuracies in curves(seed=0, trials=30, epochs=9):
+        trial = study.ask()
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            trial.report(accuracy, epoch)
+            decisions.append(trial.should_prune())
+            again = Trial(study, trial._trial_id)  # as a process does that takes it up again
+            assert again.should_prune() == decisions[-1]
+            if decisions[-1]:
+                break
+        if decisions[-1]:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, accuracy)
+    assert 0 < sum(decisions) < len(decisions)
+
+
+@pytest.mark.parametrize(
+    ("name", "optunas"),
+    [
+        ("asha", optuna.pruners.SuccessiveHalvingPruner(1, 3)),
+        ("hyperband", optuna.pruners.HyperbandPruner(1, 9, 3)),
+    ],
+)
+def test_ours_decide_as_optunas_do(name: str, optunas: optuna.pruners.BasePruner) -> None:
+    assert lengths(make_pruner(name, epochs=9)) == lengths(optunas)
+
+
+def lengths(pruner: optuna.pruners.BasePruner) -> list[int]:
+    """Return how many of 9 epochs each of 200 trials has."""
+    study = optuna.create_study(study_name="s", direction="maximize", pruner=pruner)
+    found = []
+    for accuracies in curves(seed=1, trials=200, epochs=9):
+        trial = study.ask()
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            trial.report(accuracy, epoch)
+            if epoch < len(accuracies) and trial.should_prune():
+                break
+        found.append(epoch)
+        study.tell(trial, accuracy)
+    return found
+
+
+def curves(seed: int, trials: int, epochs: int) -> list[list[float]]:
+    generator = random.Random(seed)
+    return [sorted(generator.random() for _ in range(epochs)) for _ in range(trials)]
+
+
 def test_a_reduction_factor_of_less_than_two_is_refused() -> None:
     with pytest.raises(ValueError, match="reduction_factor must be ≥ 2, not 1"):
         OneEpochPruner(1)
