@@ -1,8 +1,8 @@
 """Does a sweep's memory grow with its trials? `python -m benchmarks.memory`.
 
 Runs a real sweep of many short trials on the digits, each with its run and model in MLflow, and
-reads now and then the resident memory of the main process and of all workers: proportional set
-size, so that what they share counts once.
+reads now and then the anonymous resident memory of the main process and of all workers: what they
+allocated, without the files mapped (libraries, data), which other processes may have mapped, too.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, wanted: int) -> int
 
 
 def resident(pid: int) -> float:
-    """Return a process' proportional set size in MB, 0 if it is gone."""
+    """Return a process' anonymous memory in MB, 0 if it is gone."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith("Anonymous:"):
                 return int(line.split()[1]) / 1000
     return 0.0
 
