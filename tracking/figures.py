@@ -1,4 +1,4 @@
-"""The two figures of a report, as PNG. They know no pyplot, and heed no matplotlibrc of the user's."""
+"""The two figures of a report, as PNG, without pyplot and what a user's matplotlibrc asks for."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def shortened(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes, such as \\n, for what has no sign of its own."""
+    """Return a text with an escape for each line end and whatever else has no sign of its own."""
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )

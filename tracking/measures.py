@@ -197,7 +197,7 @@ class Measures:
 
         wrong = self.confusion.copy()
         np.fill_diagonal(wrong, 0)
-        order = wrong.argsort(axis=None, kind="stable")[::-1][:limit]
+        order = (-wrong).argsort(axis=None, kind="stable")[:limit]
         pairs = np.array(np.unravel_index(order, wrong.shape)).T.tolist()
         return [
             (self.classes[true], self.classes[predicted], int(wrong[true, predicted]))

@@ -193,11 +193,12 @@ class JsonLines:
     def heads(self, file: Path) -> list[str]:
         """Return the names of a file's columns: those of its first line."""
         with file.open("rb") as stream:
-            return list(dict(json.loads(stream.readline() or "{}")))
+            first = json.loads(stream.readline() or "{}")
+        return list(first) if isinstance(first, dict) else []
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield some rows at a time, with these of the columns."""
-        import pyarrow.json
+        import pyarrow.json  # type: ignore[import-untyped]
 
         parse = pyarrow.json.ParseOptions(
             explicit_schema=schema, unexpected_field_behavior="ignore"
