@@ -71,6 +71,12 @@ def test_intervals_are_scipys_and_hold_their_share() -> None:
         assert 0 <= low <= share <= high <= 1
 
 
+def test_an_interval_of_none_begins_at_zero_and_one_of_all_ends_at_one_exactly() -> None:
+    totals = np.arange(1, 1000)
+    assert set(wilson(np.zeros_like(totals), totals)[1]) == {0.0}
+    assert set(wilson(totals, totals)[2]) == {1.0}
+
+
 def test_a_share_of_nothing_is_missing() -> None:
     assert np.isnan(wilson(np.array([0]), np.array([0]))).all()
 

@@ -170,8 +170,9 @@ def test_of_a_large_file_only_a_part_is_in_memory(
     desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true, probabilities = sample(200_000, 3)
-    columns = {f"p({k})": probabilities[:, k] for k in range(3)}
-    frame = pd.DataFrame({"label": true.astype(str), **columns})
+    names = np.array(["a", "\n," * 20 + '"', "c"], object)
+    columns = {f"p({name})": probabilities[:, k] for k, name in enumerate(names)}
+    frame = pd.DataFrame({"label": names[true], **columns})
     frame.to_csv("out.csv", index=False)
     frame.to_parquet("out.parquet")
     frame.to_json("out.jsonl", orient="records", lines=True)

@@ -220,7 +220,5 @@ def wilson(correct: Ints, total: Ints) -> tuple[Floats, Floats, Floats]:
         share = correct / total
         middle = (correct + z2 / 2) / (total + z2)
         half = np.sqrt(z2 * (share * (1 - share) * total + z2 / 4)) / (total + z2)
-    # Exactly so at the ends, where rounding would leave the interval without its share.
-    low = np.where(correct == 0, share, middle - half)
-    high = np.where(correct == total, share, middle + half)
-    return share, low, high
+    # Exactly 1 of all: rounding would leave the interval without its share. That of none is exact.
+    return share, middle - half, np.where(correct == total, share, middle + half)

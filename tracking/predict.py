@@ -278,8 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
         "printed, too.",
         epilog="exit codes: 0 done; 3 done, but some images could not be read; 2 bad input; 1 the "
         "disk or the database said no; 130 interrupted. Only 0 and 3 leave a file; after 1, 130 or "
-        "a kill, --resume goes on. The file also stays where all but the report was done (2: no "
-        "labelled image could be read; 1).",
+        "a kill, --resume goes on. Where only the report failed (2: no labelled image could be "
+        "read; 1: disk or server), the file stays, and tracking.report can make up for it.",
         allow_abbrev=False,
     )
     parser.add_argument(

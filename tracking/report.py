@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,8 @@ def count(file: Path) -> Counter:
     import numpy as np
     import pyarrow as pa
 
-    out = format_of(file, "a file of predictions")
     with _reading(file):
-        heads = out.heads(file)
+        heads = format_of(file).heads(file)
     columns = [head for head in heads if head.startswith("p(") and head.endswith(")")]
     if not columns or "label" not in heads or len(set(heads)) < len(heads):
         raise ValueError(
@@ -120,16 +119,17 @@ def count(file: Path) -> Counter:
     schema = pa.schema(
         [(head, pa.string()) for head in texts] + [(head, pa.float32()) for head in columns]
     )
-    batches = out.read(file, schema)
-    while True:
-        with _reading(file):
-            batch = next(batches, None)
-        if batch is None:
-            return counter
+    for batch in _batches(file, schema):
         read = np.array(batch["error"].is_null()) if "error" in texts else np.ones(len(batch), bool)
         probabilities = np.column_stack([batch[head] for head in columns])
         counter.unreadable += int((~read).sum())
         counter.add(_positions(batch["label"], counter.classes)[read], probabilities[read])
+    return counter
+
+
+def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    with _reading(file):
+        yield from format_of(file).read(file, schema)
 
 
 @contextmanager
@@ -255,10 +255,11 @@ def _markdown(measures: Measures, subject: Subject) -> str:
         "## Most frequent confusions",
         _table(
             ("true class", "predicted class", "images"),
-            (
+            [
                 (_escaped(true), _escaped(predicted), f"{images:,}")
                 for true, predicted, images in measures.confused(_CONFUSIONS_SHOWN)
-            ),
+            ]
+            or [("–", "–", "0")],
         ),
         "![Confusion matrix](confusion.png)",
         "![Reliability diagram](reliability.png)",
@@ -283,7 +284,7 @@ def _class_cells(row: Mapping[Any, Any]) -> list[str]:
     return [_escaped(row["class"]), *counts, *("–" if "nan" in cell else cell for cell in cells)]
 
 
-def _table(heads: Sequence[str], rows: Iterator[Sequence[str]] | Any) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -438,6 +439,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--name takes letters, digits, . _ and -, {_NAME_LENGTH} at most: not {options.name!r}"
         )
+    format_of(options.file, "a file of predictions")
     if not options.file.is_file():
         raise ValueError(f"there is no file {str(options.file)!r}")
     check_folder(options.out, option="--out")
