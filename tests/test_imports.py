@@ -21,7 +21,7 @@ FORBIDDEN = {
 # imports `cnn`, importing it does not.
 INSIDE_FUNCTIONS = {"tracking/sources.py": {"cnn"}}
 
-SLOW_TO_IMPORT = {"torch", "mlflow", "optuna", "pandas"}
+SLOW_TO_IMPORT = {"torch", "mlflow", "optuna", "pandas", "matplotlib"}
 
 # Imports every module of a package, one after the other, and prints what each brought.
 IMPORT_ALL = """
@@ -131,7 +131,14 @@ def test_every_module_is_looked_at(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["experiments.sweep", "tracking.predict", "tracking.best", "tracking.promote"]
+    "module",
+    [
+        "experiments.sweep",
+        "tracking.predict",
+        "tracking.best",
+        "tracking.promote",
+        "tracking.report",
+    ],
 )
 def test_help_imports_nothing_slow(module: str) -> None:
     *text, modules = in_a_new_process(HELP, module, root=ROOT).splitlines()

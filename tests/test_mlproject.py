@@ -29,7 +29,7 @@ COMMANDS = {
 # Flags that are not declared, because no value stands for leaving them out.
 UNDECLARED = {
     "main": {"workers", "study", "experiment", "tensorboard"},
-    "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where"},
+    "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where", "report"},
 }
 
 

@@ -44,13 +44,13 @@ class Draft:
 
 
 @contextmanager
-def writing() -> Iterator[None]:
+def writing(what: str = "the predictions") -> Iterator[None]:
     """Have an error of the disk be one line, of a kind that passes."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise NotNowError(f"can't write the predictions: {reason}") from error
+        raise NotNowError(f"can't write {what}: {reason}") from error
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""How predictions are written: the formats, by the ending of the file's name.
+"""How predictions are written, and read again: the formats, by the ending of the file's name.
 
 Each format turns a table of rows into bytes that are appended to a draft, so that a draft can be
-cut after any of them and go on; `finish` makes the file of a whole draft.
+cut after any of them and go on; `finish` makes the file of a whole draft. What is read is never
+more than a part of the file at a time.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +38,12 @@ class Format(Protocol):
 
     def finish(self, draft: Path) -> Path:
         """Return a whole file, made of what was appended: it may be that itself."""
+
+    def heads(self, file: Path) -> list[str]:
+        """Return the names of a file's columns."""
+
+    def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield some rows at a time, with these of the columns, texts as they were at first."""
 
 
 def table(chunk: Chunk, probabilities: npt.NDArray[np.float32], classes: Sequence[str]) -> pa.Table:
@@ -105,7 +112,7 @@ class Csv:
 
         for index, column in enumerate(table.columns):
             if pa.types.is_string(column.type):
-                table = table.set_column(index, table.schema.names[index], _harmless(column))
+                table = table.set_column(index, table.schema.names[index], harmless(column))
         return self._written(table, header=False)
 
     def _written(self, table: pa.Table, *, header: bool) -> bytes:
@@ -121,8 +128,40 @@ class Csv:
         """Return the draft: it is whole."""
         return draft
 
+    def heads(self, file: Path) -> list[str]:
+        """Return the names of a file's columns."""
+        with self._open(file) as reader:
+            names: list[str] = reader.schema.names
+            return names
 
-def _harmless(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield some rows at a time, with these of the columns, texts as they were at first."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        with self._open(file, include_columns=schema.names, column_types=schema) as reader:
+            for batch in reader:
+                columns = [
+                    compute.replace_substring_regex(column, "^'", "")
+                    if pa.types.is_string(column.type)
+                    else column
+                    for column in batch.columns
+                ]
+                yield pa.record_batch(columns, schema=schema)
+
+    def _open(self, file: Path, **columns: Any) -> Any:
+        import pyarrow.csv
+
+        parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        # A class may be called NA, or be an empty text: that is in quotes.
+        convert = pyarrow.csv.ConvertOptions(
+            null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, **columns
+        )
+        return pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert)
+
+
+def harmless(texts: pa.Array | pa.ChunkedArray) -> Any:
+    """Return texts of which a spreadsheet takes none for a formula."""
     from pyarrow import compute
 
     risky = compute.match_substring_regex(texts, _FORMULA)
@@ -150,6 +189,22 @@ class JsonLines:
     def finish(self, draft: Path) -> Path:
         """Return the draft: it is whole."""
         return draft
+
+    def heads(self, file: Path) -> list[str]:
+        """Return the names of a file's columns: those of its first line."""
+        with file.open("rb") as stream:
+            first = json.loads(stream.readline() or "{}")
+        return list(first) if isinstance(first, dict) else []
+
+    def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield some rows at a time, with these of the columns."""
+        import pyarrow.json  # type: ignore[import-untyped]
+
+        parse = pyarrow.json.ParseOptions(
+            explicit_schema=schema, unexpected_field_behavior="ignore"
+        )
+        with pyarrow.json.open_json(file, parse_options=parse) as reader:
+            yield from reader
 
 
 def _as_json(column: pa.ChunkedArray) -> pa.Array:
@@ -208,15 +263,30 @@ class Parquet:
         if kept:
             writer.write_table(pa.Table.from_batches(kept), row_group_size=2**30)
 
+    def heads(self, file: Path) -> list[str]:
+        """Return the names of a file's columns."""
+        import pyarrow.parquet as pq
+
+        names: list[str] = pq.read_schema(file).names
+        return names
+
+    def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield some rows at a time, with these of the columns."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as stored:
+            for batch in stored.iter_batches(columns=schema.names):
+                yield batch.select(schema.names).cast(schema)
+
 
 FORMATS: dict[str, type[Format]] = {".csv": Csv, ".parquet": Parquet, ".jsonl": JsonLines}
 
 
-def format_of(path: Path) -> Format:
+def format_of(path: Path, what: str = "--out") -> Format:
     """Return the format that the ending of a file's name asks for, or raise ValueError."""
     known = FORMATS.get(path.suffix.lower())
     if known is None:
         raise ValueError(
-            f"--out must end in {', '.join(FORMATS)}, which says what is written: {str(path)!r}"
+            f"{what} must end in {', '.join(FORMATS)}, which says what is written: {str(path)!r}"
         )
     return known()

@@ -26,6 +26,7 @@ from tracking.best import (
 from tracking.drafts import check_name, open_draft
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
+from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.sources import Chunk, Source, check, class_names, open_source
 from tracking.store import environment, is_passing, one_line, reading
 
@@ -277,7 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
         "printed, too.",
         epilog="exit codes: 0 done; 3 done, but some images could not be read; 2 bad input; 1 the "
         "disk or the database said no; 130 interrupted. Only 0 and 3 leave a file; after 1, 130 or "
-        "a kill, --resume goes on.",
+        "a kill, --resume goes on. Where only the report failed (2: no labelled image could be "
+        "read; 1: disk or server), the file stays, and tracking.report can make up for it.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -314,6 +316,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="go on where the same command was cut off; if there is nothing to go on with, start",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="where true classes are known, write a report to this folder: accuracy, precision and "
+        f"recall with 95 %% intervals, confusion matrix, calibration ({', '.join(FILES)})",
+    )
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="log the report into the run of the model, too: metrics report/NAME/… and files "
+        "reports/NAME/, where NAME is that of the source, say digits-test",
     )
     model = parser.add_argument_group(
         "model", "at most one of --experiment (with --study, --loss, --where), --run-id, --model"
@@ -376,8 +391,12 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--experiment, --run-id and --model exclude each other: give one")
     if (options.run_id or options.model) and any(choice_filters(options).values()):
         raise ValueError("--study, --loss and --where choose a run: not with --run-id or --model")
+    if options.log and not options.report:
+        raise ValueError("--log logs a report: it needs --report DIR")
     check(options.source)
     out, target = _checked(options.out, options.source)
+    if options.report:
+        _check_folder(options, target)
     predictor, why = _chosen(options)
     source = open_source(
         options.source,
@@ -386,7 +405,9 @@ def _run(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         column=options.column or None,
     )
-    _check_no_input(target, source.files())
+    _check_no_input([target], source.files())
+    if options.report:
+        _check_reportable(predictor, source, options)
     print(why)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -401,6 +422,9 @@ def _run(options: argparse.Namespace) -> int:
             "why",
             file=sys.stderr,
         )
+    if options.report:
+        subject = _subject(predictor, source, options)
+        make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if tally.failed else 0
 
 
@@ -443,6 +467,37 @@ def _identity(
     }
 
 
+def _check_folder(options: argparse.Namespace, out: Path) -> None:
+    """Raise ValueError for a folder that the report can't be written to."""
+    check_folder(options.report, option="--report", source=options.source)
+    if out.parent == options.report.resolve() and out.name in FILES:
+        raise ValueError(f"--out {str(options.out)!r} is a file of the --report")
+
+
+def _check_reportable(predictor: Predictor, source: Source, options: argparse.Namespace) -> None:
+    """Raise ValueError for what would leave a report unwritten once all is labelled."""
+    if not source.has_labels:
+        raise ValueError(
+            f"--report needs images whose class is known: {options.source!r} has none of a class "
+            "of the model"
+        )
+    files = [options.report / name for name in FILES]
+    _check_no_input(files, source.files(), option="--report")
+    if options.log:
+        check_run(predictor.run_id)
+
+
+def _subject(predictor: Predictor, source: Source, options: argparse.Namespace) -> Subject:
+    note = SPLIT_NOTES.get(source.split or "")
+    return Subject(
+        name=data_name(options.source, source.split),
+        source=options.source,
+        model=predictor.uri,
+        run_id=predictor.run_id,
+        notes=(*source.notes, *([note] if note else [])),
+    )
+
+
 def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
     """Return the model that the command line asks for, and a line on which it is, and why."""
     if options.model:
@@ -475,25 +530,27 @@ def _check_writable(target: Path, source: str) -> None:
         raise ValueError(f"can't write --out: there is no folder {str(target.parent)!r}")
     if target.exists() and not target.is_file():
         raise ValueError(f"can't write --out: {str(target)!r} is there, and is no regular file")
-    _check_no_input(target, [source, source.removeprefix("@")])
+    _check_no_input([target], [source, source.removeprefix("@")])
     for place in (target.parent, target):
         # The mode too: for root everything is writable, also what was made read-only on purpose.
         if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
             raise ValueError(f"can't write --out: {str(place)!r} is read-only")
 
 
-def _check_no_input(target: Path, files: Iterable[str]) -> None:
+def _check_no_input(
+    targets: Sequence[Path], files: Iterable[str], *, option: str = "--out"
+) -> None:
     """Raise ValueError if a file that is there, and would be replaced, is one of these."""
-    if not target.exists():
+    replaced = [target.stat() for target in targets if target.exists()]
+    if not replaced:
         return
-    replaced = target.stat()
     for file in files:
         try:
-            same = os.path.samestat(os.stat(file), replaced)  # noqa: PTH116 -- there may be millions
+            status = os.stat(file)  # noqa: PTH116 -- there may be millions
         except (OSError, ValueError):
             continue
-        if same:
-            raise ValueError(f"can't write --out: {file!r} is among what is read")
+        if any(os.path.samestat(status, other) for other in replaced):
+            raise ValueError(f"can't write {option}: {file!r} is among what is read")
 
 
 if __name__ == "__main__":

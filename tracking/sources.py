@@ -64,6 +64,8 @@ class Source:
     """The files that are read: none of them may be written to."""
     notes: tuple[str, ...] = ()
     """What a user should know about them, a line each."""
+    split: str | None = None
+    """Which of a data set's splits they are: `train`, `validation` or `test`."""
 
 
 def is_list(text: str) -> bool:
@@ -423,6 +425,7 @@ def _open_split(
         has_labels=labels is not None,
         files=lambda: _files_below(name),
         notes=notes,
+        split=split,
     )
 
 

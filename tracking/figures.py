@@ -1,0 +1,160 @@
+"""The two figures of a report, as PNG, without pyplot and what a user's matplotlibrc asks for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tracking.measures import Measures
+
+DOTS_PER_INCH = 120
+
+# Of the confusion matrix: with how many classes its cells have numbers, and every class a name.
+_MOST_NUMBERS, _MOST_NAMES = 30, 120
+_LONGEST_NAME = 24
+_LARGEST_INCHES = 20.0
+
+_BLUE, _GREY = "#0072B2", "#666666"
+
+
+def draw_confusion(measures: Measures, file: Path) -> None:
+    """Draw the confusion matrix: each row is shaded by the shares of its true class' images."""
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    size = len(measures.classes)
+    inches = min(2 + size * (0.4 if size <= _MOST_NUMBERS else 0.18), _LARGEST_INCHES)
+    with _plain_style():
+        figure = Figure(figsize=(inches, inches))
+        axes = figure.add_axes((0, 0, 1, 1))
+        with np.errstate(invalid="ignore"):
+            shares = measures.confusion / measures.confusion.sum(axis=1, keepdims=True)
+        # By its square root, so that a confusion of some percent is seen.
+        shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        axes.set_facecolor("lightgrey")  # of classes without images
+        if size <= _MOST_NUMBERS:
+            _write_numbers(axes, measures, shares**0.5 > 0.6)
+        _name_classes(axes, measures)
+        axes.set_title(
+            f"{measures.labelled:,} images, {100 * measures.accuracy[0]:.2f} % on the diagonal"
+        )
+        bar = figure.add_axes((1 + 0.25 / inches, 0, 0.2 / inches, 1))
+        figure.colorbar(
+            shown, cax=bar, label="share of the true class", ticks=(0, 0.01, 0.05, 0.2, 0.5, 1)
+        )
+        _save(figure, file)
+
+
+def _write_numbers(axes: Axes, measures: Measures, is_dark: object) -> None:
+    import numpy as np
+
+    dark = np.asarray(is_dark)
+    fontsize = min(10.0, 36 / len(str(measures.confusion.max())))
+    for (true, predicted), count in np.ndenumerate(measures.confusion):
+        if count:
+            axes.text(
+                predicted,
+                true,
+                str(count),
+                color="white" if dark[true, predicted] else "black",
+                fontsize=fontsize,
+                ha="center",
+                va="center",
+            )
+
+
+def _name_classes(axes: Axes, measures: Measures) -> None:
+    size = len(measures.classes)
+    positions = range(0, size, math.ceil(size / _MOST_NAMES))
+    names = [shortened(measures.classes[k]) for k in positions]
+    fontsize = 10 if size <= _MOST_NUMBERS else 6
+    turned = 90 if max(map(len, names)) > 3 else 0
+    # As they are: a name may have dollar signs, between which Matplotlib would read mathematics.
+    axes.set_xticks(positions, names, rotation=turned, fontsize=fontsize, parse_math=False)
+    axes.set_yticks(positions, names, fontsize=fontsize, parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+
+
+def shortened(name: str) -> str:
+    """Return a class name as it fits a figure: on one line, and without its middle if it's long."""
+    text = printable(name)
+    half = _LONGEST_NAME // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Return a text with an escape for each line end and whatever else has no sign of its own."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def draw_reliability(measures: Measures, file: Path) -> None:
+    """Draw accuracy against confidence, in bins, and how many images each of these has."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    bins = measures.per_bin()
+    bins = bins[bins["images"] > 0]
+    width = 1 / len(measures.bin_images)
+    with _plain_style():
+        figure = Figure(figsize=(5.5, 7), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.bar(
+            bins["above"], bins["accuracy"], width, align="edge", color=_BLUE, alpha=0.35,
+            edgecolor=_BLUE, label="accuracy of the bin",
+        )  # fmt: skip
+        upper.errorbar(
+            bins["confidence"],
+            bins["accuracy"],
+            (bins["accuracy"] - bins["accuracy_low"], bins["accuracy_high"] - bins["accuracy"]),
+            fmt="o", color=_BLUE, markersize=4, capsize=2,
+            label="at its mean confidence, 95 % interval",
+        )  # fmt: skip
+        upper.plot((0, 1), (0, 1), "--", color=_GREY, label="calibrated: accuracy = confidence")
+        upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+        upper.set_title(
+            f"expected calibration error {measures.calibration_error:.4f}, "
+            f"{measures.labelled:,} images"
+        )
+        lower.bar(
+            bins["above"], bins["images"] / measures.labelled, width, align="edge", color=_BLUE,
+            edgecolor="white",
+        )  # fmt: skip
+        lower.set(xlabel="confidence: probability of the predicted class", ylabel="images")
+        for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _save(figure, file)
+
+
+@contextmanager
+def _plain_style() -> Iterator[None]:
+    """Use Matplotlib's own defaults meanwhile: a matplotlibrc may ask for TeX, say."""
+    from matplotlib import style
+
+    with style.context("default"):
+        yield
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with warnings.catch_warnings():
+        # Of a script that the font lacks, boxes are shown; the tables have the names.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
+
+
+FIGURES: dict[str, Callable[[Measures, Path], None]] = {
+    "confusion.png": draw_confusion,
+    "reliability.png": draw_reliability,
+}
