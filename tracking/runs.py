@@ -41,7 +41,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from tracking.patience import Patience, PatientClient
-from tracking.safety import DESCRIPTION, GRAPH, harmless
+from tracking.safety import DESCRIPTION, harmless
 from tracking.store import opening
 
 if TYPE_CHECKING:
@@ -417,10 +417,6 @@ def save_model(
     # Else MLflow takes a GPU where there is one, which this graph is not for, and raises.
     about.flavors["python_function"]["config"] = {"device": "cpu"}
     about.save(str(folder / DESCRIPTION))
-    try:
-        harmless((folder / GRAPH).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"this model can't be recorded: {error}") from error
 
 
 def _check_device(model: nn.Module) -> None:
@@ -441,7 +437,8 @@ def _frugal_export() -> Iterator[None]:
     """Have PyTorch trace a model once, and Python write the files of what it has traced.
 
     Each tracing takes 0.1 s and 0.2 MB that PyTorch never gives back. On a full disk, PyTorch's
-    own writer ends the process; Python raises an OSError.
+    own writer ends the process; Python raises an OSError. And the files are without what PyTorch
+    notes of each step: lines of source, and paths, of this machine.
     """
     import torch
 
@@ -459,7 +456,11 @@ def _frugal_export() -> Iterator[None]:
     def save_by_python(program: ExportedProgram, file: str) -> None:
         content = io.BytesIO()
         save(program, content)
-        Path(file).write_bytes(content.getbuffer())
+        try:
+            archive = harmless(content.getvalue())
+        except ValueError as error:
+            raise ValueError(f"this model can't be recorded: {error}") from error
+        Path(file).write_bytes(archive)
 
     package.export, package.save = export_once, save_by_python
     try:

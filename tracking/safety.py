@@ -129,16 +129,31 @@ def load_graph(archive: bytes) -> GraphModule:
     """
     import torch
 
-    # Guards are made by `exec`. Without, sizes are checked all the same.
-    return torch.export.load(io.BytesIO(harmless(archive))).module(check_guards=False)
+    records = _checked_records(archive)
+    records[_EXAMPLE] = b""  # not needed, and PyTorch would unpickle it
+    # Guards would be made by `exec`; sizes are checked without.
+    return torch.export.load(io.BytesIO(_zipped(records))).module(check_guards=False)
 
 
 def harmless(archive: bytes) -> bytes:
-    """Return an archive of the same graph and weights, but of nothing that could run code.
+    """Return a `.pt2` archive without all that is not needed to load it.
 
     Raises:
         ValueError: as `load_graph` does.
     """
+    return _zipped(_checked_records(archive))
+
+
+def _zipped(records: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as writer:
+        for name, record in records.items():
+            writer.writestr(f"archive/{name}", record)
+    return content.getvalue()
+
+
+def _checked_records(archive: bytes) -> dict[str, bytes]:
+    """Return the records of an archive, its JSON as far as it was looked at."""
     records = _records(archive)
     for name in (_PROGRAM, _WEIGHTS, _CONSTANTS):
         if len(records[name]) > _MAX_JSON:
@@ -148,12 +163,7 @@ def harmless(archive: bytes) -> bytes:
             _check_tensors(content["config"], name.rpartition("/")[0], records)
         records[name] = json.dumps(content).encode()
     _check_example(records[_EXAMPLE])
-    records[_EXAMPLE] = b""  # not needed, and PyTorch would unpickle it
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as writer:
-        for name, record in records.items():
-            writer.writestr(f"archive/{name}", record)
-    return made.getvalue()
+    return records
 
 
 def _records(archive: bytes) -> dict[str, bytes]:
