@@ -135,6 +135,12 @@ def pickle_instead_of_a_graph(folder: Path) -> None:
     (folder / "data" / "pickle_module_info.txt").write_text("pickle")
 
 
+def pickle_beside_a_graph(folder: Path) -> None:
+    graph = (folder / "data" / "model.pt2").read_bytes()
+    pickle_instead_of_a_graph(folder)
+    (folder / "data" / "model.pt2").write_bytes(graph)
+
+
 def pickle_module_from_the_folder(folder: Path) -> None:
     add_code(folder, "own_pickle")
     pickle_instead_of_a_graph(folder)
@@ -327,6 +333,7 @@ NO_GRAPH = "not stored as a graph (pt2), and pickle, which can run any code, is 
 
 ATTACKS = {
     "pickle instead of a graph": Attack(pickle_instead_of_a_graph, NO_GRAPH, pickles=True),
+    "pickle beside a graph": Attack(pickle_beside_a_graph, NO_GRAPH, pickles=True),
     "pickle module from the folder": Attack(pickle_module_from_the_folder, NO_GRAPH),
     "code for what MLflow imports": Attack(
         code_for_what_mlflow_imports, "its code is 'code', not None"
@@ -574,6 +581,27 @@ def test_no_text_in_a_graph_can_be_any_other(recorded: Path, name: str, text: st
     assert harmless(zipped(records))
 
 
+@pytest.mark.parametrize("name", [PROGRAM, WEIGHTS])
+@pytest.mark.parametrize("key", [CODE, "x.__class__", "../../x", "é", ""])
+def test_no_key_in_a_graph_can_be_anything(recorded: Path, name: str, key: str) -> None:
+    records = records_of((recorded / "data" / "model.pt2").read_bytes())
+
+    def add_key(part: Any) -> Iterator[bytes]:
+        """Yield the JSON with a key added to each mapping in it, one at a time."""
+        if isinstance(part, dict):
+            part[key] = 1
+            yield json.dumps(content).encode()
+            del part[key]
+        for at, value in list(part.items()) if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, (dict, list)) and at != "metadata":
+                yield from add_key(value)
+
+    content = json.loads(records[name])
+    for changed in add_key(content):
+        with pytest.raises(ValueError, match="the name .* is not allowed"):
+            harmless(zipped(records | {name: changed}))
+
+
 def test_notes_on_where_a_graph_came_from_are_left_out(recorded: Path) -> None:
     def add_notes(part: Any) -> None:
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
@@ -631,15 +659,17 @@ def test_loading_a_model_unpickles_nothing_but_tensors(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = torch.load
+    restricted = []
 
     def watched(*arguments: Any, **options: Any) -> Any:
-        assert options["weights_only"] is True
+        restricted.append(options["weights_only"])
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", watched)
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("something is unpickled"))
     assert load_model("model").classes == tuple(COLOURS)
+    assert restricted == [True]  # as it is checked, and then not by PyTorch's loader of graphs
 
 
 # What is recorded is what is loaded

@@ -232,7 +232,7 @@ def _check_example(record: bytes) -> None:
     import torch
 
     try:
-        if any(_unpacked(record)):
-            torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
+        dict(_unpacked(record))  # raises for a decompression bomb
+        torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"its example {_EXAMPLE!r} is a pickle of more than tensors") from error
