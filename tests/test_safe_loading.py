@@ -645,6 +645,17 @@ def test_a_graph_calls_nothing_but_operators_of_the_list(model: Path, target: st
         load_model("model")
 
 
+def test_a_graph_for_a_gpu_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_archive(
+        model,
+        lambda records: records.update({
+            name: records[name].replace(b'"cpu"', b'"cuda"') for name in (PROGRAM, WEIGHTS)
+        }),
+    )  # fmt: skip
+    error = fails(["a.npy", "--model", "model"], capsys)
+    assert "can't load the model model: the type 'cuda' in its " in error
+
+
 def test_what_a_graph_gives_is_tried(model: Path) -> None:
     def edit(about: dict[str, Any]) -> None:
         about["metadata"]["classes"] = ["red", "green"]
