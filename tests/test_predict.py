@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store, record
 
 import tracking
@@ -285,47 +284,6 @@ def test_loading_leaves_the_store_as_it_was(predictor: Predictor) -> None:
     before = {file: file.stat().st_mtime_ns for file in artifacts(predictor).rglob("*")}
     load_model(predictor.uri)
     assert {file: file.stat().st_mtime_ns for file in artifacts(predictor).rglob("*")} == before
-
-
-@pytest.mark.parametrize("before", [None, "true"])
-def test_pickle_is_refused_while_a_model_is_loaded_and_only_then(
-    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
-    name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-    monkeypatch.delenv(name, raising=False)
-    if before is not None:
-        monkeypatch.setenv(name, before)
-    during = []
-    load_graph = mlflow.pytorch.load_model
-
-    def watched(*args: Any, **options: Any) -> Any:
-        during.append(os.environ[name])
-        return load_graph(*args, **options)
-
-    monkeypatch.setattr(mlflow.pytorch, "load_model", watched)
-    load_model(predictor.uri)
-    assert during == ["false"]
-    assert os.environ.get(name) == before
-
-
-class Explosive(nn.Module):
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path("exploded"),)
-
-
-@pytest.mark.parametrize("beside_a_graph", [False, True])
-def test_a_pickled_model_is_refused_and_nothing_of_it_runs(
-    desk: Path, predictor: Predictor, beside_a_graph: bool
-) -> None:
-    shutil.copytree(artifacts(predictor), desk / "model")
-    if not beside_a_graph:
-        (desk / "model" / "data" / "model.pt2").unlink()
-    torch.save(Explosive(), desk / "model" / "data" / "model.pth")
-    (desk / "model" / "data" / "pickle_module_info.txt").write_text("antigravity")
-    with pytest.raises(ValueError, match="not stored as a graph"):
-        load_model("model")
-    assert not Path("exploded").exists()
-    assert "antigravity" not in sys.modules
 
 
 def edit_mlmodel(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -27,6 +27,7 @@ from tracking.drafts import check_name, open_draft
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
+from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
 from tracking.sources import Chunk, Source, check, class_names, open_source
 from tracking.store import environment, is_passing, one_line, reading
 
@@ -49,10 +50,7 @@ BATCH_SIZE = 128
 SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
 
-_LOADING = {
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
+_FETCHING = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,33 +166,30 @@ def load_run(run_id: str) -> Predictor:
 def load_model(uri: str) -> Predictor:
     """Load a model by its URI: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
 
-    It is loaded on the CPU, and refused if that takes pickle, which can run any code.
+    It is loaded on the CPU, and refused if it could run code: see `tracking.safety`.
 
     Raises:
         ValueError: there is no such model, or it is none that `tracking.runs` recorded.
     """
+    from hashlib import sha256
     from tempfile import TemporaryDirectory
 
-    with environment(_LOADING), TemporaryDirectory() as scratch:
+    with environment(_FETCHING), TemporaryDirectory() as scratch:
         folder = _fetched(uri, scratch)
         about = _description(uri, folder)
-        metadata = about.metadata or {}
-        return Predictor(
-            model=_load_graph(uri, folder),
-            classes=tuple(metadata["classes"]),
-            image_shape=about.signature.inputs.inputs[0].shape[1:],
-            uri=uri,
-            run_id=about.run_id,
-            metadata=metadata,
-            digest=_digest(folder / about.flavors["pytorch"]["model_data"]),
-        )
-
-
-def _digest(folder: Path) -> str:
-    import hashlib
-
-    with (folder / "model.pt2").open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        archive = (folder / GRAPH).read_bytes()
+    metadata = about.metadata or {}
+    classes = tuple(metadata["classes"])
+    image_shape = about.signature.inputs.inputs[0].shape[1:]
+    return Predictor(
+        model=_load_graph(uri, archive, image_shape, num_classes=len(classes)),
+        classes=classes,
+        image_shape=image_shape,
+        uri=uri,
+        run_id=about.run_id,
+        metadata=metadata,
+        digest=sha256(archive).hexdigest(),
+    )
 
 
 def _fetched(uri: str, destination: str) -> Path:
@@ -218,25 +213,24 @@ def _description(uri: str, folder: Path) -> Model:
     """Return what a model's file MLmodel says, if it is a model that can label images."""
     from mlflow.models import Model
 
-    try:
-        about = Model.load(str(folder))
-    except Exception as error:  # a damaged file may lack anything
-        raise ValueError(f"can't read the file MLmodel of {uri}: {one_line(error)}") from error
-    objection = _objection(about, folder)
+    objection = folder_objection(folder)
+    if objection is None:
+        try:
+            about = Model.load(str(folder))
+            objection = _objection(about)
+        except Exception as error:  # a damaged file may lack anything
+            raise ValueError(f"can't read the file MLmodel of {uri}: {one_line(error)}") from error
     if objection:
         raise ValueError(f"{uri} can't be used as a model: {objection}")
     return about
 
 
-def _objection(about: Model, folder: Path) -> str | None:
+def _objection(about: Model) -> str | None:
     """Return what keeps us from labelling images with a model, if anything does."""
-    flavor = about.flavors.get("pytorch")
-    if flavor is None:
+    if "pytorch" not in about.flavors:
         return f"it is no PyTorch model, but {', '.join(about.flavors) or 'nothing that is known'}"
-    data = folder / flavor["model_data"]
-    # Of a model.pth, MLflow imports the module that a file beside it names, before it refuses.
-    if not (data / "model.pt2").is_file() or (data / "model.pth").exists():
-        return "it is not stored as a graph (pt2), and pickle, which can run any code, is refused"
+    if objection := flavor_objection(about.flavors):
+        return objection
     classes = (about.metadata or {}).get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return "its metadata names no classes"
@@ -250,13 +244,21 @@ def _objection(about: Model, folder: Path) -> str | None:
     return None
 
 
-def _load_graph(uri: str, folder: Path) -> Callable[[Tensor], Tensor]:
-    from mlflow import pytorch
+def _load_graph(
+    uri: str, archive: bytes, image_shape: tuple[int, int, int], *, num_classes: int
+) -> Callable[[Tensor], Tensor]:
+    """Return the graph of an archive, having tried it."""
+    import torch
 
     try:
-        module: Callable[[Tensor], Tensor] = pytorch.load_model(str(folder), device="cpu")
+        module: Callable[[Tensor], Tensor] = load_graph(archive)
+        with torch.inference_mode():
+            tried = module(torch.zeros(2, *image_shape, dtype=torch.uint8))
+        what = (tuple(tried.shape), tried.dtype)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"can't load the model {uri}: {one_line(error)}") from error
+    if what != ((2, num_classes), torch.float32):
+        raise ValueError(f"can't load the model {uri}: for two images, it gives {what}")
     return module
 
 

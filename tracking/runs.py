@@ -41,6 +41,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from tracking.patience import Patience, PatientClient
+from tracking.safety import DESCRIPTION, harmless
 from tracking.store import opening
 
 if TYPE_CHECKING:
@@ -388,12 +389,17 @@ def save_model(
         folder: which is made.
         metadata: what to store beside it, with the names of its K `classes`.
         about: what is known of it already, say its run.
+
+    Raises:
+        ValueError: it is not on the CPU, or its graph is none that `tracking.predict` would load.
     """
     import numpy as np
     from mlflow import pytorch
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    _check_device(model)
+    about = about or Model()
     images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
     probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
     with _frugal_export():
@@ -408,6 +414,19 @@ def save_model(
             # Inferring them would load the model in a process of its own: 12 s a model.
             pip_requirements=_requirements(),
         )
+    # Else MLflow takes a GPU where there is one, which this graph is not for, and raises.
+    about.flavors["python_function"]["config"] = {"device": "cpu"}
+    about.save(str(folder / DESCRIPTION))
+
+
+def _check_device(model: nn.Module) -> None:
+    """Raise ValueError for a model that isn't on the CPU: no other machine might load its graph."""
+    for name, weight in model.state_dict().items():
+        if weight.device.type != "cpu":
+            raise ValueError(
+                f"a model is recorded from the CPU, for machines without a GPU: its {name} is on "
+                f"{weight.device} (model.cpu() moves it)"
+            )
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, ExportedProgram] = WeakKeyDictionary()
@@ -418,7 +437,8 @@ def _frugal_export() -> Iterator[None]:
     """Have PyTorch trace a model once, and Python write the files of what it has traced.
 
     Each tracing takes 0.1 s and 0.2 MB that PyTorch never gives back. On a full disk, PyTorch's
-    own writer ends the process; Python raises an OSError.
+    own writer ends the process; Python raises an OSError. And the files are without what PyTorch
+    notes of each step: lines of source, and paths, of this machine.
     """
     import torch
 
@@ -436,7 +456,11 @@ def _frugal_export() -> Iterator[None]:
     def save_by_python(program: ExportedProgram, file: str) -> None:
         content = io.BytesIO()
         save(program, content)
-        Path(file).write_bytes(content.getbuffer())
+        try:
+            archive = harmless(content.getvalue())
+        except ValueError as error:
+            raise ValueError(f"this model can't be recorded: {error}") from error
+        Path(file).write_bytes(archive)
 
     package.export, package.save = export_once, save_by_python
     try:
