@@ -198,9 +198,7 @@ def killed(place: Place, pace: Pace, dice: random.Random, told: Told) -> Iterato
 @contextmanager
 def without_server(place: Place, pace: Pace, dice: random.Random, told: Told) -> Iterator[Place]:
     """Stop the MLflow server of a sweep, and start it again: the sweep itself goes on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     place = replace(place, uri=f"http://127.0.0.1:{port}")
     server = start_server(place.folder, port)
     try:
@@ -324,20 +322,30 @@ def fill(folder: Path, *, spare: int) -> Path:
     return ballast
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(
+    folder: Path, port: int, *options: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start an MLflow server with its store in a folder, and wait until it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
+    command += options
     log = folder.with_suffix(".server.txt")
     # Without its job runners, eight processes that nothing here asks for.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = start_in(command, folder, log=log, environment=quiet)
+    server = start_in(command, folder, log=log, environment={**quiet, **(environment or {})})
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not answers_at(port):
         assert time.monotonic() < deadline, "the MLflow server doesn't start"
         assert not ended(server, 0.1), log.read_text()
     return server
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def answers_at(port: int) -> bool:
