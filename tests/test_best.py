@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -558,6 +559,16 @@ def test_a_server_that_is_away_is_named_without_its_password(
 def test_passwords_in_addresses_are_hidden(text: str, shown: str) -> None:
     assert without_passwords(text) == shown
     assert one_line(ValueError(text)) == shown
+
+
+def test_a_registry_of_its_own_that_is_away_is_named_at_once(
+    mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "postgresql+psycopg://me:secret@127.0.0.1:9/models")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"open the database postgresql\+psycopg://me:\*\*\*@"):
+        best_run("study")
+    assert time.monotonic() - start < 10  # MLflow itself tries for 100 seconds
 
 
 def test_a_missing_database_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def test_a_user_in_the_address_is_not_repeated_anywhere(
     for command in COMMANDS:
         capfd.readouterr()
         assert command() == 2
-        assert the_line(capfd).endswith("(401): check MLFLOW_TRACKING_URI")
+        assert the_line(capfd).endswith("(401): check the address")
 
 
 def test_a_name_that_the_server_does_not_go_by_is_one_line(

@@ -80,8 +80,10 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     with environment({key: value for key, value in _PATIENCE.items() if key not in os.environ}):
         try:
             check_database(uri, must_exist=must_exist)
+            check_database(registry := mlflow.get_registry_uri(), must_exist=False)
             if not must_exist:
-                make_whole(uri, _make_tables)
+                for database in (uri, registry):
+                    make_whole(database, _make_tables)
             yield mlflow.MlflowClient()
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             if isinstance(error.__context__, requests.exceptions.RequestException):
@@ -253,14 +255,17 @@ def _why_refused(text: str) -> str:
     import mlflow
     from mlflow.utils.credentials import read_mlflow_creds
 
-    uri = mlflow.get_tracking_uri()
+    refused, asked = _REFUSED_USER.search(text), _ASKED.search(text)
+    of_registry = asked and asked[1].startswith(
+        ("mlflow/registered-models", "mlflow/model-versions")
+    )
+    uri = mlflow.get_registry_uri() if of_registry else mlflow.get_tracking_uri()
     name, password = read_mlflow_creds()
     where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if in_address := urlsplit(uri).username:
-        name, password, where = in_address, "there is one", "MLFLOW_TRACKING_URI"
+        name, password, where = in_address, "there is one", "the address"
     if "Invalid Host header" in text:
         return f"the MLflow server {uri} takes no requests by this name: see its --allowed-hosts"
-    refused, asked = _REFUSED_USER.search(text), _ASKED.search(text)
     if refused and refused[1] == "403":
         code = f"403, {asked[1]}" if asked else "403"
         return f"the MLflow server {uri} does not permit user {name!r} to do this ({code})"
