@@ -154,9 +154,28 @@ class Predictor:
         return probabilities
 
 
-def load_best(experiment: str | None = None, *, metric: str = DEFAULT_METRIC) -> Predictor:
-    """Load the model of the best finished run of an experiment: see `tracking.best.choose`."""
-    return load_model(model_uri(choose(experiment, metric=metric).run))
+def load_best(
+    experiment: str | None = None,
+    *,
+    metric: str = DEFAULT_METRIC,
+    study: str | None = None,
+    loss: str | None = None,
+    where: str | None = None,
+) -> Predictor:
+    """Load the model of the best finished run of an experiment.
+
+    Args:
+        experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
+        metric: what is best.
+        study: only runs of the study with this name.
+        loss: only runs with this loss.
+        where: only runs for which this holds: see `tracking.best.choose`.
+
+    Raises:
+        ValueError: there is no such run, the store can't be opened, or the model can't be loaded.
+    """
+    choice = choose(experiment, metric=metric, study=study, loss=loss, where=where)
+    return load_model(model_uri(choice.run))
 
 
 def load_run(run_id: str) -> Predictor:
