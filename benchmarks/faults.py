@@ -10,8 +10,9 @@ until it is through, and again in a fresh folder, until there have been so many 
   again, and it is started again. It takes the right to mount a small file system.
 
 Then the two are compared: every trial finished once, Optuna and MLflow agreed on each, no run
-RUNNING, no model that no run is linked to, every metric there once at every step, and all values
-equal, bit for bit, but for times.
+RUNNING, no model that no run is linked to, every metric there once at every step, one version of
+the registered model, the best trial's, with the alias, and all values equal, bit for bit, but for
+times.
 """
 
 from __future__ import annotations
@@ -412,9 +413,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=10_000)
     models = client.search_logged_models([experiment.experiment_id], max_results=1000)
+    trial_of = {run.info.run_id: run.data.tags.get("trial") for run in runs}
     return {
         "trials": {trial.number: trial for trial in study.get_trials()},
         "runs": runs,
+        "registered": {
+            (model.name, int(version.version)): registered(client, model, version, trial_of)
+            for model in client.search_registered_models()
+            for version in client.search_model_versions(f"name = '{model.name}'")
+        },
         "models": {model.model_id for model in models},
         "metrics": {
             run.info.run_id: {
@@ -431,6 +438,21 @@ def recorded(folder: Path) -> dict[str, Any]:
             for run in runs
             if run.outputs is not None and run.outputs.model_outputs
         },
+    }
+
+
+def registered(client: Any, model: Any, version: Any, trial_of: Mapping[str, Any]) -> Any:
+    """Return what a version of a registered model is: of which trial, its names, what it says."""
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    # The run's id is another in each sweep, and the verdict of one that was killed right after it
+    # had made the version champion is that this was so before.
+    own = {"run", "verdict"}
+    return {
+        "trial": trial_of.get(version.run_id),
+        "is the run's model": version.source == f"models:/{output.model_id}",
+        "aliases": [name for name, of in model.aliases.items() if int(of) == int(version.version)],
+        "tags": {key: "" if key in own else value for key, value in sorted(version.tags.items())},
+        "champions": model.tags.get("champions"),
     }
 
 
@@ -485,6 +507,8 @@ def compare(calm: dict[str, Any], stormy: dict[str, Any]) -> list[str]:
             if here != there:
                 problems.append(f"trial {number}: {what} {here!r:.100} instead of {there!r:.100}")
     problems += [f"model {model} belongs to no run" for model in stormy["models"] - linked]
+    if len(calm["registered"]) != 1 or stormy["registered"] != calm["registered"]:
+        problems.append(f"registered is {stormy['registered']} instead of {calm['registered']}")
     return problems
 
 
