@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -240,10 +241,12 @@ class Parquet:
 
         whole = draft.with_name(f"{draft.name}.parquet")
         try:
+            # By the names' bytes: PyArrow takes no text that is no UTF-8.
             with (
-                pa.memory_map(str(draft)) as stream,
+                pa.memory_map(os.fsencode(draft)) as stream,
                 pa.ipc.open_stream(stream) as batches,
-                pq.ParquetWriter(whole, batches.schema) as writer,
+                pa.OSFile(os.fsencode(whole), "wb") as sink,
+                pq.ParquetWriter(sink, batches.schema) as writer,
             ):
                 self._regroup(batches, writer)
         except BaseException:
