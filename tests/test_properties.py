@@ -32,6 +32,7 @@ from torch import Tensor
 
 from cnn.images import decode, resize
 from tracking import predict
+from tracking.outputs import format_of
 from tracking.predict import Predictor, main
 
 EXAMPLES = os.environ.get("EXAMPLES")
@@ -145,7 +146,20 @@ def ask(predictor: Predictor, source: str, out: Path, batch_size: int, *options:
     note(printed)
     assert [file.name for file in out.parent.iterdir() if ".partial" in file.name] == []
     heads, rows = READERS[out.suffix](out) if out.exists() else ([], [])
+    if out.exists():
+        check_as_read_again(out, heads, rows)
     return Answer(code=code, printed=printed, heads=heads, rows=rows)
+
+
+def check_as_read_again(out: Path, heads: list[str], rows: list[list[Any]]) -> None:
+    """Compare with what a report reads, for which a missing text is an empty one in CSV."""
+    assert format_of(out).heads(out) == heads
+    schema = pa.schema([("prediction", pa.string()), ("probability", pa.float32())])
+    batches = format_of(out).read(out, schema)
+    again = [row for batch in batches for row in zip(*map(pa.Array.to_pylist, batch), strict=True)]
+    assert [text or None for text, _ in again] == [row[1] or None for row in rows]
+    numbers = [None if row[2] is None else np.float32(row[2]) for row in rows]
+    assert [number for _, number in again] == numbers
 
 
 def read_csv(file: Path) -> tuple[list[str], list[list[Any]]]:
