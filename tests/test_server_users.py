@@ -27,6 +27,7 @@ from benchmarks import faults
 from cnn.data import load
 from cnn.training import TrainConfig
 from experiments.workers import Event
+from tracking.best import best_run, model_uri
 
 REPOSITORY = Path(__file__).parents[1]
 USERS = ("admin", "alice", "bob", "carol")
@@ -297,6 +298,14 @@ def test_a_user_in_the_address_is_not_repeated_anywhere(
     assert any((folder / "server").rglob("traceback.txt"))
     assert best("--experiment", "address") == 0
     assert predict() == 0
+    # As an artifact of the server, which is an address as well.
+    experiment = MlflowClient().get_experiment_by_name("not-for-carol")
+    assert experiment is not None
+    model_id = model_uri(best_run("not-for-carol")).removeprefix("models:/")
+    path = f"{experiment.experiment_id}/models/{model_id}/artifacts"
+    store = f"{os.environ['MLFLOW_TRACKING_URI']}/api/2.0/mlflow-artifacts/artifacts"
+    assert tracking.predict.main(["digits:test", "--model", f"{store}/{path}"]) == 0
+    assert f"model http://alice:***@{address}/api" in capfd.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://alice:{wrong('alice')}@{address}")
     for command in COMMANDS:
         capfd.readouterr()

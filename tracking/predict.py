@@ -28,7 +28,7 @@ from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.sources import Chunk, Source, check, class_names, open_source
-from tracking.store import environment, is_passing, one_line, reading
+from tracking.store import environment, is_passing, one_line, reading, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,7 +202,7 @@ def load_model(uri: str) -> Predictor:
             model=_load_graph(uri, folder),
             classes=tuple(metadata["classes"]),
             image_shape=about.signature.inputs.inputs[0].shape[1:],
-            uri=uri,
+            uri=without_passwords(uri),
             run_id=about.run_id,
             metadata=metadata,
             digest=_digest(folder / about.flavors["pytorch"]["model_data"]),
