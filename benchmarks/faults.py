@@ -10,8 +10,9 @@ until it is through, and again in a fresh folder, until there have been so many 
   again, and it is started again. It takes the right to mount a small file system.
 
 Then the two are compared: every trial finished once, Optuna and MLflow agreed on each, no run
-RUNNING, no model that no run is linked to, every metric there once at every step, and all values
-equal, bit for bit, but for times.
+RUNNING, no model that no run is linked to, every metric there once at every step, one version of
+the registered model, the best trial's, with the alias, and all values equal, bit for bit, but for
+times.
 """
 
 from __future__ import annotations
@@ -198,9 +199,7 @@ def killed(place: Place, pace: Pace, dice: random.Random, told: Told) -> Iterato
 @contextmanager
 def without_server(place: Place, pace: Pace, dice: random.Random, told: Told) -> Iterator[Place]:
     """Stop the MLflow server of a sweep, and start it again: the sweep itself goes on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     place = replace(place, uri=f"http://127.0.0.1:{port}")
     server = start_server(place.folder, port)
     try:
@@ -324,20 +323,30 @@ def fill(folder: Path, *, spare: int) -> Path:
     return ballast
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(
+    folder: Path, port: int, *options: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start an MLflow server with its store in a folder, and wait until it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
+    command += options
     log = folder.with_suffix(".server.txt")
     # Without its job runners, eight processes that nothing here asks for.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = start_in(command, folder, log=log, environment=quiet)
+    server = start_in(command, folder, log=log, environment={**quiet, **(environment or {})})
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not answers_at(port):
         assert time.monotonic() < deadline, "the MLflow server doesn't start"
         assert not ended(server, 0.1), log.read_text()
     return server
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def answers_at(port: int) -> bool:
@@ -404,9 +413,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=10_000)
     models = client.search_logged_models([experiment.experiment_id], max_results=1000)
+    trial_of = {run.info.run_id: run.data.tags.get("trial") for run in runs}
     return {
         "trials": {trial.number: trial for trial in study.get_trials()},
         "runs": runs,
+        "registered": {
+            (model.name, int(version.version)): registered(client, model, version, trial_of)
+            for model in client.search_registered_models()
+            for version in client.search_model_versions(f"name = '{model.name}'")
+        },
         "models": {model.model_id for model in models},
         "metrics": {
             run.info.run_id: {
@@ -423,6 +438,21 @@ def recorded(folder: Path) -> dict[str, Any]:
             for run in runs
             if run.outputs is not None and run.outputs.model_outputs
         },
+    }
+
+
+def registered(client: Any, model: Any, version: Any, trial_of: Mapping[str, Any]) -> Any:
+    """Return what a version of a registered model is: of which trial, its names, what it says."""
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    # The run's id is another in each sweep, and the verdict of one that was killed right after it
+    # had made the version champion is that this was so before.
+    own = {"run", "verdict"}
+    return {
+        "trial": trial_of.get(version.run_id),
+        "is the run's model": version.source == f"models:/{output.model_id}",
+        "aliases": [name for name, of in model.aliases.items() if int(of) == int(version.version)],
+        "tags": {key: "" if key in own else value for key, value in sorted(version.tags.items())},
+        "champions": model.tags.get("champions"),
     }
 
 
@@ -477,6 +507,8 @@ def compare(calm: dict[str, Any], stormy: dict[str, Any]) -> list[str]:
             if here != there:
                 problems.append(f"trial {number}: {what} {here!r:.100} instead of {there!r:.100}")
     problems += [f"model {model} belongs to no run" for model in stormy["models"] - linked]
+    if len(calm["registered"]) != 1 or stormy["registered"] != calm["registered"]:
+        problems.append(f"registered is {stormy['registered']} instead of {calm['registered']}")
     return problems
 
 

@@ -38,7 +38,14 @@ from experiments.interrupts import InterruptionError, Interrupts
 from experiments.settings import Settings
 from experiments.space import make_pruner, make_sampler
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
-from tracking.store import NotNowError, one_line, refusal, sqlite_file
+from tracking.store import (
+    NotNowError,
+    is_refused_user,
+    one_line,
+    refusal,
+    sqlite_file,
+    without_passwords,
+)
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
 if TYPE_CHECKING:
@@ -189,7 +196,8 @@ def sweep(
             running.begin()
             tracker, parent = running.connect()
         except recording_errors() as error:
-            raise NotNowError(one_line(_cause(error))) from error
+            kind = ValueError if is_refused_user(error) else NotNowError
+            raise kind(one_line(_cause(error))) from error
         stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
@@ -598,7 +606,8 @@ def open_study(settings: Settings, data: Dataset) -> Study:
         made_with = study.user_attrs.get("settings")
         if made_with is None:
             if has_trials:
-                raise ValueError(f"study {name!r} in {settings.storage} was not made by this tool")
+                where = without_passwords(settings.storage)
+                raise ValueError(f"study {name!r} in {where} was not made by this tool")
             agree(study, "id", uuid.uuid4().hex)
             made_with = agree(study, "settings", identity)
     different = [key for key in identity if made_with.get(key) != identity[key]]
@@ -730,7 +739,7 @@ def _storage_errors(storage: str) -> Iterator[None]:
         first = str(cause).strip().splitlines()[0]
         raise refusal(f"the storage {storage!r} can't be opened: {first}", cause) from error
     except ImportError as error:
-        raise ValueError(f"the storage {storage!r} needs a driver: {error}") from error
+        raise refusal(f"the storage {storage!r} needs a driver: {error}", error) from error
 
 
 def _num_finished(study: Study) -> int:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tracking.store import is_passing
+from tracking.store import is_passing, without_passwords
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Two lines a run, amid ours, with the password of whoever has it in the server's address.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 EPILOG = """\
@@ -237,10 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(parser.parse_args(argv))
     except ValueError as error:
+        line = without_passwords(str(error))
         if is_passing(error):
-            print(f"stopped: {error}; the same command continues the study", file=sys.stderr)
+            print(f"stopped: {line}; the same command continues the study", file=sys.stderr)
             return 1
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command continues the study")
@@ -354,7 +357,7 @@ def _ui_command() -> str:
         return "in the MLflow server's pages"
     if uri == f"sqlite:///{Path('mlflow.db').absolute()}":
         return "mlflow ui"
-    return f"mlflow ui --backend-store-uri {_quoted(uri)}"
+    return f"mlflow ui --backend-store-uri {_quoted(without_passwords(uri))}"
 
 
 def _ui_address(started: SweepStarted) -> str:
@@ -362,6 +365,7 @@ def _ui_address(started: SweepStarted) -> str:
 
     uri = mlflow.get_tracking_uri()
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = re.sub(r"//\S*@", "//", server)  # a browser asks for name and password itself
     return f"open {server}/#/experiments/{started.experiment_id}/runs"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Self
 
 from cnn.model import build_cnn
 from cnn.training import TrainConfig
@@ -21,6 +22,15 @@ class FakePool:
         self.configs: dict[int, TrainConfig] = {}
         self.stopped: list[int] = []
         self.forgotten: list[TrainConfig] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, data: object) -> None:
+        pass
 
     @property
     def num_idle(self) -> int:

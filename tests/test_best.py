@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tracking_helpers import add_model_entry, new_store, record
 from tracking import best
 from tracking.best import best_run, choose, main, model_uri
 from tracking.runs import Run, Tracker
-from tracking.store import reading
+from tracking.store import one_line, reading, without_passwords
 
 
 @pytest.fixture
@@ -531,6 +532,43 @@ def test_a_server_that_is_away_is_named_without_its_password(
     with pytest.raises(ValueError, match=r"server http://me:\*\*\*@127.0.0.1:9 doesn't") as info:
         best_run("study")
     assert "secret" not in one_line_of(info)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://me:***@host:5000/x"),
+        (
+            "'http://me:secret@host/x' and ftp://a:secret@b",
+            "'http://me:***@host/x' and ftp://a:***@b",
+        ),
+        ("postgresql+psycopg://me:secret/or:secret@host/db", "postgresql+psycopg://me:***@host/db"),
+        ("postgresql://me:secret@secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
+        (
+            "postgresql://host/db?user=me&password=secret&x=1",
+            "postgresql://host/db?user=me&password=***&x=1",
+        ),
+        (
+            "no user: http://host:5000, models:/cnn@champion",
+            "no user: http://host:5000, models:/cnn@champion",
+        ),
+        ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
+    ],
+)
+def test_passwords_in_addresses_are_hidden(text: str, shown: str) -> None:
+    assert without_passwords(text) == shown
+    assert one_line(ValueError(text)) == shown
+
+
+def test_a_registry_of_its_own_that_is_away_is_named_at_once(
+    mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "postgresql+psycopg://me:secret@127.0.0.1:9/models")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"open the database postgresql\+psycopg://me:\*\*\*@"):
+        best_run("study")
+    assert time.monotonic() - start < 10  # MLflow itself tries for 100 seconds
 
 
 def test_a_missing_database_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,15 +135,6 @@ class PoolOfFakes(FakePool):
         super().__init__(script)
         self.happens = happens
 
-    def __enter__(self) -> PoolOfFakes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def open(self, data: object) -> None:
-        pass
-
     def wait(self, timeout: float) -> list[Event]:
         events = super().wait(timeout)
         if any((event.job, getattr(event, "number", 0)) == (1, 2) for event in events):

@@ -41,12 +41,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         digest = data.load("colours", data_dir=folder / "data", seed=SEED).digest
         tracker = Tracker.open("study")
         runs = {}
-        for name, accuracy, sharpness in (
-            ("001 l1", 0.5, 1.0),
-            (BEST, 0.9, 4.0),
-            ("003", 0.7, 2.0),
+        for name, accuracy, sharpness, loss, sweep in (
+            ("001 l1", 0.5, 1.0, "l1", "first"),
+            (BEST, 0.9, 4.0, "mse", "first"),
+            ("003", 0.7, 2.0, "mse", "second"),
         ):
-            run = tracker.start_run(name)
+            run = tracker.start_run(name, params={"loss": loss}, tags={"study": sweep})
             run.log_metrics({"val/accuracy": accuracy, "val/loss": 0.1}, step=1)
             log_model(run, sharpness=sharpness, seed=SEED, dataset_digest=digest, loss="mse")
             run.end("complete")
@@ -332,6 +332,26 @@ def test_a_model_whose_files_are_gone_is_refused(desk: Path, predictor: Predicto
     record(tracker)
     with pytest.raises(ValueError, match="m-"):
         load_best("lost")
+
+
+@pytest.mark.parametrize(
+    ("filters", "name"),
+    [
+        ({}, BEST),
+        ({"loss": "l1"}, "001 l1"),
+        ({"study": "second"}, "003"),
+        ({"study": "first", "where": "metrics.`val/accuracy` < 0.9"}, "001 l1"),
+    ],
+)
+def test_the_best_run_is_loaded_of_those_that_are_asked_for(
+    workshop: dict[str, str], filters: dict[str, str], name: str
+) -> None:
+    assert load_best("study", **filters).run_id == workshop[name]
+
+
+def test_where_no_run_is_left_none_is_loaded(workshop: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="no finished run of experiment 'study' with loss 'huber'"):
+        load_best("study", loss="huber")
 
 
 # The command line

@@ -14,17 +14,19 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
-from fake_pool import FakePool, trains
+from fake_pool import FakePool, fails, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
 from postgresql import find_programs, server
 
 import experiments.heartbeat
+import experiments.workers
 from cnn.data import Dataset
 from experiments.heartbeat import Heartbeat, agree, open_storage
 from experiments.settings import Settings
 from experiments.study import SweepEnded, TrialEnded, TrialStarted, open_study, sweep
+from experiments.sweep import main
 
 pytestmark = [
     pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed"),
@@ -254,3 +256,32 @@ def test_processes_that_make_the_tables_at_the_same_time_all_get_them(storage: s
         maker.stdin.flush()
     assert [maker.communicate(timeout=120)[0] for maker in makers] == ["x\n"] * 4
     assert optuna.get_all_study_names(open_storage(storage)) == ["x"]
+
+
+def test_the_password_of_a_storage_is_written_nowhere(
+    mlflow_store: str,
+    storage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # The server asks for none, and takes any.
+    url = sqlalchemy.make_url(storage).set(username="postgres", password="Secret/word")
+    given = url.render_as_string(hide_password=False)
+    assert "Secret" in given
+    monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: FakePool(fails))
+    command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--storage", given]
+    assert main([*command, "--study", "ours"]) == 1
+    optuna.create_study(study_name="theirs", storage=given).ask()
+    assert main([*command, "--study", "theirs"]) == 2
+    assert main([*command[:-1], given.replace("psycopg", "nothing")]) == 2
+    assert main([*command[:-1], str(url.set(host="/nowhere", query={}))]) == 2
+    out, err = capfd.readouterr()
+    assert "study 'theirs' in postgresql+psycopg://postgres:***@" in err
+    assert "Traceback" not in err
+    assert "Secret" not in out + err
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.name == "traceback.txt" for file in files)
+    assert [file for file in files if b"Secret" in file.read_bytes()] == []
+    study = optuna.load_study(study_name="ours", storage=given)
+    assert "Secret" not in repr((study.user_attrs, study.get_trials()))

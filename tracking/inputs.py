@@ -76,7 +76,7 @@ class Table:
 
         self.file = file
         try:
-            with pq.ParquetFile(file) as opened:
+            with _opened(file) as stream, pq.ParquetFile(stream) as opened:
                 schema, about = opened.schema_arrow, opened.metadata
         except (OSError, pa.ArrowException) as error:
             line = " ".join(str(error).split())
@@ -97,7 +97,10 @@ class Table:
             group += 1
         columns = [self.column, "label"] if self.has_labels else [self.column]
         try:
-            with pq.ParquetFile(self.file, buffer_size=2**20, pre_buffer=False) as opened:
+            with (
+                _opened(self.file) as stream,
+                pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False) as opened,
+            ):
                 batches = opened.iter_batches(
                     32, row_groups=range(group, len(self.groups)), columns=columns
                 )
@@ -123,6 +126,13 @@ class Table:
                 yield item
             elif isinstance(item, bytes):
                 return
+
+
+def _opened(file: Path) -> pa.NativeFile:
+    import pyarrow as pa
+
+    # By the name's bytes: PyArrow takes no text that is no UTF-8.
+    return pa.OSFile(os.fsencode(file))
 
 
 def _item(value: Any) -> Item:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,6 +97,13 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def _opened(file: Path, mode: str = "rb") -> pa.NativeFile:
+    import pyarrow as pa
+
+    # By the name's bytes: PyArrow takes no text that is no UTF-8.
+    return pa.OSFile(os.fsencode(file), mode)
+
+
 class Csv:
     """CSV. Text that a spreadsheet might run has an apostrophe before it, and so has text with one.
 
@@ -157,7 +165,7 @@ class Csv:
         convert = pyarrow.csv.ConvertOptions(
             null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, **columns
         )
-        return pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert)
+        return pyarrow.csv.open_csv(_opened(file), parse_options=parse, convert_options=convert)
 
 
 def harmless(texts: pa.Array | pa.ChunkedArray) -> Any:
@@ -203,7 +211,7 @@ class JsonLines:
         parse = pyarrow.json.ParseOptions(
             explicit_schema=schema, unexpected_field_behavior="ignore"
         )
-        with pyarrow.json.open_json(file, parse_options=parse) as reader:
+        with pyarrow.json.open_json(_opened(file), parse_options=parse) as reader:
             yield from reader
 
 
@@ -241,9 +249,10 @@ class Parquet:
         whole = draft.with_name(f"{draft.name}.parquet")
         try:
             with (
-                pa.memory_map(str(draft)) as stream,
+                pa.memory_map(os.fsencode(draft)) as stream,
                 pa.ipc.open_stream(stream) as batches,
-                pq.ParquetWriter(whole, batches.schema) as writer,
+                _opened(whole, "wb") as sink,
+                pq.ParquetWriter(sink, batches.schema) as writer,
             ):
                 self._regroup(batches, writer)
         except BaseException:
@@ -267,14 +276,15 @@ class Parquet:
         """Return the names of a file's columns."""
         import pyarrow.parquet as pq
 
-        names: list[str] = pq.read_schema(file).names
+        with _opened(file) as stream:
+            names: list[str] = pq.read_schema(stream).names
         return names
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield some rows at a time, with these of the columns."""
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(file) as stored:
+        with _opened(file) as stream, pq.ParquetFile(stream) as stored:
             for batch in stored.iter_batches(columns=schema.names):
                 yield batch.select(schema.names).cast(schema)
 

@@ -29,7 +29,7 @@ from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
 from tracking.sources import Chunk, Source, check, class_names, open_source
-from tracking.store import environment, is_passing, one_line, reading
+from tracking.store import environment, is_passing, one_line, reading, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,9 +152,28 @@ class Predictor:
         return probabilities
 
 
-def load_best(experiment: str | None = None, *, metric: str = DEFAULT_METRIC) -> Predictor:
-    """Load the model of the best finished run of an experiment: see `tracking.best.choose`."""
-    return load_model(model_uri(choose(experiment, metric=metric).run))
+def load_best(
+    experiment: str | None = None,
+    *,
+    metric: str = DEFAULT_METRIC,
+    study: str | None = None,
+    loss: str | None = None,
+    where: str | None = None,
+) -> Predictor:
+    """Load the model of the best finished run of an experiment.
+
+    Args:
+        experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
+        metric: what is best.
+        study: only runs of the study with this name.
+        loss: only runs with this loss.
+        where: only runs for which this holds: see `tracking.best.choose`.
+
+    Raises:
+        ValueError: there is no such run, the store can't be opened, or the model can't be loaded.
+    """
+    choice = choose(experiment, metric=metric, study=study, loss=loss, where=where)
+    return load_model(model_uri(choice.run))
 
 
 def load_run(run_id: str) -> Predictor:
@@ -185,7 +204,7 @@ def load_model(uri: str) -> Predictor:
         model=_load_graph(uri, archive, image_shape, num_classes=len(classes)),
         classes=classes,
         image_shape=image_shape,
-        uri=uri,
+        uri=without_passwords(uri),
         run_id=about.run_id,
         metadata=metadata,
         digest=sha256(archive).hexdigest(),

@@ -505,7 +505,9 @@ def quoted(value: str) -> str:
 def _quieten() -> None:
     """Keep out of what users read what we tell them ourselves, in a line.
 
-    The making of tables, and the traceback that MLflow prints of each error that it raises as well.
+    The making of tables, the traceback that MLflow prints of each error that it raises as well, and
+    that a version is waited for.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)

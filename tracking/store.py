@@ -32,6 +32,16 @@ _PASSING = (
 )
 
 
+# What MLflow's client says of its API, and of artifacts that come through the server.
+_REFUSED_USER = re.compile(r"\b(401|403) (?:!= \d+|Client Error: \w+ for url: \S*/api/)")
+_ASKED = re.compile(r"/api/[\d.]+/([\w/-]+)")
+
+
+def is_refused_user(error: BaseException) -> bool:
+    """Return whether an MLflow server said no because of who asked it."""
+    return bool(_REFUSED_USER.search(str(error)))
+
+
 def is_passing(error: BaseException) -> bool:
     """Return whether it is disk or database that said no, for now, to what was asked for."""
     return isinstance(error, NotNowError) or any(part in str(error) for part in _PASSING)
@@ -70,12 +80,16 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     with environment({key: value for key, value in _PATIENCE.items() if key not in os.environ}):
         try:
             check_database(uri, must_exist=must_exist)
+            check_database(registry := mlflow.get_registry_uri(), must_exist=False)
             if not must_exist:
-                make_whole(uri, _make_tables)
+                for database in (uri, registry):
+                    make_whole(database, _make_tables)
             yield mlflow.MlflowClient()
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             if isinstance(error.__context__, requests.exceptions.RequestException):
                 line = f"the MLflow server {uri} doesn't answer"
+            elif is_refused_user(error):
+                line = one_line(error)
             else:
                 line = f"MLflow ({uri}): {one_line(getattr(error, 'orig', None) or error)}"
             raise refusal(line, error) from error
@@ -202,7 +216,9 @@ def refusal(line: str, error: BaseException) -> ValueError:
 
 def without_passwords(text: str) -> str:
     """Return a text with the passwords of the URLs in it hidden."""
-    return re.sub(r"(?<=://)([^/@\s]*):[^/\s]*@", r"\1:***@", text)
+    # Up to the last @ of a word, slashes and all: SQLAlchemy takes passwords that are not escaped.
+    text = re.sub(r"(?<=://)([^/@:\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?<=password=)[^&\s'\"]*", "***", text)
 
 
 @contextmanager
@@ -223,7 +239,36 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """Return what an error says, in one line, cut where it gets too long to read.
 
-    Without the statement that SQLAlchemy adds: it is not the user's.
+    Without passwords, and without the statement that SQLAlchemy adds: it is not the user's.
     """
-    text = " ".join(str(error).split()).partition(" [SQL:")[0] or type(error).__name__
+    text = " ".join(str(error).split()).partition(" [SQL:")[0]
+    if is_refused_user(error):
+        text = _why_refused(text)
+    text = without_passwords(text) or type(error).__name__
     return text if len(text) <= _MESSAGE_LENGTH else f"{text[:_MESSAGE_LENGTH]} …"
+
+
+def _why_refused(text: str) -> str:
+    """Return what a server with users means that said no, and where to look."""
+    from urllib.parse import urlsplit
+
+    import mlflow
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    refused, asked = _REFUSED_USER.search(text), _ASKED.search(text)
+    of_registry = asked and asked[1].startswith(
+        ("mlflow/registered-models", "mlflow/model-versions")
+    )
+    uri = mlflow.get_registry_uri() if of_registry else mlflow.get_tracking_uri()
+    name, password = read_mlflow_creds()
+    where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if in_address := urlsplit(uri).username:
+        name, password, where = in_address, "there is one", "the address"
+    if "Invalid Host header" in text:
+        return f"the MLflow server {uri} takes no requests by this name: see its --allowed-hosts"
+    if refused and refused[1] == "403":
+        code = f"403, {asked[1]}" if asked else "403"
+        return f"the MLflow server {uri} does not permit user {name!r} to do this ({code})"
+    if name is None or password is None:
+        return f"the MLflow server {uri} asks who you are (401): set {where}"
+    return f"the MLflow server {uri} knows no user {name!r} with this password (401): check {where}"
