@@ -29,7 +29,7 @@ from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
 from tracking.sources import Chunk, Source, check, class_names, open_source
-from tracking.store import environment, is_passing, one_line, reading, without_passwords
+from tracking.store import environment, is_passing, one_line, reading, refusal, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,6 +195,7 @@ def load_model(uri: str) -> Predictor:
 
     with environment(_FETCHING), TemporaryDirectory() as scratch:
         folder = _fetched(uri, scratch)
+        uri = without_passwords(uri)
         about = _description(uri, folder)
         archive = (folder / GRAPH).read_bytes()
     metadata = about.metadata or {}
@@ -204,7 +205,7 @@ def load_model(uri: str) -> Predictor:
         model=_load_graph(uri, archive, image_shape, num_classes=len(classes)),
         classes=classes,
         image_shape=image_shape,
-        uri=without_passwords(uri),
+        uri=uri,
         run_id=about.run_id,
         metadata=metadata,
         digest=sha256(archive).hexdigest(),
@@ -225,7 +226,8 @@ def _fetched(uri: str, destination: str) -> Path:
             # With a destination, because MLflow writes into the store's folder if it returns that.
             return Path(download_artifacts(uri, dst_path=destination))
         except (ImportError, OSError) as error:  # a kind of store that takes another package, say
-            raise ValueError(f"can't fetch the model {uri}: {one_line(error)}") from error
+            line = f"can't fetch the model {uri}: {one_line(error)}"
+            raise refusal(line, error) from error
 
 
 def _description(uri: str, folder: Path) -> Model:
