@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from benchmarks.common import machine, markdown, num_cores, small_data
+from benchmarks.common import markdown, small_data
 from cnn.training import PRECISIONS, TrainConfig
+from experiments.machine import machine, num_cores
 from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
 
 LEARNING_RATES = {"cross_entropy": 0.01, "mse": 0.2, "l1": 0.2}
@@ -54,7 +55,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, Pool(num_cores()) as pool:
         images = Path(name, "images")
         data = small_data(options.dataset, images, options.images, options.data_dir)
-        pool.open(DataReference(digest=data.digest, data_dir=options.data_dir.resolve(), seed=0))
+        pool.open(DataReference(digest=data.digest, data_dir=options.data_dir.resolve()))
         accuracies = dict(train_all(pool, configs))
     print(machine(), "\n")
     print(report(accuracies, options.seeds))

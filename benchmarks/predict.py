@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from benchmarks.common import REPOSITORY, machine, markdown, num_cores, spread
+from benchmarks.common import REPOSITORY, markdown, spread
+from experiments.machine import machine, num_cores
 
 if TYPE_CHECKING:
     from tracking.predict import Predictor

@@ -13,7 +13,8 @@ import os
 import sys
 import time
 
-from benchmarks.common import machine, markdown, matrix_product_rate
+from benchmarks.common import markdown, matrix_product_rate
+from experiments.machine import machine
 from experiments.workers import ALLOCATOR
 
 SETTINGS = ALLOCATOR | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

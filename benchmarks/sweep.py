@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from benchmarks.common import REPOSITORY, machine, markdown, small_data, spread
+from benchmarks.common import REPOSITORY, markdown, small_data, spread
+from experiments.machine import machine
 
 RATES = ("0.002", "0.02")
 """The range of learning rates: narrow, so that no trial diverges, which would end it early."""

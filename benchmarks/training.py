@@ -29,17 +29,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import (
-    machine,
-    markdown,
-    matrix_product_rate,
-    num_cores,
-    small_data,
-    spread,
-)
+from benchmarks.common import markdown, matrix_product_rate, small_data, spread
 from benchmarks.usual import Trained, seed, tutorial
 from cnn.data import Dataset
 from cnn.training import TrainConfig, resolve_precision
+from experiments.machine import machine, num_cores
 from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
 
 OPERATIONS = 69e6
@@ -85,7 +79,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "images")
         data = small_data(options.dataset, folder, options.images, options.data_dir)
-        reference = DataReference(digest=data.digest, data_dir=options.data_dir.resolve(), seed=0)
+        reference = DataReference(digest=data.digest, data_dir=options.data_dir.resolve())
         with Pool(num_cores()) as pool:
             pool.open(reference)
             results, rates = measure(

@@ -93,6 +93,7 @@ class Dataset:
     test: Split
     digest: str  # 32 hex digits of the SHA-256 of pixels, labels, class names, given test split
     source: str  # a path or a function, for people
+    given_test: bool = False  # the test split is the same for every seed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,6 +184,7 @@ def _split(pool: Pool, digest: str, seed: int, *, name: str, source: str) -> Dat
         test=test,
         digest=digest,
         source=source,
+        given_test=pool.given_test > 0,
     )
 
 

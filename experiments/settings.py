@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
+
+from optuna.samplers import BaseSampler
 
 from cnn.data import Dataset
 from cnn.training import resolve_device, resolve_precision
-from experiments.space import PRUNERS, SAMPLERS, Space
+from experiments.space import PRUNERS, SAMPLERS, Point, PointSampler, Space, make_sampler
 from tracking.registry import check_name, default_name
 
 
@@ -44,6 +47,10 @@ class Settings:
     """Failed trials in a row."""
     tracking_timeout: float
     """Seconds that a tracking server may be away."""
+    points: Sequence[Point] = ()
+    """The settings of all trials, in order: there is nothing to sample then."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of all of its runs, beside their own."""
     register: str = "none"
     """The registered model that the best trial's becomes a version of: a name, `auto` or `none`."""
 
@@ -69,6 +76,7 @@ class Settings:
             raise ValueError("--study must not be empty")
         if self.register not in ("auto", "none"):
             check_name(self.register)
+        assert len(self.points) in (0, self.trials)
         self.space()
 
     def space(self) -> Space:
@@ -87,7 +95,12 @@ class Settings:
                 "precision": resolve_precision(self.precision, device),
                 "device": device,
             },
+            varies_seed=bool(self.points),
         )
+
+    def make_sampler(self) -> BaseSampler:
+        """Return what chooses the settings of the trials."""
+        return PointSampler(self.points) if self.points else make_sampler(self.sampler, self.seed)
 
     def registered_model(self, data: Dataset) -> str | None:
         """Return the name of the registered model, None for none."""
@@ -100,10 +113,16 @@ class Settings:
             "losses learning_rate_min learning_rate_max batch_sizes epochs seed sampler pruner "
             "optimizer schedule device precision"
         )
-        return {"dataset": data.name, "dataset_digest": data.digest} | {
-            name: _plain(getattr(self, name)) for name in names.split()
+        identity = {"dataset": data.name, "dataset_digest": data.digest} | {
+            name: getattr(self, name) for name in names.split()
         }
+        if self.points:
+            # Without the seeds, of which there may be more later.
+            identity["points"] = sorted({astuple(point)[:-1] for point in self.points})
+        plain: dict[str, Any] = json_types(identity)
+        return plain
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
+def json_types(value: Any) -> Any:
+    """Return a value as it comes back from JSON: tuples as lists."""
+    return json.loads(json.dumps(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,20 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from cnn.losses import get_loss
 from cnn.training import TrainConfig
 
+MAX_SEED = 2**32 - 1
+
 FIRST_EPOCH = 1
 """The number of it; accuracies are reported to Optuna under their epochs' numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A setting to be tried, with the seed of its split, initial weights and order of images."""
+
+    loss: str
+    learning_rate: float
+    batch_size: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,8 @@ class Space:
     batch_sizes: Sequence[int]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of `TrainConfig`."""
+    varies_seed: bool = False
+    """Whether a trial has a seed of its own, too, as the points of a `PointSampler` do."""
 
     def __post_init__(self) -> None:
         for name, value in (("min", self.learning_rate_min), ("max", self.learning_rate_max)):
@@ -58,13 +72,16 @@ class Space:
 
     def suggest(self, trial: Trial) -> TrainConfig:
         """Return the configuration of a trial; if it is taken up again, the same as before."""
-        return self._config(
+        config = self._config(
             trial.suggest_categorical("loss", self.losses),
             trial.suggest_float(
                 "learning_rate", self.learning_rate_min, self.learning_rate_max, log=True
             ),
             trial.suggest_categorical("batch_size", self.batch_sizes),
         )
+        if self.varies_seed:
+            return replace(config, seed=trial.suggest_int("seed", 0, MAX_SEED))
+        return config
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the space in Optuna's terms."""
@@ -139,6 +156,40 @@ class TrialSeededSampler(BaseSampler):
     ) -> None:
         """Take note of a trial that ended."""
         self._sampler(trial).after_trial(study, trial, state, values)
+
+
+class PointSampler(BaseSampler):
+    """A sampler whose trials are the points of a list, in order."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self._points = points
+
+    def infer_relative_search_space(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        """Return that nothing is sampled together."""
+        return {}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
+    ) -> Any:
+        """Return what the trial's point has."""
+        return getattr(self._points[trial.number], param_name)
 
 
 class _NumberedQMCSampler(optuna.samplers.QMCSampler):

@@ -36,7 +36,7 @@ from cnn.training import TrainConfig, check_batch_size
 from experiments.heartbeat import Heartbeat, agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.settings import Settings
-from experiments.space import make_pruner, make_sampler
+from experiments.space import make_pruner
 from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
 from tracking.store import (
     NotNowError,
@@ -49,6 +49,7 @@ from tracking.store import (
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
 if TYPE_CHECKING:
+    from tracking.machine_load import MachineLoad
     from tracking.runs import Run, Tracker
 
 WAIT_SECONDS = 0.2
@@ -168,6 +169,8 @@ def sweep(
     data: Dataset,
     pool: Pool,
     interrupts: Interrupts | None = None,
+    *,
+    under: str | None = None,
 ) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield what happens.
 
@@ -180,6 +183,7 @@ def sweep(
         pool: the workers, which have opened the same data; it is not closed.
         interrupts: asked several times a second; once true, what runs is closed as `interrupted`
             and the iteration ends.
+        under: the run, by its id, that the sweep's own is part of, if it is of any.
 
     Raises:
         ValueError: study, storage, tracking server or settings can't be used, in one line;
@@ -190,14 +194,14 @@ def sweep(
         check_batch_size(batch_size, data)
     with ExitStack() as stack:
         study = open_study(settings, data)
-        stack.enter_context(_held(settings.storage, study.study_name))
-        running = _Sweep(settings, study, pool, data, interrupts or Interrupts())
+        stack.enter_context(held(settings.storage, study.study_name))
+        running = _Sweep(settings, study, pool, data, interrupts or Interrupts(), under)
         try:
             running.begin()
             tracker, parent = running.connect()
         except recording_errors() as error:
             kind = ValueError if is_refused_user(error) else NotNowError
-            raise kind(one_line(_cause(error))) from error
+            raise kind(one_line(cause_of(error))) from error
         stack.callback(running.close)
         yield SweepStarted(
             study=study.study_name,
@@ -211,7 +215,7 @@ def sweep(
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            running.outcome, running.reason = "interrupted", one_line(_cause(error))
+            running.outcome, running.reason = "interrupted", one_line(cause_of(error))
         yield from running.close()
 
 
@@ -225,12 +229,14 @@ class _Sweep:
         pool: Pool,
         data: Dataset,
         interrupts: Interrupts,
+        under: str | None,
     ) -> None:
-        self.settings, self.study = settings, study
+        self.settings, self.study, self.under = settings, study, under
         self.pool, self.data, self.interrupts = pool, data, interrupts
         self.space = settings.space()
         self.tracker: Tracker
         self.parent: Run
+        self.load: MachineLoad
         self.without_run: list[tuple[Trial, TrainConfig]] = []
         self.running: dict[int, _RunningTrial] = {}
         self.classifiers: dict[str, Classifier] = {}
@@ -253,13 +259,15 @@ class _Sweep:
     def connect(self) -> tuple[Tracker, Run]:
         """Open MLflow's experiment and the run that the trials' runs hang under."""
         with self.interrupts.at_once():
+            from tracking.machine_load import MachineLoad
             from tracking.patience import Patience
             from tracking.runs import Tracker
 
             timeout = self.settings.tracking_timeout
             patience = Patience(seconds=timeout, should_stop=self._should_wait_no_more)
             self.tracker = Tracker.open(self.settings.experiment, patience=patience)
-        self.parent = _open_parent(self.tracker, self.study, self.settings, self.data)
+        self.parent = _open_parent(self.tracker, self.study, self.settings, self.data, self.under)
+        self.load = MachineLoad(self.parent)
         return self.tracker, self.parent
 
     def events(self) -> Iterator[SweepEvent]:
@@ -278,6 +286,7 @@ class _Sweep:
             self._hand_out()
             yield from self._open_runs()
             self._rehearse()
+            self.load.log_if_due()
             events = self.pool.wait(WAIT_SECONDS)
             # A process that was suspended records nothing of what others have taken up meanwhile.
             self._keep_alive()
@@ -401,6 +410,8 @@ class _Sweep:
         else:
             rate = f"lr={config.learning_rate:.3g}"
             name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
+            if self.space.varies_seed:
+                name += f" seed={config.seed}"
             run = self.tracker.start_run(name, tags=self._tags(trial.number), parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
         # The process that opened it may have died before it came to these.
@@ -413,7 +424,7 @@ class _Sweep:
     def _tags(self, number: int) -> dict[str, str]:
         # The study's own id: one that was deleted and made again may have the same name.
         study = {"study": self.study.study_name, "study_id": self.study.user_attrs["id"]}
-        return study | {"trial": str(number), "role": "trial"}
+        return {**self.settings.tags, **study, "trial": str(number), "role": "trial"}
 
     def _find_run(self, number: int, user_attrs: Mapping[str, Any]) -> Run | None:
         """Return the run of a trial, though its process may have died before it noted its id."""
@@ -499,7 +510,7 @@ class _Sweep:
                 "dataset": self.data.name,
                 "dataset_digest": self.data.digest,
                 "loss": running.config.loss,
-                "seed": self.settings.seed,
+                "seed": running.config.seed,
                 "study": self.study.study_name,
                 "trial": running.trial.number,
             },
@@ -594,11 +605,11 @@ def open_study(settings: Settings, data: Dataset) -> Study:
     identity = settings.identity(data)
     canonical = json.dumps(identity, sort_keys=True)
     name = settings.study or f"{data.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
-    with _storage_errors(settings.storage):
-        study = _load_or_create(
+    with storage_errors(settings.storage):
+        study = load_or_create(
             study_name=name,
             storage=open_storage(settings.storage),
-            sampler=make_sampler(settings.sampler, settings.seed),
+            sampler=settings.make_sampler(),
             pruner=make_pruner(settings.pruner, settings.epochs),
         )
         # In this order: another process that makes it sets them before it asks for a trial.
@@ -619,7 +630,7 @@ def open_study(settings: Settings, data: Dataset) -> Study:
     return study
 
 
-def _load_or_create(**options: Any) -> Study:
+def load_or_create(**options: Any) -> Study:
     """Load a study, or make it; to load one writes nothing, which a full disk would not take."""
     try:
         return optuna.load_study(**options)
@@ -668,11 +679,18 @@ def log_data(run: Run, data: Dataset) -> None:
     )
 
 
-def _open_parent(tracker: Tracker, study: Study, settings: Settings, data: Dataset) -> Run:
+def _open_parent(
+    tracker: Tracker, study: Study, settings: Settings, data: Dataset, under: str | None
+) -> Run:
     """Return the run that the trials' runs hang under: the study's own, if it has one already."""
-    study_tags = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
+    own = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
+    study_tags = {**settings.tags, **own}
     earlier = study.user_attrs.get("parent_run_id")
-    parent = tracker.parent_run(f"sweep {study.study_name}", tags=study_tags, earlier=earlier)
+    whole = settings.tags.get("comparison")
+    name = f"sweep {study.study_name}"
+    if whole is not None:
+        name = study.study_name.removeprefix(f"{whole}/").replace("/", " ")
+    parent = tracker.parent_run(name, tags=study_tags, earlier=earlier, under=under)
     if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
         first = agree(study, "parent_run_id", parent.run_id)
         if first != parent.run_id and (run := tracker.find_run(first)) is not None:
@@ -687,7 +705,7 @@ def _open_parent(tracker: Tracker, study: Study, settings: Settings, data: Datas
 
 
 @contextmanager
-def _held(storage: str, study: str) -> Iterator[None]:
+def held(storage: str, study: str) -> Iterator[None]:
     """Hold a study, on a storage that only one process may write to, until the block ends.
 
     A lock of the operating system's, which a dead process holds no longer.
@@ -721,7 +739,7 @@ def _held(storage: str, study: str) -> Iterator[None]:
         yield
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """Return what the database said, of an error that Optuna or SQLAlchemy made of it."""
     if isinstance(error, optuna.exceptions.StorageInternalError):
         error = error.__cause__ or error
@@ -729,13 +747,13 @@ def _cause(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _storage_errors(storage: str) -> Iterator[None]:
+def storage_errors(storage: str) -> Iterator[None]:
     """Turn what is raised about a storage into one line for the user."""
     errors = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
     try:
         yield
     except errors as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         first = str(cause).strip().splitlines()[0]
         raise refusal(f"the storage {storage!r} can't be opened: {first}", cause) from error
     except ImportError as error:

@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,19 @@ NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 @dataclass(frozen=True, kw_only=True)
 class DataReference:
-    """Where a worker finds the data set: an entry of `cnn.data`'s cache, and the split's seed."""
+    """Where a worker finds the data set: an entry of `cnn.data`'s cache.
+
+    The seed of a training is that of its split, too: another seed is another draw of all.
+    """
 
     digest: str
     data_dir: Path
-    seed: int
+
+    def open(self, seed: int) -> Dataset:
+        """Return the data set, split with a seed."""
+        from cnn.data import open_cached
+
+        return open_cached(self.digest, self.data_dir, seed)
 
     def checkpoint(self, config: TrainConfig) -> Path:
         """Return where the checkpoint of a training is kept.
@@ -66,7 +75,7 @@ class DataReference:
         """
         from importlib.metadata import version
 
-        depends_on = [self.digest, self.seed, version("torch"), config.as_params()]
+        depends_on = [self.digest, version("torch"), config.as_params()]
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
         return self.data_dir / "checkpoints" / f"{key}.pt"
 
@@ -268,15 +277,17 @@ def main(argv: Sequence[str]) -> None:
 
     import torch  # while the main process prepares the data
 
-    from cnn.data import open_cached
+    import cnn.training  # noqa: F401
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_flush_denormal(True)
     reference: DataReference = inbox.get()
-    data = open_cached(reference.digest, reference.data_dir, reference.seed)
+    reference.open(seed=0)  # a worker that can't ends here, at no trial's cost
+    opened = lru_cache(maxsize=1)(reference.open)
     while True:
         job, config = inbox.get()
         try:
+            data = opened(config.seed)
             for event in _train(job, config, data, stopped, reference.checkpoint(config)):
                 connection.send(event)
         except Exception as error:  # whatever it is, it goes to the trial's run

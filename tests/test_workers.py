@@ -45,7 +45,7 @@ def data(data_dir: Path) -> Dataset:
 def pool(data: Dataset, data_dir: Path) -> Iterator[Pool]:
     """One pool for all tests: a worker takes seconds to start."""
     with Pool(1) as pool:
-        pool.open(DataReference(digest=data.digest, data_dir=data_dir, seed=0))
+        pool.open(DataReference(digest=data.digest, data_dir=data_dir))
         yield pool
 
 
@@ -128,7 +128,7 @@ def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: Pool) ->
 
 def test_workers_that_cannot_start_are_not_started_for_ever(data_dir: Path) -> None:
     with Pool(1) as pool:
-        pool.open(DataReference(digest="0" * 32, data_dir=data_dir, seed=0))
+        pool.open(DataReference(digest="0" * 32, data_dir=data_dir))
         with pytest.raises(RuntimeError, match="exited with status 1 without a job"):
             wait_for_end(pool)
 
@@ -138,7 +138,7 @@ def test_workers_end_when_the_main_process_is_killed(data: Dataset, data_dir: Pa
         "import sys, time; from pathlib import Path\n"
         "from cnn.training import TrainConfig; from experiments.workers import *\n"
         "pool = Pool(1); pool.open(DataReference(digest=sys.argv[1], "
-        "data_dir=Path(sys.argv[2]), seed=0))\n"
+        "data_dir=Path(sys.argv[2])))\n"
         "pool.submit(1, TrainConfig(loss='mse', learning_rate=0.1, batch_size=1, epochs=99))\n"
         "print(pool._workers[0].process.pid, flush=True); time.sleep(60)"
     )
@@ -166,7 +166,7 @@ def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_
     pool: Pool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(epochs=4, seed=5, precision="bfloat16")
-    reference = DataReference(digest=data.digest, data_dir=data_dir, seed=0)
+    reference = DataReference(digest=data.digest, data_dir=data_dir)
     pool.submit(1, training)
     *undisturbed, expected = wait_for_end(pool)
     pool.forget(training)
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(
     pool: Pool, data: Dataset, data_dir: Path, content: bytes
 ) -> None:
     training = config(seed=6)
-    file = DataReference(digest=data.digest, data_dir=data_dir, seed=0).checkpoint(training)
+    file = DataReference(digest=data.digest, data_dir=data_dir).checkpoint(training)
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     pool.submit(1, training)
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
     pool: Pool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(seed=8)
-    file = DataReference(digest=data.digest, data_dir=data_dir, seed=0).checkpoint(training)
+    file = DataReference(digest=data.digest, data_dir=data_dir).checkpoint(training)
     draft = file.with_suffix(".draft")
     draft.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
     pool.submit(1, training)

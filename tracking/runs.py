@@ -130,14 +130,22 @@ class Tracker:
         """Which process works on a run, and where."""
         return {key: self.context_tags[key] for key in ("host", "pid")}
 
-    def parent_run(self, name: str, *, tags: Mapping[str, str], earlier: str | None) -> Run:
+    def parent_run(
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, str],
+        earlier: str | None,
+        under: str | None = None,
+    ) -> Run:
         """Return the run that a sweep's trials hang under.
 
         Under `mlflow run` it is the run that this opened; else the one that an earlier start of the
         same sweep made, by its id or, where none was noted, its tags, if it is still there; else a
-        new one.
+        new one. One that is itself `under` another, by the id of that, is never the first.
         """
-        if adopted := os.environ.get("MLFLOW_RUN_ID"):
+        adopted = os.environ.get("MLFLOW_RUN_ID")
+        if adopted and under is None:
             run = Run(self.client, adopted, self.experiment_id)
             run.set_tags({MLFLOW_RUN_NAME: name, **tags, **self.process_tags})
             return run
@@ -146,7 +154,8 @@ class Tracker:
         if run_before is not None:
             run_before.reopen(tags=self.process_tags)
             return run_before
-        return self.start_run(name, tags=tags)
+        parent = None if under is None else Run(self.client, under, self.experiment_id)
+        return self.start_run(name, tags=tags, parent=parent)
 
     def find_run(self, run_id: str) -> Run | None:
         """Return the run with this id in this experiment, unless it is not there or deleted."""
@@ -211,11 +220,33 @@ class Run:
         entities = [Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=entities)
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log metrics at a step, all in one request. NaN and infinity are kept as such."""
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int,
+        tags: Mapping[str, str] | None = None,
+        model_id: str | None = None,
+        data: tuple[str, str] | None = None,
+    ) -> None:
+        """Log metrics at a step, and tags, all in one request.
+
+        NaN and infinity are kept as such.
+
+        Args:
+            metrics: values by name.
+            step: of all of them.
+            tags: of the run.
+            model_id: the model that they are of as well.
+            data: name and digest of the data set that they are measured on.
+        """
         now = int(time.time() * 1000)
-        entities = [Metric(key, value, now, step) for key, value in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=entities)
+        name, digest = data or (None, None)
+        entities = [
+            Metric(key, value, now, step, model_id, name, digest) for key, value in metrics.items()
+        ]
+        run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        self.client.log_batch(self.run_id, metrics=entities, tags=run_tags)
 
     def last_step(self, metric: str) -> int:
         """Return the last step at which a metric was logged, 0 if it never was."""
@@ -236,6 +267,11 @@ class Run:
         outcome: str | None = self.client.get_run(self.run_id).data.tags.get("outcome")
         return outcome
 
+    def model_id(self) -> str | None:
+        """Return the id of the run's last model, None if it has none."""
+        outputs = self.client.get_run(self.run_id).outputs
+        return outputs.model_outputs[-1].model_id if outputs and outputs.model_outputs else None
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, all in one request."""
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -243,6 +279,10 @@ class Run:
     def log_text(self, text: str, file: str) -> None:
         """Store a text as an artifact of the run."""
         self.client.log_text(self.run_id, text, file)
+
+    def log_folder(self, folder: Path, path: str) -> None:
+        """Store all that is in a folder as artifacts of the run, under a path."""
+        self.client.log_artifacts(self.run_id, str(folder), path)
 
     def log_dataset(
         self, *, name: str, digest: str, source: str, profile: Mapping[str, object], context: str
@@ -329,7 +369,8 @@ class Run:
             save_model(model, folder, input_example=input_example, metadata=metadata, about=about)
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-        self._link_metrics(logged.model_id, run.data.metrics, step)
+        data = metadata.get("dataset"), metadata.get("dataset_digest")
+        self._link_metrics(logged.model_id, data, run.data.metrics, step)
         self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
         return f"models:/{logged.model_id}"
 
@@ -340,11 +381,17 @@ class Run:
         ):
             self.client.delete_logged_model(left.model_id)
 
-    def _link_metrics(self, model_id: str, names: Iterable[str], step: int) -> None:
-        """Have the model show the run's metrics of a step."""
+    def _link_metrics(
+        self,
+        model_id: str,
+        data: tuple[str | None, str | None],
+        names: Iterable[str],
+        step: int,
+    ) -> None:
+        """Have the model show the run's metrics of a step, and which data they were measured on."""
         # The same ones to the millisecond: else the run would have them twice.
         linked = [
-            Metric(entry.key, entry.value, entry.timestamp, entry.step, model_id=model_id)
+            Metric(entry.key, entry.value, entry.timestamp, entry.step, model_id, *data)
             for name in names
             for entry in self.client.get_metric_history(self.run_id, name)
             if entry.step == step

@@ -1,0 +1,312 @@
+"""What the commands that train have in common: their flags, how they end, and their workers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tracking.store import is_passing, without_passwords
+
+# What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
+if TYPE_CHECKING:
+    from cnn.data import Dataset
+    from experiments.settings import Settings
+    from experiments.workers import Pool
+
+# Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
+# hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
+MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Two lines a run, amid ours, with the password of whoever has it in the server's address.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+LOSSES_TEXT = """\
+losses:
+  l1 mse cross_entropy smooth_l1 l1_softmax mse_softmax bce label_smoothing
+  focal squentropy poly1 gce multi_margin squared_hinge; or all
+"""
+
+AGAIN = "the same command continues the study"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser; what is wrong with what was typed is a ValueError of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise ValueError(message)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is trained on."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        default="digits",
+        metavar="NAME|PATH",
+        help="digits (bundled), cifar10 (downloaded on demand), or a folder of images: "
+        "train/<class>/* with test/<class>/* if there, else <class>/* (default: %(default)s)",
+    )
+    data.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where downloads and decoded images are kept (default: %(default)s)",
+    )
+
+
+def add_space_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is tried."""
+    space = parser.add_argument_group("search space")
+    space.add_argument(
+        "--losses",
+        nargs="+",
+        default=["l1", "mse", "cross_entropy"],
+        metavar="LOSS",
+        help="loss functions, or all; they are listed below (default: l1 mse cross_entropy)",
+    )
+    space.add_argument(
+        "--learning-rate-min",
+        type=float,
+        default=0.001,
+        metavar="RATE",
+        help="lower end of the log-uniform range of peak learning rates (default: %(default)s)",
+    )
+    space.add_argument(
+        "--learning-rate-max",
+        type=float,
+        default=1.0,
+        metavar="RATE",
+        help="upper end of that range (default: %(default)s)",
+    )
+    space.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        default=["16", "32", "64", "128"],
+        metavar="IMAGES",
+        help="batch sizes, in images a step (default: 16 32 64 128)",
+    )
+
+
+def add_search_flags(group: argparse._ArgumentGroup) -> None:
+    """Add what every search has."""
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of split, initial weights, order of images and sampler (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="stop after so many failed trials one after another (default: %(default)s)",
+    )
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how each trial is trained."""
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam", "adamw"),
+        default="sgd",
+        help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=("one_cycle", "cosine", "constant"),
+        default="one_cycle",
+        help="how the learning rate goes over a trial's steps (default: %(default)s)",
+    )
+    training.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto (a GPU where there is one), cpu, cuda, cuda:1, … (default: %(default)s)",
+    )
+    training.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the network's arithmetic; auto is bfloat16 where the processor is fast at it "
+        "(default: %(default)s)",
+    )
+    training.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that train, each one trial at a time; with more than one, results depend "
+        "on timing (default: one a core on a CPU, one on a GPU)",
+    )
+
+
+def add_record_flags(group: argparse._ArgumentGroup) -> None:
+    """Add where everything is recorded."""
+    group.add_argument(
+        "--experiment",
+        default=None,
+        metavar="NAME",
+        help="the MLflow experiment (default: that of `mlflow run` or MLFLOW_EXPERIMENT_NAME, "
+        "else cnn-sweep)",
+    )
+    group.add_argument(
+        "--storage",
+        default="sqlite:///optuna.db",
+        metavar="URL",
+        help="the study's database; not MLflow's (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tracking-timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for an MLflow server that went away, before the sweep is stopped "
+        "(the same command continues it; default: %(default)s)",
+    )
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    do: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """Do what a command line asks for, and return the exit code."""
+    for name, value in MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        return do(parser.parse_args(argv))
+    except ValueError as error:
+        line = without_passwords(str(error))
+        if is_passing(error):
+            print(f"stopped: {line}; {AGAIN}", file=sys.stderr)
+            return 1
+        print(f"{parser.prog}: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {AGAIN}")
+        return 130
+    except BrokenPipeError:  # `| head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+@contextmanager
+def workers_and_data(
+    options: argparse.Namespace, settle: Callable[[int], Settings]
+) -> Iterator[tuple[Settings, Dataset, Pool]]:
+    """Open the workers of a command line, and the data in all of them.
+
+    Args:
+        options: the command line.
+        settle: returns the settings, checked, for a number of workers.
+    """
+    from experiments.workers import Pool, visible_gpus
+
+    # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
+    gpus = visible_gpus() if options.device in ("auto", "cuda") else []
+    num_workers = _num_workers(options.workers, options.device, len(gpus))
+    num_threads = max(1, _num_cores() // num_workers)
+    # The workers start while we import.
+    with Pool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
+        from cnn.data import load
+        from experiments.workers import DataReference
+
+        settings = settle(num_workers)
+        data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+        pool.open(DataReference(digest=data.digest, data_dir=options.data_dir.resolve()))
+        yield settings, data, pool
+
+
+def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
+    """Return the settings of a command line; `others` are those that it has no flags for."""
+    from cnn.losses import LOSSES
+    from experiments.settings import Settings
+
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name in Settings.__dataclass_fields__
+    }
+    losses = _split(options.losses)
+    given["losses"] = tuple(LOSSES) if losses == ["all"] else tuple(losses)
+    given["batch_sizes"] = tuple(_integer("--batch-sizes", v) for v in _split(options.batch_sizes))
+    return Settings(**(given | others | {"workers": num_workers}))
+
+
+def ui_command() -> str:
+    """Return what shows the runs."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        return "in the MLflow server's pages"
+    if uri == f"sqlite:///{Path('mlflow.db').absolute()}":
+        return "mlflow ui"
+    return f"mlflow ui --backend-store-uri {quoted(without_passwords(uri))}"
+
+
+def ui_address(experiment_id: str) -> str:
+    """Return where the runs of an experiment are shown."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = re.sub(r"//\S*@", "//", server)  # a browser asks for name and password itself
+    return f"open {server}/#/experiments/{experiment_id}/runs"
+
+
+def quoted(text: str) -> str:
+    """Return a text as a shell takes it."""
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _split(values: Sequence[str]) -> list[str]:
+    """Return the values of a list, separated by spaces or commas, as words or in one string."""
+    return [part for value in values for part in re.split(r"[\s,]+", value) if part]
+
+
+def _integer(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{flag} takes integers ≥ 1, not {text!r}") from None
+
+
+def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
+    if asked is not None:
+        if asked < 1:
+            raise ValueError(f"--workers must be ≥ 1, not {asked}")
+        return asked
+    if num_gpus or device.startswith("cuda"):
+        return max(1, num_gpus)
+    return _num_cores()
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: taking MLflow and PyTorch apart would take two seconds more."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(code)

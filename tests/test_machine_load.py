@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+from mlflow import MlflowClient
+
+from tracking import machine_load
+from tracking.machine_load import MachineLoad
+from tracking.runs import Run, Tracker
+
+
+@pytest.fixture
+def run(mlflow_store: str) -> Run:
+    return Tracker.open("tests").start_run("a run")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test can set."""
+    now = [0.0]
+    monkeypatch.setattr(machine_load.time, "monotonic", lambda: now[0])
+    return now
+
+
+def steps(run: Run, metric: str) -> list[int]:
+    history = MlflowClient().get_metric_history(run.run_id, metric)
+    return [entry.step for entry in history]
+
+
+def test_a_sample_is_logged_every_ten_seconds(run: Run, clock: list[float]) -> None:
+    load = MachineLoad(run)
+    for clock[0] in range(25):
+        load.log_if_due()
+    assert steps(run, "system/cpu_utilization_percentage") == [1, 2]
+    metrics = MlflowClient().get_run(run.run_id).data.metrics
+    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
+    assert 0 < metrics["system/system_memory_usage_percentage"] < 100
+
+
+def test_a_run_that_is_taken_up_again_goes_on_with_the_next_step(
+    run: Run, clock: list[float]
+) -> None:
+    for _ in range(2):
+        load = MachineLoad(run)
+        clock[0] += 11
+        load.log_if_due()
+    assert steps(run, "system/cpu_utilization_percentage") == [1, 2]
