@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from tracking.store import NotNowError, is_passing, one_line
@@ -91,6 +92,35 @@ def open_draft(
             else:
                 _remove(target)
             raise
+
+
+@contextmanager
+def open_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
+    """Hand out a folder to write files to; when the `with` block is done, they are in `folder`.
+
+    If that wasn't there, it is made with all of them at once. Else each of them takes its place as
+    a whole, in the order of `files`, and what else is there stays.
+
+    Args:
+        folder: in one that exists.
+        files: all that may be written; those that were not, but are there from before, are removed.
+    """
+    folder = folder.resolve()
+    # On the same disk: in the folder itself, if it is there, as another may be mounted there.
+    place = folder if folder.exists() else folder.parent
+    with TemporaryDirectory(prefix=".draft-", dir=place) as scratch:
+        draft = Path(scratch, "folder")
+        draft.mkdir()
+        yield draft
+        if not folder.exists():
+            draft.rename(folder)
+            return
+        for name in files:
+            if (draft / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (draft / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 def _started(

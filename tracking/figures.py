@@ -85,11 +85,11 @@ def _name_classes(axes: Axes, measures: Measures) -> None:
     axes.set_ylabel("true class")
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, longest: int = _LONGEST_NAME) -> str:
     """Return a class name as it fits a figure: on one line, and without its middle if it's long."""
     text = printable(name)
-    half = _LONGEST_NAME // 2
-    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def printable(text: str) -> str:

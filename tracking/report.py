@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tracking.best import Parser, command, described
-from tracking.drafts import writing
+from tracking.drafts import open_folder, writing
 from tracking.figures import FIGURES, printable
 from tracking.measures import BINS, Counter, Measures
 from tracking.outputs import Csv, format_of, harmless
@@ -169,21 +168,11 @@ def write(measures: Measures, subject: Subject, folder: Path) -> None:
 
     Files of the same names are replaced; others in the folder stay.
     """
-    folder = folder.resolve()
-    # On the same disk: in the folder itself, if it is there, as another may be mounted there.
-    place = folder if folder.exists() else folder.parent
-    with writing("the report"), TemporaryDirectory(prefix=".report-", dir=place) as scratch:
-        draft = Path(scratch, "report")
-        draft.mkdir()
+    with writing("the report"), open_folder(folder, FILES) as draft:
         for name, content in _contents(measures, subject):
             (draft / name).write_bytes(content)
         for name, draw in FIGURES.items():
             draw(measures, draft / name)
-        if folder.exists():
-            for name in FILES:
-                (draft / name).replace(folder / name)
-        else:
-            draft.rename(folder)
 
 
 def _contents(measures: Measures, subject: Subject) -> Iterator[tuple[str, bytes]]:
@@ -232,21 +221,21 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _markdown(measures: Measures, subject: Subject) -> str:
     facts = {
-        "images": _escaped(subject.source),
+        "images": escaped(subject.source),
         "labelled": f"{measures.labelled:,}, {measures.correct:,} of them right",
         "not counted": f"{measures.unlabelled:,} without a known class, {measures.unreadable:,} "
         "that could not be read",
-        "model": _escaped(subject.model or "not known"),
-        "run": _escaped(subject.run_id or "not known"),
+        "model": escaped(subject.model or "not known"),
+        "run": escaped(subject.run_id or "not known"),
         "accuracy": f"{_percent(measures.accuracy[0])}, 95 % interval "
         f"{_interval(measures.accuracy)}",
         "expected calibration error": f"{measures.calibration_error:.4f}",
         "Brier score": f"{measures.brier_score:.4f}",
     }
     parts = [
-        f"# Report on {_escaped(subject.source)}",
+        f"# Report on {escaped(subject.source)}",
         _table(("", ""), facts.items()),
-        *(f"**Note:** {_escaped(note)}" for note in subject.notes),
+        *(f"**Note:** {escaped(note)}" for note in subject.notes),
         "## Classes",
         _table(
             ("class", "images", "predicted", "precision", "recall", "F1"),
@@ -256,7 +245,7 @@ def _markdown(measures: Measures, subject: Subject) -> str:
         _table(
             ("true class", "predicted class", "images"),
             [
-                (_escaped(true), _escaped(predicted), f"{images:,}")
+                (escaped(true), escaped(predicted), f"{images:,}")
                 for true, predicted, images in measures.confused(_CONFUSIONS_SHOWN)
             ]
             or [("–", "–", "0")],
@@ -281,7 +270,7 @@ def _class_cells(row: Mapping[Any, Any]) -> list[str]:
         for name in ("precision", "recall")
     ]
     cells = [*shares, _percent(row["f1"])]
-    return [_escaped(row["class"]), *counts, *("–" if "nan" in cell else cell for cell in cells)]
+    return [escaped(row["class"]), *counts, *("–" if "nan" in cell else cell for cell in cells)]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -289,7 +278,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return a text that is no Markdown and no HTML, on one line."""
     return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", printable(text))
 
