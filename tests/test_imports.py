@@ -133,6 +133,7 @@ def test_every_module_is_looked_at(package: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
+        "experiments.report",
         "experiments.sweep",
         "tracking.predict",
         "tracking.best",

@@ -18,17 +18,20 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from experiments import sweep
+from experiments import compare, sweep
+from experiments.command import _split
 from tracking import predict
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "main": ("experiments.sweep", sweep.build_parser),
+    "compare": ("experiments.compare", compare.build_parser),
     "predict": ("tracking.predict", predict.build_parser),
 }
 # Flags that are not declared, because no value stands for leaving them out.
 UNDECLARED = {
     "main": {"workers", "study", "experiment", "tensorboard"},
+    "compare": {"workers", "study", "experiment"},
     "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where", "report"},
 }
 
@@ -176,7 +179,7 @@ def test_a_flag_that_is_not_declared_can_be_given_all_the_same(
 
 @pytest.mark.parametrize("losses", ["bce,gce", "bce gce", "bce, gce"])
 def test_lists_are_one_word_with_commas_or_spaces(project: Any, losses: str) -> None:
-    assert sweep._split(options(project, "main", {"losses": losses})["losses"]) == ["bce", "gce"]
+    assert _split(options(project, "main", {"losses": losses})["losses"]) == ["bce", "gce"]
 
 
 def test_the_test_entry_point_runs_pytest_on_what_it_is_told(project: Any) -> None:

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_pool import FakePool, diverges, trains, weights
+from mlflow import MlflowClient
+
+import experiments.workers
+from benchmarks import pages
+from cnn.losses import LOSSES
+from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from experiments.compare import build_parser, main
+from experiments.settings import Settings
+from experiments.space import SAMPLERS
+
+SMALL = [
+    *("--losses", "mse", "cross_entropy", "--trials", "2", "--epochs", "2", "--repeats", "2"),
+    *("--workers", "1", "--study", "c"),
+]
+
+
+class PoolOfFakes(FakePool):
+    """The pool that the command line opens."""
+
+    def __enter__(self) -> PoolOfFakes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, data: object) -> None:
+        pass
+
+
+def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
+    monkeypatch.setattr(
+        experiments.workers,
+        "Pool",
+        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
+    )
+
+
+def script_of_ten(job: int, config: TrainConfig) -> Iterator[object]:
+    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)
+    yield from epochs
+    yield weights(job, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cnn.data import load
+
+    folder = tmp_path_factory.mktemp("data")
+    load("digits", data_dir=folder, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits_cache: Path) -> None:
+    """Each test has its own folder, which the decoded digits are in already."""
+    (Path.cwd() / "data").symlink_to(digits_cache)
+    use_pool(monkeypatch, script_of_ten)
+
+
+def test_the_help_names_every_choice() -> None:
+    text = build_parser().format_help()
+    for names in (LOSSES, SAMPLERS, OPTIMIZERS, SCHEDULES, PRECISIONS):
+        for name in names:
+            assert re.search(rf"\b{name}\b", text), name
+
+
+def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
+    own = {"points", "tags", "pruner", "timeout", "register"}
+    assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
+
+
+def test_a_comparison_ends_with_its_answer_and_a_report(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "search for the best setting of mse (1 of 2)" in out
+    assert "confirmation on 2 fresh seeds" in out
+    assert re.search(r"^  mse, seed 1: \d", out, re.M)
+    assert "  report:            reports/c/report.html" in out
+    assert Path("reports/c/report.html").stat().st_size > 10_000
+    (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
+    note = run.data.tags["mlflow.note.content"]
+    answer, *_ = note.split("\n")
+    assert answer in out
+    assert f"/runs/{run.info.run_id}/artifacts/report/report.html" in note
+    assert set(run.data.metrics) == {"mse/test_accuracy", "cross_entropy/test_accuracy"}
+    stored = {each.path for each in MlflowClient().list_artifacts(run.info.run_id, "report")}
+    assert {"report/report.html", "report/report.md", "report/data"} <= stored
+
+
+def test_the_same_command_again_looks_at_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    main(SMALL)
+    first = Path("reports/c/report.md").read_text()
+    capsys.readouterr()
+    assert main(SMALL) == 0
+    assert "seed 1:" not in capsys.readouterr().out
+    assert Path("reports/c/report.md").read_text() == first
+    (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
+    history = MlflowClient().get_metric_history(run.info.run_id, "mse/test_accuracy")
+    assert len(history) == 1
+
+
+def test_where_no_loss_ends_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pool(monkeypatch, diverges)
+    assert main(SMALL) == 1
+    assert capsys.readouterr().err == "stopped: no loss has a trial that is complete\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--repeats", "0"], "--repeats must be ≥ 1, not 0"),
+        (["--losses", "hinge"], "unknown loss 'hinge'"),
+        (["--trials", "none"], "invalid int value: 'none'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m experiments.compare: error: ")
+    assert message in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(pages.chromium() is None, reason="there is no Chromium")
+def test_mlflows_pages_show_a_comparison_in_a_browser(mlflow_store: str, tmp_path: Path) -> None:
+    assert main(SMALL) == 0
+    with pages.served(mlflow_store) as address:
+        pictures = pages.look(address, "c", tmp_path / "pictures")
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {
+        f"mlflow-{name}.png" for name in pictures
+    }
+    assert min(file.stat().st_size for file in pictures.values()) > 20_000
