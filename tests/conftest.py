@@ -69,3 +69,13 @@ def coloured_noise() -> Dataset:
         digest="0" * 32,
         source="tests/conftest.py",
     )
+
+
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder that the decoded digits are in already."""
+    from cnn.data import load
+
+    folder = tmp_path_factory.mktemp("data")
+    load("digits", data_dir=folder, seed=0)
+    return folder

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
+import pytest
+
+import experiments.workers
 from cnn.model import build_cnn
 from cnn.training import TrainConfig
 from experiments.workers import EpochEnded, Event, JobEnded, JobFailed
@@ -94,3 +97,34 @@ def diverges(job: int, config: TrainConfig) -> Iterable[Event]:
 def fails(job: int, config: TrainConfig) -> Iterable[Event]:
     yield epoch(job, 1, 0.25)
     yield JobFailed(job=job, error="RuntimeError: no luck", details="Traceback …\nno luck\n")
+
+
+# For the command line, which opens its pool itself.
+
+
+class PoolOfFakes(FakePool):
+    """The pool that the command line opens."""
+
+    def __enter__(self) -> PoolOfFakes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, data: object) -> None:
+        pass
+
+
+def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
+    monkeypatch.setattr(
+        experiments.workers,
+        "Pool",
+        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
+    )
+
+
+def script_of_ten(job: int, config: TrainConfig) -> Iterator[Event]:
+    """Train on ten classes, as the digits have."""
+    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)
+    yield from epochs
+    yield weights(job, num_classes=10)

@@ -1,61 +1,27 @@
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from fake_pool import FakePool, diverges, trains, weights
+from fake_pool import diverges, script_of_ten, use_pool
 from mlflow import MlflowClient
 
-import experiments.workers
 from benchmarks import pages
 from cnn.losses import LOSSES
-from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
 from experiments.compare import build_parser, main
 from experiments.settings import Settings
 from experiments.space import SAMPLERS
 
+REPOSITORY = Path(__file__).parents[1]
 SMALL = [
     *("--losses", "mse", "cross_entropy", "--trials", "2", "--epochs", "2", "--repeats", "2"),
     *("--workers", "1", "--study", "c"),
 ]
-
-
-class PoolOfFakes(FakePool):
-    """The pool that the command line opens."""
-
-    def __enter__(self) -> PoolOfFakes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def open(self, data: object) -> None:
-        pass
-
-
-def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
-    monkeypatch.setattr(
-        experiments.workers,
-        "Pool",
-        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
-    )
-
-
-def script_of_ten(job: int, config: TrainConfig) -> Iterator[object]:
-    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)
-    yield from epochs
-    yield weights(job, num_classes=10)
-
-
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cnn.data import load
-
-    folder = tmp_path_factory.mktemp("data")
-    load("digits", data_dir=folder, seed=0)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +98,47 @@ def test_bad_input_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m experiments.compare: error: ")
     assert message in line
+
+
+TIMELESS = (
+    *("budget.csv", "confusions.csv", "curves.csv", "importances.csv", "learning_curves.csv"),
+    *("pairs.csv", "table.csv"),
+)
+
+
+def in_a_process(folder: Path, *, until: str = "") -> None:
+    """Run the command in a folder, to its end or until a line begins so, when it is killed."""
+    command = [sys.executable, "-u", "-m", "experiments.compare", *SMALL, "--data-dir", "../data"]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if until and line.lstrip().startswith(until):
+                process.kill()
+                return
+    assert not until
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_in_every_stage_ends_with_the_same_report(
+    tmp_path: Path,
+) -> None:
+    for name in ("calm", "stormy"):
+        (tmp_path / name).mkdir()
+    in_a_process(tmp_path / "calm")
+    for stage in ("0  mse", "search for the best setting of cross", "1  cross", "the test", "mse,"):
+        in_a_process(tmp_path / "stormy", until=stage)
+    in_a_process(tmp_path / "stormy")
+    calm, stormy = (tmp_path / name / "reports" / "c" / "data" for name in ("calm", "stormy"))
+    for file in TIMELESS:
+        assert (stormy / file).read_bytes() == (calm / file).read_bytes(), file
 
 
 @pytest.mark.slow

@@ -198,6 +198,16 @@ def test_the_test_split_is_opened_only_after_the_settings_are_fixed(
     assert min(at) > begun
 
 
+def test_what_is_measured_is_linked_to_the_model_and_its_data(whole: Whole, data: Dataset) -> None:
+    run = MlflowClient().get_run(results(whole.plan).repeats["run_id"].iloc[0])
+    (output,) = run.outputs.model_outputs
+    metrics = MlflowClient().get_logged_model(output.model_id).metrics
+    assert {"train/accuracy", "val/accuracy", "test/accuracy", "test/ece"} <= {
+        m.key for m in metrics
+    }
+    assert {(m.dataset_name, m.dataset_digest) for m in metrics} == {(data.name, data.digest)}
+
+
 def test_curves_are_of_every_training(whole: Whole) -> None:
     curves = results(whole.plan).curves
     assert list(curves.columns) == list(CURVE_COLUMNS)

@@ -643,8 +643,8 @@ def test_a_killed_process_holds_a_study_no_longer(
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     holding = (
-        "import sys, time; from experiments.study import _held\n"
-        "with _held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
+        "import sys, time; from experiments.study import held\n"
+        "with held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
     )
     name = open_study(settings, data).study_name
     with subprocess.Popen(

@@ -5,15 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_pool import FakePool, diverges, trains, weights
+from fake_pool import diverges, script_of_ten, use_pool
 from PIL import Image
 
-import experiments.workers
 from cnn.losses import LOSSES
 from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
 from experiments.command import _num_cores, _num_workers
@@ -25,48 +23,12 @@ REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]
 
 
-class PoolOfFakes(FakePool):
-    """The pool that the command line opens."""
-
-    def __enter__(self) -> PoolOfFakes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def open(self, data: object) -> None:
-        pass
-
-
-def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
-    monkeypatch.setattr(
-        experiments.workers,
-        "Pool",
-        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
-    )
-
-
 @pytest.fixture(autouse=True)
 def small_world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits_cache: Path) -> None:
     """Each test has its own folder, which the decoded digits are in already."""
     (Path.cwd() / "data").symlink_to(digits_cache)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    use_pool(monkeypatch, lambda job, config: script_of_ten(job, config))
-
-
-def script_of_ten(job: int, config: object) -> Iterator[object]:
-    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)  # type: ignore[arg-type]
-    yield from epochs
-    yield weights(job, num_classes=10)
-
-
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cnn.data import load
-
-    folder = tmp_path_factory.mktemp("data")
-    load("digits", data_dir=folder, seed=0)
-    return folder
+    use_pool(monkeypatch, script_of_ten)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -370,7 +370,8 @@ class Run:
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         data = metadata.get("dataset"), metadata.get("dataset_digest")
-        self._link_metrics(logged.model_id, data, run.data.metrics, step)
+        known = data if None not in data else (None, None)  # MLflow takes both or neither
+        self._link_metrics(logged.model_id, known, run.data.metrics, step)
         self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
         return f"models:/{logged.model_id}"
 
