@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from experiments.interrupts import leaving_at_once
 from tracking.store import is_passing, without_passwords
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
@@ -189,7 +190,9 @@ def run(
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        return do(parser.parse_args(argv))
+        options = parser.parse_args(argv)
+        with leaving_at_once(f"interrupted: {AGAIN}"):  # until it is somebody else's to hear them
+            return do(options)
     except ValueError as error:
         line = without_passwords(str(error))
         if is_passing(error):

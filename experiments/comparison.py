@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
 from experiments.heartbeat import agree, open_storage
-from experiments.interrupts import Interrupts
+from experiments.interrupts import InterruptionError, Interrupts
 from experiments.machine import machine
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings, json_types
@@ -196,6 +196,8 @@ def compare(
         running = _Comparison(plan, data, pool, interrupts, record, open_data, retest)
         try:
             running.connect()
+        except InterruptionError:
+            raise  # before it is asked what the others are: MLflow may be half imported
         except recording_errors() as error:
             kind = ValueError if is_refused_user(error) else NotNowError
             raise kind(one_line(cause_of(error))) from error

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SAME_WISH_SECONDS = 1.0
 INSIST_SECONDS = 0.5
 """A block that should end at once, and has not after so long, is told again."""
+
+
+@contextmanager
+def leaving_at_once(line: str) -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the process with a line and exit code 130, at any time at all.
+
+    For a start, when nothing is recorded yet: to raise something in the middle of an import can end
+    in an abort of what is imported.
+    """
+
+    def leave(*_: object) -> None:
+        with suppress(OSError):
+            os.write(sys.stdout.fileno(), f"{line}\n".encode())
+        os._exit(130)
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class InterruptionError(KeyboardInterrupt):
@@ -41,11 +64,16 @@ class Interrupts:
         Raises:
             InterruptionError: there was a signal, in the block or before it.
         """
+        if self.first is not None:
+            raise InterruptionError
         self._raises = True
         try:
-            if self.first is not None:
-                raise InterruptionError
             yield
+        except Exception as error:
+            if self.first is None:
+                raise
+            # What is left of an import that was cut short by it is no error of its own.
+            raise InterruptionError from error
         finally:
             self._raises = False
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -199,6 +199,8 @@ def sweep(
         try:
             running.begin()
             tracker, parent = running.connect()
+        except InterruptionError:
+            raise  # before it is asked what the others are: MLflow may be half imported
         except recording_errors() as error:
             kind = ValueError if is_refused_user(error) else NotNowError
             raise kind(one_line(cause_of(error))) from error

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from experiments.interrupts import InterruptionError, Interrupts
 
+REPOSITORY = Path(__file__).parents[1]
 both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
@@ -62,6 +66,39 @@ def test_a_block_that_is_over_is_not_ended() -> None:
             pass
         receive(signal.SIGINT)
         assert interrupts()
+
+
+def test_an_error_that_an_interruption_left_behind_is_an_interruption() -> None:
+    def is_cut_short() -> None:
+        with suppress(BaseException):
+            receive(signal.SIGINT)
+        raise AttributeError("partially initialized module")
+
+    with Interrupts() as interrupts, pytest.raises(InterruptionError), interrupts.at_once():
+        is_cut_short()
+
+
+def test_another_error_is_raised_as_it_is() -> None:
+    with Interrupts() as interrupts, pytest.raises(AttributeError), interrupts.at_once():
+        raise AttributeError
+
+
+@both
+def test_a_start_is_left_at_once_wherever_it_is(number: int) -> None:
+    script = (
+        "import os, sys, time; from experiments.interrupts import leaving_at_once\n"
+        "with leaving_at_once('a line'):\n"
+        "    try:\n        os.kill(os.getpid(), int(sys.argv[1])); time.sleep(30)\n"
+        "    except BaseException: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(number)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "a line\n", "")
 
 
 def test_afterwards_signals_do_what_they_did_before() -> None:
