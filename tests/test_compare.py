@@ -89,6 +89,8 @@ def test_where_no_loss_ends_it_says_so(
         (["--repeats", "0"], "--repeats must be ≥ 1, not 0"),
         (["--losses", "hinge"], "unknown loss 'hinge'"),
         (["--trials", "none"], "invalid int value: 'none'"),
+        (["--out", "mlflow.db"], "can't write --out: there is no folder"),
+        (["--out", "mlflow.db/reports"], "can't write --out: there is no folder"),
     ],
 )
 def test_bad_input_is_one_line(
