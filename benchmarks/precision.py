@@ -19,8 +19,9 @@ from scipy import stats
 
 from benchmarks.common import markdown, small_data
 from cnn.training import PRECISIONS, TrainConfig
-from experiments.machine import machine, num_cores
+from experiments.machine import machine
 from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
+from tracking.ahead import num_cores
 
 LEARNING_RATES = {"cross_entropy": 0.01, "mse": 0.2, "l1": 0.2}
 

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from benchmarks.common import REPOSITORY, markdown, spread
-from experiments.machine import machine, num_cores
+from experiments.machine import machine
+from tracking.ahead import num_cores
 
 if TYPE_CHECKING:
     from tracking.predict import Predictor

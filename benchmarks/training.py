@@ -33,8 +33,9 @@ from benchmarks.common import markdown, matrix_product_rate, small_data, spread
 from benchmarks.usual import Trained, seed, tutorial
 from cnn.data import Dataset
 from cnn.training import TrainConfig, resolve_precision
-from experiments.machine import machine, num_cores
+from experiments.machine import machine
 from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
+from tracking.ahead import num_cores
 
 OPERATIONS = 69e6
 """An image's multiplications and additions, forwards and backwards, without the gradient of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.interrupts import leaving_at_once
+from tracking.ahead import num_cores
 from tracking.store import is_passing, without_passwords
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
@@ -38,14 +40,6 @@ losses:
 """
 
 AGAIN = "the same command continues the study"
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser; what is wrong with what was typed is a ValueError of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise it."""
-        raise ValueError(message)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +202,15 @@ def run(
         return 1
 
 
+def interrupted(reason: str) -> int:
+    """Say that a sweep was stopped, by a signal or for a reason, and return the exit code."""
+    if reason:
+        print(f"stopped: {reason}; {AGAIN}", file=sys.stderr)
+        return 1
+    print(f"interrupted: {AGAIN}")
+    return 130
+
+
 @contextmanager
 def workers_and_data(
     options: argparse.Namespace, settle: Callable[[int], Settings]
@@ -223,7 +226,7 @@ def workers_and_data(
     # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
     gpus = visible_gpus() if options.device in ("auto", "cuda") else []
     num_workers = _num_workers(options.workers, options.device, len(gpus))
-    num_threads = max(1, _num_cores() // num_workers)
+    num_threads = max(1, num_cores() // num_workers)
     # The workers start while we import.
     with Pool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
         from cnn.data import load
@@ -260,7 +263,7 @@ def ui_command() -> str:
         return "in the MLflow server's pages"
     if uri == f"sqlite:///{Path('mlflow.db').absolute()}":
         return "mlflow ui"
-    return f"mlflow ui --backend-store-uri {quoted(without_passwords(uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(without_passwords(uri))}"
 
 
 def ui_address(experiment_id: str) -> str:
@@ -271,13 +274,6 @@ def ui_address(experiment_id: str) -> str:
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     server = re.sub(r"//\S*@", "//", server)  # a browser asks for name and password itself
     return f"open {server}/#/experiments/{experiment_id}/runs"
-
-
-def quoted(text: str) -> str:
-    """Return a text as a shell takes it."""
-    import shlex
-
-    return shlex.quote(text)
 
 
 def _split(values: Sequence[str]) -> list[str]:
@@ -299,13 +295,7 @@ def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
         return asked
     if num_gpus or device.startswith("cuda"):
         return max(1, num_gpus)
-    return _num_cores()
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return num_cores()
 
 
 def leave(code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import command
+from tracking.best import Parser
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ read-only, a server away: the same command goes on later; 2 bad input; 130 inter
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what is wrong with that is a ValueError."""
-    parser = command.Parser(
+    parser = Parser(
         prog="python -m experiments.compare",
         description="Find out which loss function trains a CNN best, each at its own best learning "
         "rate and batch size, and how sure that is.",
@@ -194,12 +195,8 @@ def _publish(results: Results, run: Run, out: Path) -> str:
 
 
 def _report(ended: ComparisonEnded, found: str = "") -> int:
-    if ended.outcome == "interrupted" and ended.reason:
-        print(f"stopped: {ended.reason}; {command.AGAIN}", file=sys.stderr)
-        return 1
     if ended.outcome == "interrupted":
-        print(f"interrupted: {command.AGAIN}")
-        return 130
+        return command.interrupted(ended.reason)
     if ended.outcome == "failed":
         print(f"stopped: {ended.reason}", file=sys.stderr)
         return 1

@@ -33,13 +33,14 @@ from experiments.heartbeat import agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.machine import machine
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.settings import Settings, json_types
+from experiments.settings import Settings
 from experiments.space import Point
 from experiments.study import (
     FINISHED,
     SweepEnded,
     SweepEvent,
     cause_of,
+    check_same,
     held,
     load_or_create,
     log_data,
@@ -399,7 +400,7 @@ def _open_record(plan: Plan, data: Dataset, name: str, *, retest: bool) -> Study
             to be more of them, and `retest` is not asked for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    identity = json_types(plan.identity(data))
+    identity = plan.identity(data)
     with storage_errors(plan.settings.storage):
         record = load_or_create(study_name=name, storage=open_storage(plan.settings.storage))
         if "plan" not in record.user_attrs:
@@ -408,13 +409,7 @@ def _open_record(plan: Plan, data: Dataset, name: str, *, retest: bool) -> Study
             agree(record, "id", uuid.uuid4().hex)
             agree(record, "data", _data_facts(data))
             agree(record, "plan", identity)
-    made_with = record.user_attrs["plan"]
-    different = [key for key in identity if made_with.get(key) != identity[key]]
-    if different:
-        changes = "; ".join(f"{key} {made_with.get(key)} → {identity[key]}" for key in different)
-        raise ValueError(
-            f"comparison {name!r} was made with other settings ({changes}): choose another --study"
-        )
+    check_same(f"comparison {name!r}", record.user_attrs["plan"], identity)
     rounds = record.user_attrs.get("test_rounds", [{}])
     repeats = record.user_attrs.get("repeats", plan.repeats)
     if plan.repeats > repeats and "ended" in rounds[-1] and not retest:

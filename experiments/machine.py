@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
+
+from tracking.ahead import num_cores
 
 
 def machine() -> str:
@@ -22,8 +23,3 @@ def machine() -> str:
     }
     has = ", ".join(feature if there else f"no {feature}" for feature, there in fast.items())
     return f"{num_cores()} cores of {name} ({has}), PyTorch {torch.__version__}"
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

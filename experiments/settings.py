@@ -119,10 +119,6 @@ class Settings:
         if self.points:
             # Without the seeds, of which there may be more later.
             identity["points"] = sorted({astuple(point)[:-1] for point in self.points})
-        plain: dict[str, Any] = json_types(identity)
+        # As it comes back from the study, where tuples are lists.
+        plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
-
-
-def json_types(value: Any) -> Any:
-    """Return a value as it comes back from JSON: tuples as lists."""
-    return json.loads(json.dumps(value))

@@ -623,13 +623,16 @@ def open_study(settings: Settings, data: Dataset) -> Study:
                 raise ValueError(f"study {name!r} in {where} was not made by this tool")
             agree(study, "id", uuid.uuid4().hex)
             made_with = agree(study, "settings", identity)
+    check_same(f"study {name!r}", made_with, identity)
+    return study
+
+
+def check_same(what: str, made_with: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ValueError if what is there already was made with other settings."""
     different = [key for key in identity if made_with.get(key) != identity[key]]
     if different:
         changes = "; ".join(f"{key} {made_with.get(key)} → {identity[key]}" for key in different)
-        raise ValueError(
-            f"study {name!r} was made with other settings ({changes}): choose another --study"
-        )
-    return study
+        raise ValueError(f"{what} was made with other settings ({changes}): choose another --study")
 
 
 def load_or_create(**options: Any) -> Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import command
+from tracking.best import Parser
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ read-only, a server away: the same command goes on later; 2 bad input; 130 inter
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what is wrong with that is a ValueError."""
-    parser = command.Parser(
+    parser = Parser(
         prog="python -m experiments.sweep",
         description="Find out which loss function, learning rate and batch size train a CNN best: "
         "an Optuna study, each trial a run with its model in MLflow.",
@@ -163,12 +165,8 @@ def _report(
     )
     print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     complete = table[table["outcome"] == "complete"]
-    if ended.outcome == "interrupted" and ended.reason:
-        print(f"stopped: {ended.reason}; {command.AGAIN}", file=sys.stderr)
-        return 1
     if ended.outcome == "interrupted":
-        print(f"interrupted: {command.AGAIN}")
-        return 130
+        return command.interrupted(ended.reason)
     if ended.outcome == "failed":
         reason = "their runs in MLflow say why; the same command goes on with the next trials"
         print(f"stopped: {ended.reason}: {reason}", file=sys.stderr)
@@ -185,7 +183,7 @@ def _report(
         f"{line}"
         f"  compare the runs:  {command.ui_command()}\n"
         f"                     then {command.ui_address(started.experiment_id)}\n"
-        f"  label images:      python -m tracking.predict {command.quoted(data_name + ':test')} "
+        f"  label images:      python -m tracking.predict {shlex.quote(data_name + ':test')} "
         f"--run-id {best['run_id']}"
     )
     return 0

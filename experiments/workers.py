@@ -282,8 +282,8 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_flush_denormal(True)
     reference: DataReference = inbox.get()
-    reference.open(seed=0)  # a worker that can't ends here, at no trial's cost
     opened = lru_cache(maxsize=1)(reference.open)
+    opened(0)  # a worker that can't ends here, at no trial's cost
     while True:
         job, config = inbox.get()
         try:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from cnn.losses import LOSSES
 from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
-from experiments.command import _num_cores, _num_workers
+from experiments.command import _num_workers
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
 from experiments.sweep import build_parser, main
+from tracking.ahead import num_cores
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]
@@ -226,8 +227,8 @@ def test_a_signal_ends_a_real_sweep_in_order(tmp_path: Path, number: int) -> Non
 @pytest.mark.parametrize(
     ("asked", "device", "num_gpus", "expected"),
     [
-        (None, "auto", 0, _num_cores()),
-        (None, "cpu", 0, _num_cores()),
+        (None, "auto", 0, num_cores()),
+        (None, "cpu", 0, num_cores()),
         (None, "auto", 4, 4),
         (None, "cuda", 0, 1),
         (None, "cuda:1", 0, 1),

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tracking.best import (
     DEFAULT_METRIC,
+    Parser,
     add_choice_flags,
     choice_filters,
     choose,
@@ -286,14 +287,9 @@ def _load_graph(
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what is wrong with that is a ValueError."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m tracking.predict",
         description="Label images with the best model of an MLflow experiment, and write a row for "
         "each: source, prediction, probability, p(<class>) for each class, label, the true class, "
