@@ -180,9 +180,11 @@ def _comparison(page: Page, base: str, ids: Ids) -> None:
 
 
 def _report(page: Page, base: str, ids: Ids) -> None:
-    """The report, as an artifact that is shown."""
+    """The report, as an artifact that is shown, with its interactive plots."""
     page.goto(f"{base}/experiments/{ids.experiment}/runs/{ids.parent}/artifacts/report/report.html")
-    page.frame_locator("iframe").get_by_role("heading", level=1).wait_for()
+    report = page.frame_locator("iframe")
+    report.get_by_role("heading", level=1).wait_for()
+    report.locator(".plot .main-svg").first.wait_for()  # drawn by its scripts
 
 
 def _compare(page: Page, base: str, ids: Ids) -> None:

@@ -1,123 +1,73 @@
-"""The README's result: a figure and a table of a sweep, from what it recorded in MLflow.
-
-    python -m benchmarks.readme --study NAME [--experiment cnn-sweep]
-
-writes benchmarks/figures/sweep.png and prints the table in Markdown.
-"""
+"""The README's result: figure and table of a comparison: `python -m benchmarks.readme --help`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+if TYPE_CHECKING:
+    from experiments.statistics import Assessment
+
 FIGURES = Path(__file__).parent / "figures"
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
+MINUS = str.maketrans("-", "−")
 
 
 def main() -> None:
     """Draw and print."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.readme",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Draw benchmarks/figures/comparison.png from what a comparison recorded, and "
+        "print its answer and its table as Markdown.",
     )
-    parser.add_argument("--study", required=True, metavar="NAME")
-    parser.add_argument("--experiment", default="cnn-sweep", metavar="NAME")
-    parser.add_argument("--title", default="", help="of the figure")
-    parser.add_argument("--rows", type=int, default=8, help="of the table (default: %(default)s)")
+    parser.add_argument("name", help="of the comparison")
+    parser.add_argument("--storage", default="sqlite:///optuna.db", metavar="URL")
     options = parser.parse_args()
-    trials = read_trials(options.experiment, options.study)
-    FIGURES.mkdir(exist_ok=True)
-    draw(trials, options.title, FIGURES / "sweep.png")
-    print(markdown(trials, options.rows))
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from experiments.comparison import load_results
+    from experiments.drawing import sheet
+    from experiments.figures import LearningRates
+    from experiments.statistics import assess
+
+    results = load_results(options.name, options.storage)
+    (FIGURES / "comparison.png").write_bytes(sheet(LearningRates(results)))
+    assessment = assess(results)
+    print(*assessment.statements, sep="\n")
+    print(f"\n{table(assessment)}\n")
+    print(*(f"- {caveat.text}" for caveat in assessment.warnings), "", sep="\n")
+    print(*(f"{name}: {text}" for name, text in results.provenance.items()), sep="\n")
 
 
-def read_trials(experiment: str, study: str) -> pd.DataFrame:
-    """Return a row for each trial of a study, the best first."""
-    import mlflow
-
-    runs = mlflow.search_runs(
-        experiment_names=[experiment],
-        filter_string=f"tags.study = '{study}' and tags.role = 'trial'",
-        output_format="pandas",
-    )
-    trials = pd.DataFrame(
-        {
-            "trial": runs["tags.trial"].astype(int),
-            "outcome": runs["tags.outcome"],
-            "loss": runs["params.loss"],
-            "learning rate": runs["params.learning_rate"].astype(float),
-            "batch size": runs["params.batch_size"].astype(int),
-            "validation accuracy": runs["metrics.val/accuracy"],
-            "images/s": runs["metrics.time/images_per_second"],
-        }
-    )
-    last = trials["outcome"] != "complete"
-    return trials.assign(last=last).sort_values(
-        ["last", "validation accuracy"], ascending=[True, False]
-    )
-
-
-def draw(trials: pd.DataFrame, title: str, file: Path) -> None:
-    """Draw accuracy against learning rate: a colour a loss, a shape a batch size."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import PercentFormatter
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    colors = dict(zip(sorted(trials["loss"].unique()), COLORS, strict=False))
-    markers = dict(zip(sorted(trials["batch size"].unique()), MARKERS, strict=False))
-    for row in trials.to_dict("records"):
-        complete = row["outcome"] == "complete"
-        axes.plot(
-            row["learning rate"],
-            row["validation accuracy"],
-            marker=markers[row["batch size"]],
-            color=colors[row["loss"]],
-            markerfacecolor=colors[row["loss"]] if complete else "none",
-            markersize=8,
-            linestyle="none",
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate (peak of the schedule)")
-    axes.set_ylabel("validation accuracy, last epoch trained")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.3)
-    axes.set_title(title)
-
-    def entry(label: str, **look: Any) -> Line2D:
-        return Line2D([], [], linestyle="none", markersize=8, label=label, **look)
-
-    entries = [entry(loss, marker="o", color=color) for loss, color in colors.items()]
-    entries += [
-        entry(f"batch size {size}", marker=marker, color="grey") for size, marker in markers.items()
+def table(assessment: Assessment) -> str:
+    """Return a row for each loss, the winner first."""
+    lead = assessment.differences.set_index("loss")
+    lines = [
+        f"| loss | learning rate | batch size | test accuracy, % | sd | {assessment.winner} is "
+        "ahead by | p | negative log-likelihood | calibration error |",
+        "|" + " --- |" * 9,
     ]
-    entries.append(entry("pruned or diverged", marker="o", color="grey", markerfacecolor="none"))
-    figure.legend(handles=entries, loc="outside right upper", frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def markdown(trials: pd.DataFrame, rows: int) -> str:
-    """Return the best trials as a Markdown table, and how many came to what."""
-    shown = trials.drop(columns="last").head(rows)
-    lines = ["| " + " | ".join(shown.columns) + " |", "|" + " --- |" * len(shown.columns)]
-    for row in shown.to_dict("records"):
-        row["learning rate"] = f"{row['learning rate']:.4g}"
-        row["validation accuracy"] = f"{row['validation accuracy']:.2%}"
-        row["images/s"] = f"{row['images/s']:,.0f}"
-        lines.append("| " + " | ".join(str(value) for value in row.values()) + " |")
-    outcomes = trials["outcome"].value_counts()
-    lines.append("\n" + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+    for row in assessment.table.to_dict("records"):
+        cells = [f"`{row['loss']}`", f"{row['learning_rate']:.3g}", f"{row['batch_size']}"]
+        cells += [_interval(row, "accuracy", 100, ".2f"), f"{100 * row['accuracy_sd']:.2f}"]
+        if row["loss"] in lead.index:
+            pair = lead.loc[row["loss"]]
+            ends = f"{100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}"
+            cells += [f"{100 * pair['difference']:+.2f} ({ends})", f"{pair['p_holm']:.2g}"]
+        else:
+            cells += ["–", "–"]
+        cells += [_interval(row, measure, 1, ".3f") for measure in ("nll", "ece")]
+        lines.append(f"| {' | '.join(cell.translate(MINUS) for cell in cells)} |")
     return "\n".join(lines)
+
+
+def _interval(row: dict[str, float], measure: str, factor: float, digits: str) -> str:
+    mean, low, high = (factor * row[f"{measure}_{end}"] for end in ("mean", "low", "high"))
+    text = f"{mean:{digits}}"
+    return text if pd.isna(low) else f"{text} ({low:{digits}} to {high:{digits}})"
 
 
 if __name__ == "__main__":
