@@ -68,6 +68,19 @@ def _edges(results: Results, loss: str, rate: float, batch_size: float) -> Itera
                 f"range, {low:g} to {high:g}: a better one may lie beyond it. Try "
                 f"--learning-rate-{flag} {new:.1g}.",
             )
+    tried = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
+    for is_there, end, limit in (
+        (place > EDGE and rate <= tried.min() < tried.max(), "lowest", low),
+        (place < 1 - EDGE and rate >= tried.max() > tried.min(), "highest", high),
+    ):
+        if is_there:
+            yield Caveat(
+                kind="edge",
+                loss=loss,
+                text=f"The best learning rate of `{loss}`, {rate:.2g}, is the {end} that was "
+                f"tried: a better one may lie between it and {limit:g}. Try --trials "
+                f"{2 * plan['trials']}.",
+            )
     sizes = sorted(plan["batch_sizes"])
     if len(sizes) < 2 or batch_size not in (sizes[0], sizes[-1]):
         return

@@ -560,6 +560,32 @@ def test_a_learning_rate_at_the_edge(rate: float, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([0.01, 0.02, 0.2], "highest that was tried: a better one may lie between it and 1"),
+        ([0.2, 0.3, 0.02], "lowest that was tried: a better one may lie between it and 0.001"),
+        ([0.01, 0.3, 0.02], None),
+        ([0.02, 0.02, 0.02], None),
+    ],
+)
+def test_a_learning_rate_beyond_which_none_was_drawn(
+    rates: list[float], expected: str | None
+) -> None:
+    made = results({"mse": around(70)})
+    trials = made.trials.iloc[:3].assign(
+        learning_rate=rates,
+        val_accuracy=[0.1, 0.2, 0.7],
+        outcome=["diverged", "complete", "complete"],
+    )
+    made = replace(made, trials=trials, repeats=made.repeats.assign(learning_rate=rates[-1]))
+    assert texts(made, "edge") == (
+        [f"The best learning rate of `mse`, {rates[-1]:.2g}, is the {expected}. Try --trials 24."]
+        if expected
+        else []
+    )
+
+
+@pytest.mark.parametrize(
     ("size", "sizes", "expected"),
     [
         (64, [32, 64, 128], None),
