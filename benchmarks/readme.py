@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -64,7 +65,7 @@ def table(assessment: Assessment) -> str:
     return "\n".join(lines)
 
 
-def _interval(row: dict[str, float], measure: str, factor: float, digits: str) -> str:
+def _interval(row: Mapping[Any, Any], measure: str, factor: float, digits: str) -> str:
     mean, low, high = (factor * row[f"{measure}_{end}"] for end in ("mean", "low", "high"))
     text = f"{mean:{digits}}"
     return text if pd.isna(low) else f"{text} ({low:{digits}} to {high:{digits}})"
