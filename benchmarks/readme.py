@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from benchmarks.common import markdown
 
 if TYPE_CHECKING:
     from experiments.statistics import Assessment
 
 FIGURES = Path(__file__).parent / "figures"
-MINUS = str.maketrans("-", "−")
 
 
 def main() -> None:
@@ -45,30 +43,26 @@ def main() -> None:
 
 def table(assessment: Assessment) -> str:
     """Return a row for each loss, the winner first."""
-    lead = assessment.differences.set_index("loss")
-    lines = [
-        f"| loss | learning rate | batch size | test accuracy, % | sd | {assessment.winner} is "
-        "ahead by | p | negative log-likelihood | calibration error |",
-        "|" + " --- |" * 9,
-    ]
+    from experiments.sections import interval, lead, number
+
+    pairs = {pair["loss"]: pair for pair in assessment.differences.to_dict("records")}
+    rows = []
     for row in assessment.table.to_dict("records"):
-        cells = [f"`{row['loss']}`", f"{row['learning_rate']:.3g}", f"{row['batch_size']}"]
-        cells += [_interval(row, "accuracy", 100, ".2f"), f"{100 * row['accuracy_sd']:.2f}"]
-        if row["loss"] in lead.index:
-            pair = lead.loc[row["loss"]]
-            ends = f"{100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}"
-            cells += [f"{100 * pair['difference']:+.2f} ({ends})", f"{pair['p_holm']:.2g}"]
-        else:
-            cells += ["–", "–"]
-        cells += [_interval(row, measure, 1, ".3f") for measure in ("nll", "ece")]
-        lines.append(f"| {' | '.join(cell.translate(MINUS) for cell in cells)} |")
-    return "\n".join(lines)
-
-
-def _interval(row: Mapping[Any, Any], measure: str, factor: float, digits: str) -> str:
-    mean, low, high = (factor * row[f"{measure}_{end}"] for end in ("mean", "low", "high"))
-    text = f"{mean:{digits}}"
-    return text if pd.isna(low) else f"{text} ({low:{digits}} to {high:{digits}})"
+        pair = pairs.get(row["loss"])
+        rows.append(
+            [
+                f"`{row['loss']}`",
+                number(row["learning_rate"], ".3g"),
+                number(row["batch_size"], ".0f"),
+                interval(row, "accuracy", 100, ".2f"),
+                number(100 * row["accuracy_sd"], ".2f"),
+                *([lead(pair), number(pair["p_holm"], ".2g")] if pair else ["–", "–"]),
+                *(interval(row, measure, 1, ".3f") for measure in ("nll", "ece")),
+            ]
+        )
+    header = ["loss", "learning rate", "batch size", "test accuracy, %", "sd"]
+    header += [f"{assessment.winner} is ahead by", "p"]
+    return markdown([*header, "negative log-likelihood", "calibration error"], rows)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,10 @@ def _ranking(results: Results, table: pd.DataFrame) -> Table:
         [
             row["loss"],
             str(row["n"]),
-            _interval(row, "accuracy", 100, ".2f"),
-            _number(100 * row["accuracy_sd"], ".2f"),
-            *(_interval(row, measure, 1, ".3f") for measure in ("nll", "brier", "ece")),
-            _number(100 * row["val_accuracy"], ".2f"),
+            interval(row, "accuracy", 100, ".2f"),
+            number(100 * row["accuracy_sd"], ".2f"),
+            *(interval(row, measure, 1, ".3f") for measure in ("nll", "brier", "ece")),
+            number(100 * row["val_accuracy"], ".2f"),
             str(row["diverged"]),
             str(row["failed"]),
         ]
@@ -215,18 +215,14 @@ def _differences(assessment: Assessment) -> Table:
         [
             row["loss"],
             row["verdict"],
-            _interval(points, "difference", 100, "+.2f"),
+            lead(row),
             str(row["n"]),
             str(row["ahead"]) + (f" ({row['ties']} equal)" if row["ties"] else ""),
-            _interval(row, "probability", 1, ".2f"),
-            _number(row["p_holm"], ".2g"),
-            _number(row["repeats_needed"], ",.0f"),
+            interval(row, "probability", 1, ".2f"),
+            number(row["p_holm"], ".2g"),
+            number(row["repeats_needed"], ",.0f"),
         ]
         for row in assessment.differences.to_dict("records")
-        for points in [
-            {"difference": row["difference"]}
-            | {f"difference_{end}": row[end] for end in ("low", "high")}
-        ]
     ]
     return Table(
         caption=f"How far {assessment.winner} is ahead of each other loss on the test split, in "
@@ -279,15 +275,22 @@ def _best_settings(results: Results, best: pd.DataFrame) -> Table:
     )
 
 
-def _interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> str:
+def interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> str:
     """Return the mean of a measure, with its interval if there is one."""
     mean = row.get(f"{name}_mean", row.get(name))
     low, high = factor * row[f"{name}_low"], factor * row[f"{name}_high"]
-    text = _number(factor * mean, digits)
-    return text if pd.isna(low) else f"{text} ({_number(low, digits)} to {_number(high, digits)})"
+    text = number(factor * mean, digits)
+    return text if pd.isna(low) else f"{text} ({number(low, digits)} to {number(high, digits)})"
 
 
-def _number(value: Any, digits: str) -> str:
+def lead(pair: Mapping[Any, Any]) -> str:
+    """Return how many points the first of a pair is ahead, with the interval if there is one."""
+    ends = {f"difference_{end}": pair[end] for end in ("low", "high")}
+    return interval({"difference": pair["difference"], **ends}, "difference", 100, "+.2f")
+
+
+def number(value: Any, digits: str) -> str:
+    """Return a number as it is shown, if there is one."""
     return "–" if pd.isna(value) else f"{value:{digits}}".replace("-", "−")
 
 
@@ -371,7 +374,7 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
     if len(shares):
         wide = shares.pivot_table(index="loss", columns="parameter", values="importance")
         rows = [
-            [loss, *(_number(wide.loc[loss, name], ".2f") for name in wide.columns)]
+            [loss, *(number(wide.loc[loss, name], ".2f") for name in wide.columns)]
             for loss in (figure_data.ALL_LOSSES, *figure_data.losses_of(results))
             if loss in wide.index
         ]
