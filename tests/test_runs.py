@@ -1,4 +1,5 @@
 import gc
+import time
 import weakref
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_a_model_of_a_graph_that_was_traced_before_is_stored_in_the_same_bytes(t
     again = save(used, tmp_path / "again")
     fresh = save(ColourModel(sharpness=2.0), tmp_path / "fresh")
     assert stored_graph(again) == stored_graph(fresh)
+
+
+def test_the_same_graph_is_the_same_bytes_whenever_it_is_stored(tmp_path, monkeypatch):
+    model = ColourModel(sharpness=1.0)
+    now = save(model, tmp_path / "now")
+    monkeypatch.setattr(time, "time", lambda: 1.0e9)
+    assert stored_graph(now) == stored_graph(save(model, tmp_path / "then"))
 
 
 def replaced_weights(model: nn.Module) -> np.ndarray:
