@@ -19,13 +19,13 @@ def find_programs() -> Path | None:
     return newest[-1].parent if newest else None
 
 
-def _reached_by(other_user: list[str]) -> str:
+def _reached_by(user: str | None) -> str:
     """Return a folder for temporary files that the user who runs the server can enter.
 
     TMPDIR may be root's alone, as that of .ci/run is.
     """
     for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if subprocess.run([*other_user, "test", "-x", folder], check=False).returncode == 0:
+        if subprocess.run(["test", "-x", folder], check=False, user=user).returncode == 0:
             return folder
     raise FileNotFoundError("the user postgres can enter no folder for temporary files")
 
@@ -36,19 +36,20 @@ def server() -> Iterator[str]:
     programs = find_programs()
     assert programs is not None
     # It refuses to be run by root.
-    other_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir=_reached_by(other_user)))
+    user = "postgres" if os.getuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir=_reached_by(user)))
     try:
-        if other_user:
-            shutil.chown(folder, "postgres")
+        if user:
+            shutil.chown(folder, user)
         data = str(folder / "data")
 
         def run(*command: str) -> None:
             subprocess.run(
-                [*other_user, str(programs / command[0]), *command[1:]],
+                [str(programs / command[0]), *command[1:]],
                 cwd=folder,
                 check=True,
                 stdout=subprocess.DEVNULL,
+                user=user,
             )
 
         run("initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync")
