@@ -19,8 +19,9 @@ from scipy import stats
 
 from benchmarks.common import markdown, small_data
 from cnn.training import PRECISIONS, TrainConfig
+from experiments.jobs import EpochEnded, JobEnded, JobFailed
 from experiments.machine import machine
-from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
+from experiments.workers import ProcessPool
 from tracking.ahead import num_cores
 
 LEARNING_RATES = {"cross_entropy": 0.01, "mse": 0.2, "l1": 0.2}
@@ -53,17 +54,17 @@ def main() -> int:
         for seed in range(options.seeds)
         for precision in PRECISIONS
     ]
-    with tempfile.TemporaryDirectory() as name, Pool(num_cores()) as pool:
+    with tempfile.TemporaryDirectory() as name, ProcessPool(num_cores()) as pool:
         images = Path(name, "images")
         data = small_data(options.dataset, images, options.images, options.data_dir)
-        pool.open(DataReference(digest=data.digest, data_dir=options.data_dir.resolve()))
+        pool.open(data, options.data_dir)
         accuracies = dict(train_all(pool, configs))
     print(machine(), "\n")
     print(report(accuracies, options.seeds))
     return 0
 
 
-def train_all(pool: Pool, configs: list[TrainConfig]) -> Iterator[tuple[TrainConfig, float]]:
+def train_all(pool: ProcessPool, configs: list[TrainConfig]) -> Iterator[tuple[TrainConfig, float]]:
     """Train all, and yield each one's last validation accuracy."""
     waiting, last = list(enumerate(configs)), dict.fromkeys(range(len(configs)), np.nan)
     running = 0

@@ -33,8 +33,9 @@ from benchmarks.common import markdown, matrix_product_rate, small_data, spread
 from benchmarks.usual import Trained, seed, tutorial
 from cnn.data import Dataset
 from cnn.training import TrainConfig, resolve_precision
+from experiments.jobs import EpochEnded, JobEnded, JobFailed
 from experiments.machine import machine
-from experiments.workers import DataReference, EpochEnded, JobEnded, JobFailed, Pool
+from experiments.workers import ProcessPool
 from tracking.ahead import num_cores
 
 OPERATIONS = 69e6
@@ -80,9 +81,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "images")
         data = small_data(options.dataset, folder, options.images, options.data_dir)
-        reference = DataReference(digest=data.digest, data_dir=options.data_dir.resolve())
-        with Pool(num_cores()) as pool:
-            pool.open(reference)
+        with ProcessPool(num_cores()) as pool:
+            pool.open(data, options.data_dir)
             results, rates = measure(
                 data, pool, options.batch_sizes, epochs=options.epochs, repeats=options.repeats
             )
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def measure(
-    data: Dataset, pool: Pool, batch_sizes: Sequence[int], *, epochs: int, repeats: int
+    data: Dataset, pool: ProcessPool, batch_sizes: Sequence[int], *, epochs: int, repeats: int
 ) -> tuple[Results, list[float]]:
     """Return what was measured of each way and batch size, and the rates of matrix products."""
     results: Results = {}
@@ -115,7 +115,7 @@ def measure(
 
 
 def ways(
-    data: Dataset, pool: Pool, batch_size: int, epochs: int, repeat: int
+    data: Dataset, pool: ProcessPool, batch_size: int, epochs: int, repeat: int
 ) -> dict[str, Callable[[], Trained]]:
     """Return what trains in each way at a batch size."""
     rate = 0.01 * (batch_size / 64) ** 0.5
@@ -155,7 +155,7 @@ def ways(
     return usual | shorter
 
 
-def warm_up(pool: Pool) -> None:
+def warm_up(pool: ProcessPool) -> None:
     """Have every worker ready."""
     ours(
         pool,
@@ -166,7 +166,7 @@ def warm_up(pool: Pool) -> None:
     )
 
 
-def ours(pool: Pool, configs: Sequence[TrainConfig]) -> Trained:
+def ours(pool: ProcessPool, configs: Sequence[TrainConfig]) -> Trained:
     """Train each configuration in a worker of its own, all at the same time."""
     start = time.perf_counter()
     epochs: dict[int, list[dict[str, float]]] = {}

@@ -142,7 +142,7 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
             digest, pool = _fill(cache, key, source)
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
-    return _split(pool, digest, seed, name=source.name, source=source.address)
+    return split_pool(pool, digest, seed, name=source.name, source=source.address)
 
 
 def open_cached(digest: str, data_dir: Path, seed: int) -> Dataset:
@@ -159,7 +159,7 @@ def open_cached(digest: str, data_dir: Path, seed: int) -> Dataset:
     if pool is None:
         raise ValueError(f"no undamaged data set with the digest {digest!r} in {str(data_dir)!r}")
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    return _split(pool, digest, seed, name=meta["name"], source=meta["source"])
+    return split_pool(pool, digest, seed, name=meta["name"], source=meta["source"])
 
 
 def _check_seed(seed: int) -> None:
@@ -170,7 +170,8 @@ def _check_seed(seed: int) -> None:
 # Splitting
 
 
-def _split(pool: Pool, digest: str, seed: int, *, name: str, source: str) -> Dataset:
+def split_pool(pool: Pool, digest: str, seed: int, *, name: str, source: str) -> Dataset:
+    """Return a data set whose images are in memory already, split with a seed."""
     images, labels = torch.from_numpy(pool.images), torch.from_numpy(pool.labels)
     train, validation, test = (
         Split(pool=images, pool_labels=labels, rows=torch.from_numpy(rows))

@@ -19,8 +19,8 @@ from tracking.store import is_passing, without_passwords
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
     from cnn.data import Dataset
+    from experiments.jobs import Pool
     from experiments.settings import Settings
-    from experiments.workers import Pool
 
 # Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
 # hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
@@ -221,20 +221,19 @@ def workers_and_data(
         options: the command line.
         settle: returns the settings, checked, for a number of workers.
     """
-    from experiments.workers import Pool, visible_gpus
+    from experiments.workers import ProcessPool, visible_gpus
 
     # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
     gpus = visible_gpus() if options.device in ("auto", "cuda") else []
     num_workers = _num_workers(options.workers, options.device, len(gpus))
     num_threads = max(1, num_cores() // num_workers)
     # The workers start while we import.
-    with Pool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
+    with ProcessPool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
         from cnn.data import load
-        from experiments.workers import DataReference
 
         settings = settle(num_workers)
         data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
-        pool.open(DataReference(digest=data.digest, data_dir=options.data_dir.resolve()))
+        pool.open(data, options.data_dir)
         yield settings, data, pool
 
 

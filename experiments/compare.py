@@ -17,9 +17,9 @@ from tracking.best import Parser
 if TYPE_CHECKING:
     from cnn.data import Dataset
     from experiments.comparison import ComparisonEnded, Plan
+    from experiments.jobs import Pool
     from experiments.results import Results
     from experiments.settings import Settings
-    from experiments.workers import Pool
     from tracking.runs import Run
 
 EPILOG = f"""\

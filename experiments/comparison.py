@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial
 from cnn.data import Dataset
 from experiments.heartbeat import agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.machine import machine
+from experiments.jobs import Pool
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings
 from experiments.space import Point
@@ -50,7 +50,6 @@ from experiments.study import (
     sweep,
     trials_table,
 )
-from experiments.workers import Pool
 from tracking.store import (
     NotNowError,
     is_refused_user,
@@ -274,7 +273,7 @@ class _Comparison:
             "started": _now(),
             "commit": tags.get("mlflow.source.git.commit", "unknown"),
             "versions": _versions(),
-            "hardware": machine(),
+            "hardware": self.pool.hardware(),
             "command": without_passwords(shlex.join(words)),
             "experiment": self.tracker.experiment,
         }

@@ -14,6 +14,7 @@ from experiments.study import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
+    TrialMoved,
     TrialProgressed,
     TrialStarted,
 )
@@ -67,6 +68,11 @@ class Display(AbstractContextManager["Display"]):
                     self.tasks[event.trial],
                     completed=event.number,
                     accuracy=f"{accuracy}   {self._outlook()}",
+                )
+            case TrialMoved():
+                description = _description(event.trial, self.configs[event.trial])
+                self.console.print(
+                    f"{description}  goes on elsewhere: {event.reason}", markup=False
                 )
             case TrialEnded():
                 self._show_end(event)

@@ -35,9 +35,9 @@ from cnn.model import CNN, Classifier
 from cnn.training import TrainConfig, check_batch_size
 from experiments.heartbeat import Heartbeat, agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
+from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
 from experiments.settings import Settings
 from experiments.space import make_pruner
-from experiments.workers import EpochEnded, JobEnded, JobFailed, Pool
 from tracking.store import (
     NotNowError,
     is_refused_user,
@@ -143,6 +143,14 @@ class TrialEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialMoved:
+    """A trial lost its worker with the machine that it was on, and goes on elsewhere."""
+
+    trial: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepEnded:
     """Nothing runs any more, and all is recorded."""
 
@@ -160,7 +168,13 @@ class BestRegistered:
 
 
 SweepEvent = (
-    SweepStarted | TrialStarted | TrialProgressed | TrialEnded | BestRegistered | SweepEnded
+    SweepStarted
+    | TrialStarted
+    | TrialProgressed
+    | TrialMoved
+    | TrialEnded
+    | BestRegistered
+    | SweepEnded
 )
 
 
@@ -434,7 +448,7 @@ class _Sweep:
             return self.tracker.find_run(run_id)
         return self.tracker.find_tagged(self._tags(number))
 
-    def _take(self, event: EpochEnded | JobEnded | JobFailed) -> Iterator[SweepEvent]:
+    def _take(self, event: Event) -> Iterator[SweepEvent]:
         running = self.running.get(event.job)
         if running is None:  # stopped, and over for us: its worker has just noticed
             return
@@ -451,6 +465,9 @@ class _Sweep:
             case JobEnded():
                 self._record_model(running, event)
                 yield self._end(running, "complete")
+            case JobMoved():
+                running.run.set_tags({"moved": event.reason})
+                yield TrialMoved(trial=event.job, reason=event.reason)
             case JobFailed():
                 if event.details:
                     running.run.log_text(event.details, "traceback.txt")

@@ -1,8 +1,8 @@
-"""Processes that train what they are handed, and know neither Optuna nor MLflow.
+"""Processes of this machine that train what they are handed.
 
-The main process has a `Pool` of them. A worker starts once, opens the data (memory-mapped, so that
-all share it), and trains one job after another; what comes of it arrives as events. It ends with
-the main process, however that ends: a thread in it waits on the pipe between the two.
+The main process has a `ProcessPool` of them. A worker starts once, opens the data (memory-mapped,
+so that all share it), and trains one job after another; what comes of it arrives as events. It ends
+with the main process, however that ends: a thread in it waits on the pipe between the two.
 
 Started as `python -m experiments.workers FD`, not forked: its environment (threads, allocator) has
 to be set before it starts, and PyTorch's threads do not survive a fork.
@@ -10,12 +10,8 @@ to be set before it starts, and PyTorch's threads do not survive a fork.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -25,16 +21,16 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from experiments.jobs import Checkpoints, Event, JobEnded, JobFailed, train_job
 
+if TYPE_CHECKING:
     from cnn.data import Dataset
-    from cnn.training import Checkpoint, TrainConfig
+    from cnn.training import TrainConfig
 
 ALLOCATOR = {
     # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
@@ -44,9 +40,6 @@ ALLOCATOR = {
 }
 MAX_IDLE_DEATHS = 3
 """Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
-
-DRAFT = ".draft"
-"""The suffix of a checkpoint that is being written."""
 
 NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
@@ -67,55 +60,13 @@ class DataReference:
 
         return open_cached(self.digest, self.data_dir, seed)
 
-    def checkpoint(self, config: TrainConfig) -> Path:
-        """Return where the checkpoint of a training is kept.
-
-        Under a digest of all that the training depends on: whoever trains the same goes on from it,
-        and ends with the same.
-        """
-        from importlib.metadata import version
-
-        depends_on = [self.digest, version("torch"), config.as_params()]
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-        return self.data_dir / "checkpoints" / f"{key}.pt"
+    def checkpoints(self) -> Checkpoints:
+        """Return where the checkpoints of trainings on it are kept."""
+        return Checkpoints(digest=self.digest, data_dir=self.data_dir)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochEnded:
-    """An epoch of a job is over."""
-
-    job: int
-    number: int
-    """1 is the first."""
-    metrics: dict[str, float]
-    diverged: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobEnded:
-    """A job is over, because it reached its last epoch, diverged, or was stopped."""
-
-    job: int
-    weights: dict[str, np.ndarray[Any, Any]]
-    """The network's `state_dict`, float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobFailed:
-    """A job raised an exception, or its worker died."""
-
-    job: int
-    error: str
-    """In one line."""
-    details: str
-    """The traceback, if there is one."""
-
-
-Event = EpochEnded | JobEnded | JobFailed
-
-
-class Pool:
-    """Worker processes, each with one job at a time.
+class ProcessPool:
+    """Worker processes of this machine, each with one job at a time.
 
     Args:
         num_workers: how many processes.
@@ -132,11 +83,17 @@ class Pool:
         seen = itertools.islice(itertools.cycle(gpus or [None]), num_workers)
         self._workers = [_Worker(num_threads, gpu) for gpu in seen]
 
-    def open(self, data: DataReference) -> None:
+    def open(self, data: Dataset, data_dir: Path) -> None:
         """Tell the workers which data to open; they do so while the caller goes on."""
-        self._data = data
+        self._data = DataReference(digest=data.digest, data_dir=data_dir.resolve())
         for worker in self._workers:
-            worker.send(data)
+            worker.send(self._data)
+
+    def hardware(self) -> str:
+        """Return what this machine is."""
+        from experiments.machine import machine
+
+        return machine()
 
     @property
     def num_idle(self) -> int:
@@ -161,9 +118,7 @@ class Pool:
     def forget(self, config: TrainConfig) -> None:
         """Remove the checkpoint of a training that is over."""
         assert self._data is not None
-        file = self._data.checkpoint(config)
-        for each in (file, file.with_suffix(DRAFT)):
-            each.unlink(missing_ok=True)
+        self._data.checkpoints().remove(config)
 
     def wait(self, timeout: float) -> list[Event]:
         """Return what happened, once something has, or nothing after `timeout` seconds."""
@@ -207,7 +162,7 @@ class Pool:
         for worker in self._workers:
             worker.close()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> ProcessPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -283,76 +238,23 @@ def main(argv: Sequence[str]) -> None:
     torch.set_flush_denormal(True)
     reference: DataReference = inbox.get()
     opened = lru_cache(maxsize=1)(reference.open)
+    checkpoints = reference.checkpoints()
     opened(0)  # a worker that can't ends here, at no trial's cost
     while True:
         job, config = inbox.get()
         try:
-            data = opened(config.seed)
-            for event in _train(job, config, data, stopped, reference.checkpoint(config)):
+            for event in train_job(
+                job,
+                config,
+                opened(config.seed),
+                checkpoint=checkpoints.read(config),
+                keep=partial(checkpoints.write, config),
+                should_stop=partial(stopped.__contains__, job),
+            ):
                 connection.send(event)
         except Exception as error:  # whatever it is, it goes to the trial's run
             message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             connection.send(JobFailed(job=job, error=message, details=traceback.format_exc()))
-
-
-def _train(
-    job: int, config: TrainConfig, data: Dataset, stopped: set[int], file: Path
-) -> Iterator[Event]:
-    """Train, from the checkpoint in `file` on if there is one, and keep one there.
-
-    Epochs that are in the checkpoint are told again, with the metrics that they had: how many of
-    them the main process came to hear of, it knows.
-    """
-    from cnn.training import train
-
-    past, checkpoint = _read_checkpoint(file)
-    for number, metrics in enumerate(past, 1):
-        yield EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
-    state = None if checkpoint is None else checkpoint.model
-    for epoch in train(config, data, after=checkpoint):
-        state = epoch.model.state_dict()
-        past.append(epoch.metrics())
-        if not epoch.diverged:
-            _write_checkpoint(file, past, epoch.checkpoint())
-        yield EpochEnded(job=job, number=epoch.number, metrics=past[-1], diverged=epoch.diverged)
-        if job in stopped:
-            break
-    assert state is not None
-    yield JobEnded(job=job, weights={name: value.cpu().numpy() for name, value in state.items()})
-
-
-def _write_checkpoint(file: Path, past: list[dict[str, float]], checkpoint: Checkpoint) -> None:
-    """Keep a checkpoint, whole or not at all. Without one, a trial that is cut off starts again."""
-    import torch
-
-    content = io.BytesIO()
-    torch.save({"past": past, **vars(checkpoint)}, content)
-    draft = file.with_suffix(DRAFT)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content.getbuffer())
-        draft.replace(file)
-    except OSError as error:  # a full disk is no reason to lose the trial, too
-        print(f"note: no checkpoint can be kept: {error}", file=sys.stderr)
-
-
-def _read_checkpoint(file: Path) -> tuple[list[dict[str, float]], Checkpoint | None]:
-    """Return the metrics of the epochs in a checkpoint, and it, if there is a whole one.
-
-    None is no loss but of time: training starts again, and ends with the same.
-    """
-    import torch
-
-    from cnn.training import Checkpoint
-
-    try:
-        content = torch.load(file, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return [], None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # cut short by a power cut
-        return [], None
-    past = content.pop("past")
-    return past, Checkpoint(**content)
 
 
 def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:

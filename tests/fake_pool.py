@@ -11,7 +11,7 @@ import pytest
 import experiments.workers
 from cnn.model import build_cnn
 from cnn.training import TrainConfig
-from experiments.workers import EpochEnded, Event, JobEnded, JobFailed
+from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved
 
 Script = Callable[[int, TrainConfig], Iterable[Event]]
 
@@ -32,8 +32,11 @@ class FakePool:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def open(self, data: object) -> None:
+    def open(self, data: object, data_dir: object) -> None:
         pass
+
+    def hardware(self) -> str:
+        return "none at all"
 
     @property
     def num_idle(self) -> int:
@@ -53,7 +56,7 @@ class FakePool:
     def wait(self, timeout: float) -> list[Event]:
         events = [self.jobs[job].popleft() for job in list(self.jobs)]
         for event in events:
-            if not isinstance(event, EpochEnded):
+            if not isinstance(event, (EpochEnded, JobMoved)):
                 del self.jobs[event.job]
         return events
 
@@ -111,14 +114,14 @@ class PoolOfFakes(FakePool):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def open(self, data: object) -> None:
+    def open(self, data: object, data_dir: object) -> None:
         pass
 
 
 def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
     monkeypatch.setattr(
         experiments.workers,
-        "Pool",
+        "ProcessPool",
         lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
     )
 

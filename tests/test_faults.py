@@ -29,8 +29,8 @@ from benchmarks import faults
 from cnn.data import load
 from cnn.losses import PROBABILITIES
 from cnn.model import CNN, Classifier
+from experiments.jobs import Event
 from experiments.sweep import main
-from experiments.workers import Event
 from tracking.runs import save_model
 from tracking.store import is_passing, make_whole
 
@@ -154,7 +154,7 @@ def nothing() -> None:
 
 def sweep(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object] = nothing) -> int:
     """Run the command line for two trials of two epochs, and return its exit code."""
-    monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: PoolOfFakes(happens))
+    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: PoolOfFakes(happens))
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--study", "faults"]
     command += ["--tracking-timeout", "0", "--pruner", "none", "--data-dir", os.environ["DATA"]]
     return main([*command, "--storage", "sqlite:///optuna.db?timeout=0.1"])

@@ -19,10 +19,10 @@ from tracking_helpers import log_model, new_store, record
 import experiments.workers
 from cnn.data import Dataset
 from cnn.training import TrainConfig
+from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep
 from experiments.sweep import build_parser, main
-from experiments.workers import Event
 from tracking.patience import Patience, PatientClient, TrackingAwayError
 from tracking.registry import Registry, _agreed, check_name, default_name, offer
 from tracking.runs import Run, Tracker
@@ -504,7 +504,7 @@ def test_the_command_prints_what_came_of_it(
         yield epoch(job, 1, good(job, config))
         yield weights(job, num_classes=10)
 
-    monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: Pool(script))
+    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: Pool(script))
     arguments = ["--trials", "2", "--epochs", "1", "--workers", "1"]
     assert main([*arguments, "--register", "my model"]) == 0
     line = "  registered:        version 1 of my model: the champion, as there was none before\n"

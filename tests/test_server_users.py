@@ -26,7 +26,7 @@ import tracking.promote
 from benchmarks import faults
 from cnn.data import load
 from cnn.training import TrainConfig
-from experiments.workers import Event
+from experiments.jobs import Event
 from tracking.best import best_run, model_uri
 
 REPOSITORY = Path(__file__).parents[1]
@@ -157,7 +157,9 @@ def all_but_the_first(job: int, config: TrainConfig) -> Iterator[Event]:
 def fake_sweep(*options: str) -> int:
     """Run the command line of a sweep, of two trials that nobody trains."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments.workers, "Pool", lambda *_, **__: FakePool(all_but_the_first))
+        patch.setattr(
+            experiments.workers, "ProcessPool", lambda *_, **__: FakePool(all_but_the_first)
+        )
         command = ["--trials", "2", "--epochs", "1", "--workers", "1", "--pruner", "none"]
         return experiments.sweep.main([*command, "--tracking-timeout", "0", *options])
 

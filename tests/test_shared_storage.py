@@ -269,7 +269,7 @@ def test_the_password_of_a_storage_is_written_nowhere(
     url = sqlalchemy.make_url(storage).set(username="postgres", password="Secret/word")
     given = url.render_as_string(hide_password=False)
     assert "Secret" in given
-    monkeypatch.setattr(experiments.workers, "Pool", lambda *_, **__: FakePool(fails))
+    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: FakePool(fails))
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--storage", given]
     assert main([*command, "--study", "ours"]) == 1
     optuna.create_study(study_name="theirs", storage=given).ask()

@@ -22,12 +22,14 @@ from optuna.trial import FrozenTrial, TrialState
 from cnn.data import Dataset
 from cnn.training import TrainConfig
 from experiments.interrupts import Interrupts
+from experiments.jobs import Event, JobMoved
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,
     SweepEvent,
     SweepStarted,
     TrialEnded,
+    TrialMoved,
     TrialProgressed,
     TrialStarted,
     open_study,
@@ -297,6 +299,23 @@ def test_a_trial_is_tried_twice_in_all_though_its_process_dies_in_between(
     run_sweep(replace(settings, trials=1), data, script)
     assert len(tries) == 3  # the second was cut off
     assert trials(settings, data)[0].state == TrialState.FAIL
+
+
+def test_a_trial_that_moved_to_another_worker_says_so_and_is_recorded_once(
+    settings: Settings, data: Dataset
+) -> None:
+    reason = "the worker on node 10.0.0.7 was lost"
+
+    def moves(job: int, config: TrainConfig) -> Iterator[Event]:
+        first, *others = trains(good)(job, config)
+        yield from (first, JobMoved(job=job, reason=reason), first, *others)
+
+    events = run_sweep(replace(settings, trials=1), data, moves)
+    assert TrialMoved(trial=0, reason=reason) in events
+    (run,) = trial_runs().values()
+    assert run.data.tags["moved"] == reason
+    assert run.data.tags["outcome"] == "complete"
+    assert list(history(run, "val/accuracy")) == [1, 2, 3]
 
 
 def test_a_sweep_that_only_fails_is_stopped(settings: Settings, data: Dataset) -> None:

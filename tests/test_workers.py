@@ -13,15 +13,8 @@ import pytest
 
 from cnn.data import Dataset, load
 from cnn.training import TrainConfig, train
-from experiments.workers import (
-    DataReference,
-    EpochEnded,
-    Event,
-    JobEnded,
-    JobFailed,
-    Pool,
-    visible_gpus,
-)
+from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed
+from experiments.workers import ProcessPool, visible_gpus
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -42,14 +35,14 @@ def data(data_dir: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def pool(data: Dataset, data_dir: Path) -> Iterator[Pool]:
+def pool(data: Dataset, data_dir: Path) -> Iterator[ProcessPool]:
     """One pool for all tests: a worker takes seconds to start."""
-    with Pool(1) as pool:
-        pool.open(DataReference(digest=data.digest, data_dir=data_dir))
+    with ProcessPool(1) as pool:
+        pool.open(data, data_dir)
         yield pool
 
 
-def wait_for_end(pool: Pool, seconds: float = 60) -> list[Event]:
+def wait_for_end(pool: ProcessPool, seconds: float = 60) -> list[Event]:
     """Return the events up to that which ends a job."""
     events: list[Event] = []
     deadline = time.monotonic() + seconds
@@ -59,7 +52,7 @@ def wait_for_end(pool: Pool, seconds: float = 60) -> list[Event]:
     return events
 
 
-def test_a_worker_trains_as_this_process_does(pool: Pool, data: Dataset) -> None:
+def test_a_worker_trains_as_this_process_does(pool: ProcessPool, data: Dataset) -> None:
     pool.submit(7, config())
     *epochs, ended = wait_for_end(pool)
     expected = list(train(config(), data))
@@ -73,7 +66,7 @@ def test_a_worker_trains_as_this_process_does(pool: Pool, data: Dataset) -> None
         np.testing.assert_allclose(ended.weights[name], value.numpy(), atol=1e-2)
 
 
-def test_a_worker_repeats_bit_for_bit(pool: Pool) -> None:
+def test_a_worker_repeats_bit_for_bit(pool: ProcessPool) -> None:
     ends = []
     for job in (1, 2):
         pool.submit(job, config(precision="bfloat16"))
@@ -84,7 +77,7 @@ def test_a_worker_repeats_bit_for_bit(pool: Pool) -> None:
         np.testing.assert_array_equal(ends[1].weights[name], value)
 
 
-def test_an_exception_ends_its_job_only(pool: Pool) -> None:
+def test_an_exception_ends_its_job_only(pool: ProcessPool) -> None:
     pool.submit(1, config(batch_size=10**6))
     (failed,) = wait_for_end(pool)
     assert isinstance(failed, JobFailed)
@@ -94,7 +87,7 @@ def test_an_exception_ends_its_job_only(pool: Pool) -> None:
     assert isinstance(wait_for_end(pool)[-1], JobEnded)
 
 
-def test_a_stopped_job_ends_before_its_last_epoch(pool: Pool) -> None:
+def test_a_stopped_job_ends_before_its_last_epoch(pool: ProcessPool) -> None:
     pool.submit(1, config(epochs=500))
     while not pool.wait(0.1):
         pass
@@ -104,7 +97,7 @@ def test_a_stopped_job_ends_before_its_last_epoch(pool: Pool) -> None:
     assert len(epochs) < 100
 
 
-def test_a_job_that_was_stopped_can_be_handed_out_again(pool: Pool) -> None:
+def test_a_job_that_was_stopped_can_be_handed_out_again(pool: ProcessPool) -> None:
     pool.submit(1, config(epochs=500))
     pool.stop(1)
     wait_for_end(pool)
@@ -112,7 +105,7 @@ def test_a_job_that_was_stopped_can_be_handed_out_again(pool: Pool) -> None:
     assert len(wait_for_end(pool)) == 4
 
 
-def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: Pool) -> None:
+def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: ProcessPool) -> None:
     pool.submit(1, config(epochs=500))
     while not pool.wait(0.1):
         pass
@@ -126,9 +119,9 @@ def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: Pool) ->
     assert isinstance(wait_for_end(pool)[-1], JobEnded)
 
 
-def test_workers_that_cannot_start_are_not_started_for_ever(data_dir: Path) -> None:
-    with Pool(1) as pool:
-        pool.open(DataReference(digest="0" * 32, data_dir=data_dir))
+def test_workers_that_cannot_start_are_not_started_for_ever(data: Dataset, tmp_path: Path) -> None:
+    with ProcessPool(1) as pool:
+        pool.open(data, tmp_path)  # where it is not
         with pytest.raises(RuntimeError, match="exited with status 1 without a job"):
             wait_for_end(pool)
 
@@ -136,13 +129,14 @@ def test_workers_that_cannot_start_are_not_started_for_ever(data_dir: Path) -> N
 def test_workers_end_when_the_main_process_is_killed(data: Dataset, data_dir: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
+        "from cnn.data import load\n"
         "from cnn.training import TrainConfig; from experiments.workers import *\n"
-        "pool = Pool(1); pool.open(DataReference(digest=sys.argv[1], "
-        "data_dir=Path(sys.argv[2])))\n"
+        "pool = ProcessPool(1); folder = Path(sys.argv[1])\n"
+        "pool.open(load('digits', data_dir=folder, seed=0), folder)\n"
         "pool.submit(1, TrainConfig(loss='mse', learning_rate=0.1, batch_size=1, epochs=99))\n"
         "print(pool._workers[0].process.pid, flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-c", script, data.digest, str(data_dir)]
+    command = [sys.executable, "-c", script, str(data_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as main:
         assert main.stdout is not None
         worker = int(main.stdout.readline())
@@ -163,10 +157,10 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_same(
-    pool: Pool, data: Dataset, data_dir: Path
+    pool: ProcessPool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(epochs=4, seed=5, precision="bfloat16")
-    reference = DataReference(digest=data.digest, data_dir=data_dir)
+    checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir)
     pool.submit(1, training)
     *undisturbed, expected = wait_for_end(pool)
     pool.forget(training)
@@ -178,7 +172,7 @@ def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_
     (worker,) = pool._workers
     worker.process.kill()
     before.extend(wait_for_end(pool)[:-1])
-    assert reference.checkpoint(training).exists()
+    assert checkpoints.file(training).exists()
     pool.submit(2, training)
     *after, ended = wait_for_end(pool)
 
@@ -190,7 +184,7 @@ def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_
         np.testing.assert_array_equal(ended.weights[name], value)
     assert losses(after) == losses(undisturbed)
     pool.forget(training)
-    assert not reference.checkpoint(training).exists()
+    assert not checkpoints.file(training).exists()
 
 
 def losses(events: list[Event]) -> list[tuple[int, float, float]]:
@@ -203,17 +197,17 @@ def losses(events: list[Event]) -> list[tuple[int, float, float]]:
 
 @pytest.mark.parametrize("content", [b"", b"PK cut short", b"x" * 10_000])
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(
-    pool: Pool, data: Dataset, data_dir: Path, content: bytes
+    pool: ProcessPool, data: Dataset, data_dir: Path, content: bytes
 ) -> None:
     training = config(seed=6)
-    file = DataReference(digest=data.digest, data_dir=data_dir).checkpoint(training)
+    file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     pool.submit(1, training)
     assert len(losses(wait_for_end(pool))) == 2
 
 
-def test_a_finished_training_is_told_from_its_checkpoint(pool: Pool) -> None:
+def test_a_finished_training_is_told_from_its_checkpoint(pool: ProcessPool) -> None:
     training = config(seed=7)
     pool.submit(1, training)
     first = wait_for_end(pool)
@@ -227,10 +221,10 @@ def test_a_finished_training_is_told_from_its_checkpoint(pool: Pool) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
-    pool: Pool, data: Dataset, data_dir: Path
+    pool: ProcessPool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(seed=8)
-    file = DataReference(digest=data.digest, data_dir=data_dir).checkpoint(training)
+    file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
     draft = file.with_suffix(".draft")
     draft.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
     pool.submit(1, training)
@@ -241,7 +235,9 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
     draft.rmdir()
 
 
-def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(pool: Pool) -> None:
+def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(
+    pool: ProcessPool,
+) -> None:
     pool.submit(1, config(epochs=1))
     wait_for_end(pool)
     (worker,) = pool._workers
@@ -253,7 +249,7 @@ def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(pool
     assert ended.job == 2
 
 
-def seen_by(pool: Pool) -> list[str | None]:
+def seen_by(pool: ProcessPool) -> list[str | None]:
     """Return CUDA_VISIBLE_DEVICES of each worker."""
     return [environment(worker.process.pid).get("CUDA_VISIBLE_DEVICES") for worker in pool._workers]
 
@@ -270,9 +266,9 @@ def environment(pid: int) -> dict[str, str]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_each_worker_sees_one_gpu_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    with Pool(3, gpus=visible_gpus()) as pool:
+    with ProcessPool(3, gpus=visible_gpus()) as pool:
         assert seen_by(pool) == ["5", "7", "5"]
-    with Pool(1) as pool:
+    with ProcessPool(1) as pool:
         assert seen_by(pool) == ["5,7"]
 
 
