@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,6 +40,15 @@ losses:
   l1 mse cross_entropy smooth_l1 l1_softmax mse_softmax bce label_smoothing
   focal squentropy poly1 gce multi_margin squared_hinge; or all
 """
+
+RAY_DEFAULTS = {
+    "ray_address": None,
+    "cpus_per_worker": 1,
+    "gpus_per_worker": None,
+    "min_workers": 1,
+    "ray_timeout": 60,
+}
+"""The flags that need `--engine ray`, and what they are without."""
 
 AGAIN = "the same command continues the study"
 
@@ -145,8 +156,57 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="processes that train, each one trial at a time; with more than one, results depend "
-        "on timing (default: one a core on a CPU, one on a GPU)",
+        help="workers that train, each one trial at a time; with more than one, results depend "
+        "on timing (default: one a core on a CPU, one on a GPU; with --engine ray as many as the "
+        "cluster has room for, and more when nodes join)",
+    )
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the workers run."""
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where the workers are: processes of this machine, or a Ray cluster, which the extra "
+        "`ray` is for (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--ray-address",
+        default=RAY_DEFAULTS["ray_address"],
+        metavar="ADDRESS",
+        help="the cluster: auto for the one that this machine is part of, ray://HOST:10001 or "
+        "HOST:6379 (default: one of its own is started on this machine, and stopped)",
+    )
+    engine.add_argument(
+        "--cpus-per-worker",
+        type=float,
+        default=RAY_DEFAULTS["cpus_per_worker"],
+        metavar="CPUS",
+        help="what a worker takes of a node; a fraction is allowed (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        default=RAY_DEFAULTS["gpus_per_worker"],
+        metavar="GPUS",
+        help="likewise; 0.25 has four trials share a GPU (default: 1 where the cluster has GPUs, "
+        "unless --device is cpu)",
+    )
+    engine.add_argument(
+        "--min-workers",
+        type=int,
+        default=RAY_DEFAULTS["min_workers"],
+        metavar="N",
+        help="workers to begin with, while others are still to come (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--ray-timeout",
+        type=float,
+        default=RAY_DEFAULTS["ray_timeout"],
+        metavar="SECONDS",
+        help="how long to wait for --min-workers (default: %(default)s)",
     )
 
 
@@ -221,20 +281,73 @@ def workers_and_data(
         options: the command line.
         settle: returns the settings, checked, for a number of workers.
     """
+    open_workers = _on_ray if options.engine == "ray" else _on_this_machine
+    # The workers start while we import.
+    with open_workers(options) as (pool, num_workers, device):
+        from cnn.data import load
+
+        settings = replace(settle(num_workers), worker_device=device)
+        data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+        pool.open(data, options.data_dir)
+        yield settings, data, pool
+
+
+@contextmanager
+def _on_this_machine(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None]]:
+    """Open workers on this machine: hand them out, how many they are, and their device."""
     from experiments.workers import ProcessPool, visible_gpus
 
+    for name, default in RAY_DEFAULTS.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for --engine ray")
     # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
     gpus = visible_gpus() if options.device in ("auto", "cuda") else []
     num_workers = _num_workers(options.workers, options.device, len(gpus))
     num_threads = max(1, num_cores() // num_workers)
-    # The workers start while we import.
     with ProcessPool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
-        from cnn.data import load
+        yield pool, num_workers, None
 
-        settings = settle(num_workers)
-        data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
-        pool.open(data, options.data_dir)
-        yield settings, data, pool
+
+@contextmanager
+def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None]]:
+    """Open workers on a Ray cluster, as `_on_this_machine` does."""
+    try:
+        from experiments.ray_pool import Needs, RayPool, connected
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError("--engine ray needs Ray: pip install '.[ray]'") from error
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"with --engine ray, --device is auto, cpu or cuda, not {options.device!r}: which GPU "
+            "a worker has, Ray decides"
+        )
+    workers, min_workers, gpus = options.workers, options.min_workers, options.gpus_per_worker
+    for flag, number in (("--workers", workers), ("--min-workers", min_workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"{flag} must be ≥ 1, not {number}")
+    if workers is not None and min_workers > workers:
+        raise ValueError(f"--min-workers {min_workers} is more than --workers {workers}")
+    if not 0 <= options.ray_timeout < math.inf:
+        raise ValueError(f"--ray-timeout must be seconds ≥ 0, not {options.ray_timeout}")
+    if options.device == "cuda" and gpus == 0:
+        raise ValueError("--device cuda needs --gpus-per-worker > 0")
+    Needs(cpus=options.cpus_per_worker, gpus=gpus or 0)
+    with connected(options.ray_address) as cluster:
+        if gpus is None:
+            has_gpus = options.device == "cuda" or (options.device == "auto" and cluster.gpus > 0)
+            gpus = 1 if has_gpus else 0
+        needs = Needs(cpus=options.cpus_per_worker, gpus=gpus)
+        pool = RayPool(
+            needs,
+            num_workers=workers,
+            min_workers=min_workers,
+            patience=options.ray_timeout,
+        )
+        if options.ray_address is None and pool.room() < min_workers:
+            raise ValueError(pool.no_room())  # nobody joins a cluster of our own
+        device = "cpu" if options.device == "cpu" or not gpus else "cuda"
+        yield pool, workers or max(1, pool.room()), device
 
 
 def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:

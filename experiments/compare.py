@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_search_flags(search)
     command.add_training_flags(parser)
+    command.add_engine_flags(parser)
     record = parser.add_argument_group("record")
     record.add_argument(
         "--study",

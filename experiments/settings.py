@@ -53,6 +53,8 @@ class Settings:
     """Tags of all of its runs, beside their own."""
     register: str = "none"
     """The registered model that the best trial's becomes a version of: a name, `auto` or `none`."""
+    worker_device: str | None = None
+    """What `device` is to workers that are on other machines, which this one can't ask."""
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -81,7 +83,10 @@ class Settings:
 
     def space(self) -> Space:
         """Return the search space."""
-        device = resolve_device(self.device)
+        device = self.worker_device or resolve_device(self.device)
+        # GPUs of other machines are taken to be of Ampere's generation or later.
+        is_remote_gpu = self.worker_device == "cuda" and self.precision == "auto"
+        precision = "bfloat16" if is_remote_gpu else resolve_precision(self.precision, device)
         return Space(
             losses=self.losses,
             learning_rate_min=self.learning_rate_min,
@@ -92,7 +97,7 @@ class Settings:
                 "seed": self.seed,
                 "optimizer": self.optimizer,
                 "schedule": self.schedule,
-                "precision": resolve_precision(self.precision, device),
+                "precision": precision,
                 "device": device,
             },
             varies_seed=bool(self.points),

@@ -1,0 +1,447 @@
+"""Workers on a Ray cluster. Where they run, and what becomes of nodes, is Ray's work.
+
+`RayPool` is to its caller what `ProcessPool` is. It goes without streaming, which Ray's client
+(`ray://`) has not: two calls of a worker are under way at a time, an epoch each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+
+import cnn
+import experiments
+from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.machine import machine
+from experiments.ray_worker import Images, Place, Step, actor_class, environment, versions
+from tracking.ahead import num_cores
+from tracking.store import NotNowError
+
+if TYPE_CHECKING:
+    from cnn.data import Dataset
+    from cnn.training import TrainConfig
+
+STEPS_AHEAD = 2
+"""Calls under way of a worker that trains."""
+GROW_SECONDS = 5.0
+"""How often it is looked whether the cluster has room for more workers."""
+CONNECT_SECONDS = 5.0
+TOKENS = "RAY_AUTH_MODE has to be what it is on its nodes: token or disabled"
+MAX_DEATHS = 3
+"""Workers that never came to work, in a row: more are no accident."""
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Be connected to a cluster, or to one of our own on this machine, which ends with the block.
+
+    Args:
+        address: `auto`, `ray://HOST:PORT`, `HOST:PORT`, or None for one of our own.
+
+    Raises:
+        ValueError: there is none, or it can't be used, in one line.
+    """
+    _check_reachable(address)
+    own: dict[str, Any] = {"num_cpus": num_cores(), "include_dashboard": False}
+    code = [str(Path(next(iter(package.__path__)))) for package in (cnn, experiments)]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(
+            address or "local",
+            # What a node has installed of ours, or of another version, is not what is used there.
+            runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({} if address else own),
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        if address is None:
+            raise ValueError(f"Ray can't be started: {_one_line(error)}") from error
+        raise ValueError(
+            f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)} ({TOKENS})"
+        ) from error
+    except SystemExit as error:  # what Ray's handler makes of a SIGTERM
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in handlers.items():  # Ray's own would abort this process
+            signal.signal(number, handler)
+    try:
+        yield Cluster()
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise ValueError at once if nobody listens; Ray itself would ask for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, or a form that Ray may know
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = _one_line(error)
+        raise ValueError(f"no Ray cluster answers at --ray-address {address}: {reason}") from error
+
+
+class Cluster:
+    """The cluster that this process is connected to, as it is now."""
+
+    @property
+    def nodes(self) -> list[Mapping[str, float]]:
+        """What each node has."""
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return [node["Resources"] for node in nodes if node["Alive"]]
+
+    @property
+    def gpus(self) -> float:
+        """How many GPUs all nodes have together."""
+        return sum(node.get("GPU", 0.0) for node in self.nodes)
+
+    def __str__(self) -> str:
+        kinds = Counter(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in self.nodes
+        )
+        counted = [
+            f"{number} node{'s' * (number > 1)} with {kind}" for kind, number in kinds.items()
+        ]
+        return ", ".join(counted) or "no nodes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a worker takes of a node. Fractions are allowed."""
+
+    cpus: float
+    gpus: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cpus < 1e6:
+            raise ValueError(f"--cpus-per-worker must be > 0, not {self.cpus:g}")
+        if not 0 <= self.gpus < 1e6 or (self.gpus > 1 and self.gpus % 1):
+            raise ValueError(
+                f"--gpus-per-worker must be a fraction of one, or whole ones: not {self.gpus:g}"
+            )
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{self.cpus:g} CPUs{gpus}"
+
+    def fit(self, resources: Mapping[str, float]) -> int:
+        """Return how many workers have room on a node."""
+        room = [resources.get("CPU", 0.0) / self.cpus]
+        if self.gpus:
+            # Fractions of a GPU are of the same one.
+            whole = resources.get("GPU", 0.0)
+            room.append(whole // self.gpus if self.gpus >= 1 else whole * (1 // self.gpus))
+        return int(min(room) + 1e-9)
+
+
+@dataclass(eq=False)
+class _Job:
+    number: int
+    config: TrainConfig
+    progress: int = 0
+    """Epochs that were told."""
+    lost_at: int = -1
+    """Its progress when a worker was lost with it."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """The driver's end of a worker."""
+
+    actor: Any
+    calls: list[Any]
+    """What it was asked for, and has not answered yet."""
+    place: Place | None = None
+    """Where it is, once it is ready."""
+    job: _Job | None = None
+    turn: int = 0
+    """Of its job: what is left of an earlier one is of no interest."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.place is not None and self.place.versions == versions()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.job is None
+
+
+class RayPool:
+    """Workers on the cluster that this process is connected to.
+
+    A node that disappears takes its workers with it: their jobs go on, each from the last
+    checkpoint that it sent, on the next worker that is idle. A job with which workers are lost
+    twice without an epoch in between has failed.
+
+    Args:
+        needs: what a worker takes.
+        num_workers: how many there are to be, while the cluster has room; None: as many as it has
+            room for.
+        min_workers: how many `open` waits for.
+        patience: for how many seconds it does.
+        checkpoint_seconds: how long a worker trains at least between two checkpoints that it sends.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        *,
+        num_workers: int | None,
+        min_workers: int,
+        patience: float,
+        checkpoint_seconds: float = 10,
+    ) -> None:
+        self._needs, self._num_workers = needs, num_workers
+        self._min_workers, self._patience = min_workers, patience
+        self._workers: list[_Worker] = []
+        self._queue: deque[_Job] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._turns = count(1)
+        self._deaths = 0
+        self._refusals: dict[str, str] = {}
+        self._next_look = 0.0
+        self._checkpoints: Checkpoints
+        self._about: Images
+        self._images: Any
+        threads = max(1, int(needs.cpus))
+        self._how = (threads, checkpoint_seconds)
+        self._new_actor = actor_class().options(
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment(threads)},
+        )
+
+    def open(self, data: Dataset, data_dir: Path) -> None:
+        """Start the workers, and wait for the first of them.
+
+        The images are put into Ray's store once, and travel once to each node.
+
+        Raises:
+            ValueError: no node of the cluster has room for a worker, the store none for the data,
+                or nodes have other versions.
+            NotNowError: too few workers came.
+        """
+        pool = data.train.pool.numpy()
+        self._checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir.resolve())
+        self._about = Images(
+            name=data.name,
+            source=data.source,
+            digest=data.digest,
+            labels=data.train.pool_labels.numpy(),
+            classes=data.classes,
+            given_test=len(data.test) if data.given_test else 0,
+        )
+        try:
+            self._images = ray.put(pool)
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise ValueError(
+                f"Ray's object store has no room for the data set's {pool.nbytes / 1e6:,.0f} MB: "
+                "start its nodes with a larger --object-store-memory"
+            ) from error
+        self._await_workers()
+
+    def _await_workers(self) -> None:
+        deadline = time.monotonic() + self._patience
+        said = False
+        while (ready := sum(worker.is_ready for worker in self._workers)) < self._min_workers:
+            self._grow()
+            if not said and self._patience and not self.room():
+                said = True
+                print(
+                    f"note: {self.no_room()}; waiting {self._patience:g} s for one that has",
+                    file=sys.stderr,
+                )
+            if self._refusals and not ready:
+                raise ValueError("; ".join(self._refusals.values()))
+            if time.monotonic() >= deadline:
+                if not self.room():
+                    raise ValueError(self.no_room())
+                raise NotNowError(
+                    f"{ready} of --min-workers {self._min_workers} workers began within "
+                    f"{self._patience:g} s; {self.no_room()}"
+                )
+            self.wait(0.2)
+
+    def hardware(self) -> str:
+        """Return what the cluster has, and what the machine of this process is."""
+        return f"Ray {ray.__version__}: {Cluster()}; driver: {machine()}"
+
+    def room(self) -> int:
+        """Return how many workers the cluster has room for, if nobody else is there."""
+        return sum(self._needs.fit(node) for node in Cluster().nodes)
+
+    def no_room(self) -> str:
+        """Return what to say where that is none."""
+        return (
+            f"there is room for {self.room()} of {self._min_workers} workers of {self._needs}: the "
+            f"cluster has {Cluster()}"
+        )
+
+    @property
+    def num_idle(self) -> int:
+        """How many workers have nothing to do."""
+        return max(0, sum(worker.is_idle for worker in self._workers) - len(self._queue))
+
+    def submit(self, job: int, config: TrainConfig) -> None:
+        """Hand out a job; one that failed waits for the next worker."""
+        earlier = self._jobs.get(job)
+        self._jobs[job] = _Job(job, config, lost_at=earlier.lost_at if earlier else -1)
+        self._queue.append(self._jobs[job])
+        self._dispatch()
+
+    def stop(self, job: int) -> None:
+        """Have a job stop after the epoch under way. Nothing more is told of it."""
+        stopped = self._jobs.pop(job, None)
+        if stopped is None:
+            return
+        with suppress(ValueError):
+            self._queue.remove(stopped)
+        for worker in self._workers:
+            if worker.job is stopped:
+                worker.actor.stop.remote(worker.turn)
+
+    def forget(self, config: TrainConfig) -> None:
+        """Remove the checkpoint of a training that is over."""
+        self._checkpoints.remove(config)
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        self._grow()
+        # In order: the answer to a later call may be here first, as a model's weights take longer.
+        by_ref = {worker.calls[0]: worker for worker in self._workers if worker.calls}
+        if not by_ref:
+            time.sleep(timeout)
+            return []
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
+        events: list[Event] = []
+        for ref in ready:
+            events.extend(self._receive(by_ref[ref]))
+        self._dispatch()
+        return events
+
+    def _receive(self, worker: _Worker) -> Sequence[Event]:
+        try:
+            answer: Place | Step | None = ray.get(worker.calls.pop(0))
+        except RayError as error:
+            return self._lose(worker, error)
+        if isinstance(answer, Place):
+            self._welcome(worker, answer)
+        elif isinstance(answer, Step):
+            return self._take(worker, answer)
+        return []
+
+    def _take(self, worker: _Worker, step: Step) -> Sequence[Event]:
+        job, event = worker.job, step.event
+        assert job is not None
+        if step.is_over:
+            worker.job = None
+            worker.calls.clear()
+        else:
+            worker.calls.append(worker.actor.step.remote(worker.turn))
+        if event is None or self._jobs.get(job.number) is not job:  # it was stopped
+            return []
+        if step.checkpoint is not None:
+            self._checkpoints.write(job.config, step.checkpoint)
+        if isinstance(event, EpochEnded):
+            job.progress = event.number
+        elif isinstance(event, JobEnded):
+            del self._jobs[job.number]
+            # As they come they are read-only, which PyTorch does not like.
+            weights = {name: values.copy() for name, values in event.weights.items()}
+            event = replace(event, weights=weights)
+        else:
+            # Whatever it is that raised, what comes next is not to be trained in the same process.
+            self._remove(worker)
+        return [event]
+
+    def _welcome(self, worker: _Worker, place: Place) -> None:
+        """Take note of a worker that is ready, though it may be none that can be used.
+
+        Such a one is kept, so that Ray puts no other in its place.
+        """
+        self._deaths = 0
+        worker.place = place
+        if not worker.is_ready:
+            theirs, ours = (
+                ", ".join(f"{name} {version}" for name, version in each.items())
+                for each in (place.versions, versions())
+            )
+            self._refusals[place.node] = f"node {place.address} has {theirs}, not {ours}"
+
+    def _lose(self, worker: _Worker, error: RayError) -> Sequence[Event]:
+        """Take note of a worker that is gone, and let its job go on elsewhere."""
+        where = f"on node {worker.place.address} " if worker.place else ""
+        reason = f"the worker {where}was lost: {_one_line(error)}"
+        self._remove(worker)
+        job = worker.job
+        if job is None:
+            self._deaths += worker.place is None
+            if self._deaths > MAX_DEATHS:
+                raise NotNowError(f"{reason}, {self._deaths} times in a row ({TOKENS})")
+            return []
+        if self._jobs.get(job.number) is not job:  # it was stopped
+            return []
+        if job.lost_at >= job.progress:
+            return [JobFailed(job=job.number, error=reason, details=str(error))]
+        job.lost_at = job.progress
+        self._queue.appendleft(job)
+        return [JobMoved(job=job.number, reason=reason)]
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._next_look = 0.0
+        with suppress(RayError):
+            ray.kill(worker.actor)
+
+    def _dispatch(self) -> None:
+        """Give idle workers the jobs that wait for one."""
+        idle = [worker for worker in self._workers if worker.is_idle]
+        while self._queue and idle:
+            worker, job = idle.pop(), self._queue.popleft()
+            worker.job, worker.turn = job, next(self._turns)
+            checkpoint = self._checkpoints.read(job.config)
+            actor, turn = worker.actor, worker.turn
+            worker.calls = [
+                actor.begin.remote(turn, job.number, job.config, checkpoint),
+                *(actor.step.remote(turn) for _ in range(STEPS_AHEAD)),
+            ]
+
+    def _grow(self) -> None:
+        """Ask for the workers that are still to come.
+
+        Where their number is given, all are asked for, whether or not there is room: that is what
+        has a cluster of a cloud or of Kubernetes start more nodes.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + GROW_SECONDS
+        for _ in range(len(self._workers), self._num_workers or self.room()):
+            actor = self._new_actor.remote(*self._how)
+            self._workers.append(_Worker(actor, [actor.open.remote(self._about, self._images)]))
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

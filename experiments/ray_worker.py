@@ -1,0 +1,159 @@
+"""A worker on a Ray cluster: what runs in its process. It needs Ray, PyTorch and `cnn`."""
+
+from __future__ import annotations
+
+import platform
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from experiments.jobs import Event, JobEnded, JobFailed, train_job
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from cnn.data import Dataset
+    from cnn.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """A data set as it travels, but for its images, which are an object of Ray's store."""
+
+    name: str
+    source: str
+    digest: str
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    given_test: int
+
+    def split(self, images: npt.NDArray[np.uint8], seed: int) -> Dataset:
+        """Return the data set, split with a seed."""
+        from cnn.data import Pool, split_pool
+
+        pool = Pool(
+            images=images, labels=self.labels, classes=self.classes, given_test=self.given_test
+        )
+        with warnings.catch_warnings():
+            # Ray's store is read-only, and shared by all workers of a node; nobody writes to it.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return split_pool(pool, self.digest, seed, name=self.name, source=self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a worker is, and with what it trains."""
+
+    node: str
+    """Its id."""
+    address: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What came of a step of a job: of an epoch, mostly."""
+
+    event: Event | None = None
+    checkpoint: bytes | None = None
+    is_over: bool = True
+    """Nothing more comes of the job."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    import torch
+
+    return {"Python": platform.python_version(), "PyTorch": str(torch.__version__)}
+
+
+class RayWorker:
+    """Trains one job at a time, an epoch a call, so that the driver hears of each.
+
+    Two calls of `step` are under way at a time: a driver that is busy keeps no worker waiting.
+    `stop` does not wait for them, for it has a thread of its own.
+
+    Args:
+        num_threads: of its arithmetic.
+        checkpoint_seconds: how long it trains at least between two checkpoints that it sends.
+    """
+
+    def __init__(self, num_threads: int, checkpoint_seconds: float) -> None:
+        self._num_threads, self._checkpoint_seconds = num_threads, checkpoint_seconds
+        self._turn, self._stopped = 0, 0
+        self._steps: Iterator[Step] = iter(())
+
+    def open(self, about: Images, images: npt.NDArray[np.uint8]) -> Place:
+        """Open the data set, and say where that is.
+
+        Args:
+            about: all of it but its images.
+            images: (M, 32, 32, 3), mapped from Ray's store.
+        """
+        self._opened = lru_cache(maxsize=1)(lambda seed: about.split(images, seed))
+        self._opened(0)
+        import cnn.training  # noqa: F401 - so that the first job does not wait for it
+
+        context = ray.get_runtime_context()
+        return Place(
+            node=context.get_node_id(),
+            address=str(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
+            versions=versions(),
+        )
+
+    def begin(self, turn: int, job: int, config: TrainConfig, checkpoint: bytes | None) -> None:
+        """Begin a job: calls of `step` with this turn are steps of it."""
+        import torch
+
+        # Of a thread, and this is the one that trains.
+        torch.set_num_threads(self._num_threads)
+        torch.set_flush_denormal(True)
+        self._turn = turn
+        self._steps = self._train(job, config, checkpoint)
+
+    def step(self, turn: int) -> Step:
+        """Go on with the job of a turn, and return what came of it."""
+        if turn != self._turn or turn <= self._stopped:
+            return Step()
+        return next(self._steps, Step())
+
+    @ray.method(concurrency_group="control")
+    def stop(self, turn: int) -> None:
+        """Let the epoch under way be the last of the job of a turn."""
+        self._stopped = turn
+
+    def _train(self, job: int, config: TrainConfig, checkpoint: bytes | None) -> Iterator[Step]:
+        kept: list[bytes] = []
+        sent = monotonic()
+        try:
+            for event in train_job(
+                job, config, self._opened(config.seed), checkpoint=checkpoint, keep=kept.append
+            ):
+                is_due = monotonic() - sent >= self._checkpoint_seconds
+                latest = kept.pop() if kept and is_due else None
+                sent = sent if latest is None else monotonic()
+                kept.clear()
+                yield Step(event=event, checkpoint=latest, is_over=isinstance(event, JobEnded))
+        except Exception as error:  # whatever it is, it goes to the trial's run
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            yield Step(event=JobFailed(job=job, error=message, details=traceback.format_exc()))
+
+
+def environment(num_threads: int) -> dict[str, str]:
+    """Return what a worker's environment needs, beside the node's own."""
+    from experiments.workers import ALLOCATOR
+
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads)) | ALLOCATOR
+
+
+def actor_class() -> Any:
+    """Return the class as an actor of Ray's."""
+    remote: Any = ray.remote  # its stubs know no groups
+    return remote(concurrency_groups={"control": 1})(RayWorker)
