@@ -10,13 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def find_programs() -> Path | None:
-    """Return the folder of PostgreSQL's programs: Debian has them beside the PATH."""
-    if found := shutil.which("initdb"):
-        return Path(found).parent
-    newest = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return newest[-1].parent if newest else None
+from experiments.servers import find_programs as find_programs
 
 
 def _reached_by(user: str | None) -> str:
