@@ -130,8 +130,10 @@ def make_users(address: str, passwords: Passwords) -> None:
     with environment(admin):
         for user, password in passwords.users().items():
             try:
-                client.create_user(user, password)
+                client.get_user(user)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+                client.create_user(user, password)
+            else:
                 client.update_user_password(user, password)

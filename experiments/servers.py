@@ -263,8 +263,7 @@ def postgresql(place: Place, stopped: Interrupts) -> Iterator[Server]:
 @contextmanager
 def mlflow_on(place: Place, database: Server, stopped: Interrupts) -> Iterator[Server]:
     """Run MLflow while the block lasts, with all users."""
-    with warnings.catch_warnings(action="ignore"):  # of MLflow's, about what it imports
-        from mlflow.server.security_utils import get_default_allowed_hosts
+    from mlflow.server.security_utils import get_default_allowed_hosts
 
     settings = place.folder / "mlflow-users.ini"
     settings.write_text(
@@ -333,6 +332,7 @@ def serve(place: Place) -> None:
     import psycopg
     from mlflow.exceptions import MlflowException
 
+    warnings.filterwarnings("ignore", module="mlflow")  # about what its server imports
     with Interrupts() as stopped:
         try:
             with postgresql(place, stopped) as database, mlflow_on(place, database, stopped) as ui:

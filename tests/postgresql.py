@@ -13,15 +13,28 @@ from pathlib import Path
 from experiments.servers import find_programs as find_programs
 
 
-def _reached_by(user: str | None) -> str:
-    """Return a folder for temporary files that the user who runs the server can enter.
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder that the user who runs the server can pass through.
 
     TMPDIR may be root's alone, as that of .ci/run is.
     """
-    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if subprocess.run(["test", "-x", folder], check=False, user=user).returncode == 0:
-            return folder
-    raise FileNotFoundError("the user postgres can enter no folder for temporary files")
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if subprocess.run(["test", "-x", place], check=False, user=_user()).returncode == 0:
+            break
+    else:
+        raise FileNotFoundError("the user postgres can enter no folder for temporary files")
+    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir=place))
+    try:
+        folder.chmod(0o711)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _user() -> str | None:
+    """Return who runs the server: it refuses to be run by root."""
+    return "postgres" if os.getuid() == 0 else None
 
 
 @contextmanager
@@ -29,11 +42,8 @@ def server() -> Iterator[str]:
     """Run a server that is reached by a socket in a folder of its own; yield the URL of it."""
     programs = find_programs()
     assert programs is not None
-    # It refuses to be run by root.
-    user = "postgres" if os.getuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir=_reached_by(user)))
-    try:
-        if user:
+    with temporary_folder() as folder:
+        if user := _user():
             shutil.chown(folder, user)
         data = str(folder / "data")
 
@@ -53,5 +63,3 @@ def server() -> Iterator[str]:
             yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
         finally:
             run("pg_ctl", "-D", data, "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

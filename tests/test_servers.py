@@ -1,0 +1,475 @@
+"""The servers of a team: real ones, as the command line starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import optuna
+import psutil
+import pytest
+from fake_pool import FakePool, script_of_ten
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from postgresql import find_programs, temporary_folder
+
+import experiments.servers
+import experiments.sweep
+import experiments.workers
+from benchmarks.faults import free_port
+from experiments.servers import Server, build_parser, main, running
+
+REPOSITORY = Path(__file__).parents[1]
+Test = TypeVar("Test", bound=Callable[..., object])
+NAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+
+
+def with_real_servers(test: Test) -> Test:
+    """Mark a test as one that needs them."""
+    for mark in (
+        pytest.mark.slow,
+        pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed"),
+        # Of a study's connections, which are let go with it.
+        pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+        pytest.mark.filterwarnings("ignore:.*starlette.middleware.wsgi is deprecated"),
+    ):
+        test = mark(test)
+    return test
+
+
+@dataclass
+class Started:
+    """The command, once it has said what to type."""
+
+    process: subprocess.Popen[str]
+    said: str
+    family: list[psutil.Process]
+    """All processes that it has started."""
+
+    def ended(self) -> Ending:
+        """Wait for its end."""
+        _, errors = self.process.communicate(timeout=120)
+        _, left = psutil.wait_procs(self.family, timeout=10)
+        return Ending(code=self.process.returncode, errors=errors, left=left)
+
+
+@dataclass
+class Ending:
+    code: int
+    errors: str
+    left: list[psutil.Process]
+
+
+@dataclass
+class Team:
+    """Servers that run, for the third time on the same data."""
+
+    folder: Path
+    ports: tuple[int, int]
+    said: str
+    killed: Ending
+    interrupted: Ending
+    first_passwords: dict[str, str]
+
+    def password(self, file: str) -> str:
+        return (self.folder / file).read_text().strip()
+
+    def passwords(self) -> dict[str, str]:
+        return read_passwords(self.folder)
+
+    def storage(self, user: str, database: str = "optuna") -> str:
+        return f"postgresql+psycopg://{user}@127.0.0.1:{self.ports[0]}/{database}"
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.ports[1]}"
+
+
+def read_passwords(folder: Path) -> dict[str, str]:
+    files = [*folder.glob("passwords/*"), *folder.glob("users/*")]
+    return {str(file.relative_to(folder)): file.read_text().strip() for file in files}
+
+
+def start(folder: Path, ports: tuple[int, int], *options: str) -> Started:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PG"))}
+    where = ["--postgresql-port", str(ports[0]), "--mlflow-port", str(ports[1])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.servers", "--dir", str(folder), *where, *options],
+        cwd=folder.parent,
+        env={**clean, "PYTHONPATH": str(REPOSITORY), "MLFLOW_WORKERS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    while "Ctrl-C stops both" not in said:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        said += line
+    return Started(process, said, psutil.Process(process.pid).children(recursive=True))
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    """Start it, kill PostgreSQL, start it again, interrupt it, and start it with more users."""
+    pytest.importorskip("psycopg")
+    with temporary_folder() as parent:
+        folder, ports = parent / "servers", (free_port(), free_port())
+        started = start(folder, ports, "--user", "alice", "carol")
+        first_passwords = read_passwords(folder)
+        (database,) = (each for each in started.family if "listen_addresses" in str(each.cmdline()))
+        database.kill()
+        killed = started.ended()
+        started = start(folder, ports)
+        # As a terminal does: to all of the group in front.
+        os.killpg(started.process.pid, signal.SIGINT)
+        interrupted = started.ended()
+        (folder / "users" / "carol").unlink()
+        started = start(folder, ports, "--user", "bob", "--user", "carol")
+        try:
+            yield Team(folder, ports, started.said, killed, interrupted, first_passwords)
+        finally:
+            started.process.terminate()
+            started.ended()
+
+
+@pytest.fixture
+def work(team: Team, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of a user's, who has nothing but the addresses."""
+    (tmp_path / "data").symlink_to(digits_cache)
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "PG"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", team.address)
+    monkeypatch.setattr(
+        experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script_of_ten)
+    )
+
+
+def become(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
+    monkeypatch.setenv(NAME, user)
+    monkeypatch.setenv(PASSWORD, password)
+    monkeypatch.setenv("PGPASSWORD", password)
+
+
+def sweep(team: Team, user: str, trials: int) -> int:
+    command = ["--trials", str(trials), "--epochs", "1", "--workers", "1", "--study", "shared"]
+    return experiments.sweep.main([*command, "--storage", team.storage(user)])
+
+
+def connect(team: Team, user: str, password: str, database: str = "optuna") -> str:
+    """Return as whom one works in a database, or why one may not."""
+    import psycopg
+
+    url = team.storage(user, database).replace("+psycopg", "")
+    try:
+        with psycopg.connect(url, password=password) as connection:
+            (row,) = connection.execute("SELECT current_user").fetchall()
+            return str(row[0])
+    except psycopg.OperationalError as error:
+        return str(error)
+
+
+def asks_who_it_is(team: Team, user: str, password: str) -> bool:
+    """Return whether MLflow refuses to list experiments."""
+    import requests
+
+    answer = requests.get(
+        f"{team.address}/api/2.0/mlflow/experiments/search?max_results=1",
+        auth=(user, password),
+        timeout=60,
+    )
+    return answer.status_code == 401
+
+
+@with_real_servers
+def test_users_of_a_team_work_on_one_study(
+    team: Team, work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trials, user in enumerate(("alice", "bob"), 1):
+        become(monkeypatch, user, team.password(f"users/{user}"))
+        assert sweep(team, user, trials) == 0
+    (study,) = optuna.get_all_study_summaries(team.storage("bob"))
+    assert (study.study_name, study.n_trials) == ("shared", 2)
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("cnn-sweep").experiment_id])  # type: ignore[union-attr]
+    by_user = sorted((run.data.tags["role"], run.info.status) for run in runs)
+    assert by_user == [("sweep", "FINISHED"), ("trial", "FINISHED"), ("trial", "FINISHED")]
+    # Models went through the server, for the store is not theirs.
+    assert any(team.folder.joinpath("artifacts").rglob("model.pt2"))
+    assert not Path("mlruns").exists()
+    assert not Path("mlartifacts").exists()
+    assert_no_password_is_seen(team)
+
+
+def assert_no_password_is_seen(team: Team) -> None:
+    """Look for them where others can: in what is printed and logged, and in `ps`."""
+    known = {*team.first_passwords.values(), *team.passwords().values()}
+    assert len(known) == 8  # carol has had two
+    logs = [file.read_text() for file in team.folder.glob("*.*") if file.is_file()]
+    assert len(logs) == 4
+    commands = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+    assert any("mlflow@127.0.0.1" in each for each in commands)
+    seen = [team.said, team.killed.errors, team.interrupted.errors, *logs, *commands]
+    assert [text for text in seen if any(password in text for password in known)] == []
+
+
+@with_real_servers
+def test_each_user_is_told_what_to_type(team: Team) -> None:
+    for user in ("alice", "bob", "carol"):
+        assert f"export MLFLOW_TRACKING_URI={team.address} {NAME}={user}\n" in team.said
+        assert f"export {PASSWORD}=$(cat {team.folder / 'users' / user})\n" in team.said
+        assert f"python -m experiments.sweep --storage {team.storage(user)}\n" in team.said
+    assert "only this machine reaches 127.0.0.1" in team.said
+
+
+@with_real_servers
+def test_a_later_start_keeps_passwords_and_makes_those_that_are_not_there(team: Team) -> None:
+    now = team.passwords()
+    changed = {file for file, password in now.items() if team.first_passwords.get(file) != password}
+    assert changed == {"users/bob", "users/carol"}
+    assert set(team.first_passwords) == set(now) - {"users/bob"}
+
+
+@with_real_servers
+def test_a_wrong_password_is_refused(team: Team) -> None:
+    for user, wrong in {
+        "alice": team.password("users/bob"),
+        "carol": team.first_passwords["users/carol"],  # which was removed
+        "nobody": "",
+    }.items():
+        refused = connect(team, user, wrong)
+        assert "password authentication failed" in refused or "no password supplied" in refused
+        assert asks_who_it_is(team, user, wrong)
+    for user in ("alice", "bob", "carol"):
+        assert connect(team, user, team.password(f"users/{user}")) == "optuna"
+        assert not asks_who_it_is(team, user, team.password(f"users/{user}"))
+    assert not asks_who_it_is(team, "admin", team.password("passwords/admin"))
+
+
+@with_real_servers
+@pytest.mark.parametrize(
+    ("user", "file", "database"),
+    [
+        ("alice", "users/alice", "mlflow"),
+        ("alice", "users/alice", "mlflow_users"),
+        ("alice", "users/alice", "postgres"),
+        ("mlflow", "passwords/mlflow", "optuna"),
+        ("mlflow", "passwords/mlflow", "postgres"),
+    ],
+)
+def test_a_role_gets_into_no_database_that_it_does_not_need(
+    team: Team, user: str, file: str, database: str
+) -> None:
+    assert "no pg_hba.conf entry" in connect(team, user, team.password(file), database)
+
+
+@with_real_servers
+def test_a_user_can_neither_make_users_nor_rule_over_databases(team: Team) -> None:
+    import psycopg
+
+    url = team.storage("alice").replace("+psycopg", "")
+    with psycopg.connect(url, password=team.password("users/alice"), autocommit=True) as connection:
+        for role in ("optuna", "alice"):
+            connection.execute(f"SET ROLE {role}")
+            for statement in (
+                "CREATE ROLE mallory",
+                "CREATE DATABASE mine",
+                "ALTER ROLE bob PASSWORD 'mine'",
+                "COPY (SELECT 1) TO PROGRAM 'cat'",
+            ):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement)
+
+
+@with_real_servers
+def test_a_user_is_no_admin_of_mlflow(
+    team: Team, work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.server import get_app_client
+
+    become(monkeypatch, "alice", team.password("users/alice"))
+    with pytest.raises(MlflowException, match="Permission denied"):
+        get_app_client("basic-auth", team.address).create_user("mallory", "a long password")
+
+
+@with_real_servers
+def test_nobody_else_reads_passwords_logs_and_data(team: Team) -> None:
+    names = ("passwords/*", "users/*", "*.log", "artifacts", "postgresql")
+    files = [file for name in names for file in team.folder.glob(name)]
+    assert len(files) == 4 + 3 + 2 + 2
+    assert {file.name for file in files if stat.S_IMODE(file.stat().st_mode) & 0o077} == set()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in files if file.is_file()}
+    assert modes == {0o600}
+
+
+@with_real_servers
+def test_if_one_server_dies_the_other_is_stopped_and_a_line_says_which(team: Team) -> None:
+    log = team.folder / "postgresql.log"
+    assert team.killed == Ending(
+        code=1,
+        errors="python -m experiments.servers: error: PostgreSQL has ended (exit code -9): "
+        f"see {log}\n",
+        left=[],
+    )
+
+
+@with_real_servers
+def test_ctrl_c_stops_both_in_order_and_leaves_no_process(team: Team) -> None:
+    assert team.interrupted == Ending(code=0, errors="", left=[])
+    assert "received fast shutdown request" in (team.folder / "postgresql.log").read_text()
+    assert "Finished server process" in (team.folder / "mlflow.log").read_text()
+
+
+@with_real_servers
+def test_a_folder_whose_servers_run_is_refused(
+    team: Team, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = ["--postgresql-port", str(free_port()), "--mlflow-port", str(free_port())]
+    assert main(["--dir", str(team.folder), *ports]) == 2
+    assert capsys.readouterr().err.endswith(f"--dir {team.folder}: its servers are running\n")
+
+
+# Without real servers.
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Pretend that all is installed; return the options of a start on free ports."""
+    monkeypatch.setattr(experiments.servers, "find_programs", lambda version="*": tmp_path)
+    monkeypatch.setattr(experiments.servers, "find_spec", lambda name: object())
+    monkeypatch.setattr(experiments.servers, "_as_its_user", dict)
+    ports = ["--postgresql-port", str(free_port()), "--mlflow-port", str(free_port())]
+    return ["--dir", str(tmp_path / "servers"), *ports]
+
+
+def the_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line.removeprefix("python -m experiments.servers: error: ")
+
+
+@pytest.mark.parametrize("option", ["--postgresql-port", "--mlflow-port"])
+def test_a_port_that_is_taken_is_refused(
+    free: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        number = other.getsockname()[1]
+        assert main([*free, option, str(number)]) == 2
+    line = the_line(capsys)
+    assert line.startswith(f"--host 127.0.0.1, {option}: Address already in use")
+    assert str(number) in line
+    assert not (tmp_path / "servers").exists()
+
+
+def test_both_at_one_port_are_refused(free: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    number = str(free_port())
+    assert main([*free, "--postgresql-port", number, "--mlflow-port", number]) == 2
+    assert the_line(capsys).startswith("--host 127.0.0.1, --mlflow-port: Address already in use")
+
+
+@pytest.mark.parametrize("number", ["0", "65536", "-1", "http"])
+def test_what_is_no_port_is_refused(
+    free: list[str], number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*free, f"--mlflow-port={number}"]) == 2
+    assert the_line(capsys) == f"argument --mlflow-port: invalid port value: {number!r}"
+
+
+def test_an_address_that_this_machine_has_not_is_refused(
+    free: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*free, "--host", "192.0.2.77"]) == 2  # RFC 5737: an example's
+    assert "--host 192.0.2.77, --postgresql-port: Cannot assign" in the_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["Alice", "a b", "../admin", "", "1st", "a" * 32, "pg_x", "admin"])
+def test_a_name_that_no_user_can_have_is_refused(
+    free: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*free, "--user", "alice", name]) == 2
+    line = the_line(capsys)
+    assert line.startswith("--user must be up to 31 small letters, digits and _")
+    assert line.endswith(f"not {name!r}")
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
+    free: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "servers" / "thesis.tex").touch()
+    assert main(free) == 2
+    assert the_line(capsys).endswith("servers holds something else: name a new folder")
+    assert [file.name for file in (tmp_path / "servers").iterdir()] == ["thesis.tex"]
+
+
+def test_without_postgresql_it_is_said_what_to_install(
+    free: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments.servers, "find_programs", lambda version="*": None)
+    assert main(free) == 2
+    line = "PostgreSQL is not installed (Debian: apt install postgresql)"
+    assert the_line(capsys) == line
+
+
+def test_without_an_extra_it_is_said_what_to_install(
+    free: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments.servers, "find_spec", lambda name: None)
+    assert main(free) == 2
+    assert the_line(capsys) == "without psycopg: pip install '.[postgresql,server]'"
+
+
+def stand_in(name: str, script: str, folder: Path) -> Callable[..., AbstractContextManager[Server]]:
+    log = folder / f"{name}.log"
+    return lambda *_: running(name, ["/bin/sh", "-c", script], log, signal.SIGTERM)
+
+
+def test_whichever_server_ends_first_it_is_said(
+    free: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, script in {"postgresql": "exec sleep 4711", "mlflow_on": "sleep 4711 & exit 3"}.items():
+        monkeypatch.setattr(experiments.servers, name, stand_in(name, script, tmp_path))
+    before = time.monotonic()
+    assert main([*free, "--user", "alice"]) == 1
+    assert time.monotonic() < before + 30
+    assert capsys.readouterr().err.endswith(
+        f"error: mlflow_on has ended (exit code 3): see {tmp_path / 'mlflow_on.log'}\n"
+    )
+    left = [
+        each.info["cmdline"]
+        for each in psutil.process_iter(["cmdline", "status"])
+        if each.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+    assert ["sleep", "4711"] not in left
+
+
+def test_a_server_that_does_not_end_when_asked_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments.servers, "STOP_SECONDS", 0.5)
+    script = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+    with stand_in("stubborn", script, tmp_path)() as server:
+        while server.log.read_text() != "ready\n":
+            time.sleep(0.01)
+    assert server.process.returncode == -signal.SIGKILL
+
+
+def test_the_help_says_what_is_taken_where_nothing_is_said() -> None:
+    assert build_parser().format_help().count("(default: ") == 4
