@@ -1,8 +1,8 @@
-"""MLflow's pages of a comparison, in a real browser: `python -m benchmarks.pages --help`.
+"""Pages of MLflow and of Optuna's dashboard in a real browser: `python -m benchmarks.pages --help`.
 
-Starts a real `mlflow server` on what was recorded, goes through its pages in Chromium, fails where
-one doesn't show what it should, and keeps a picture of each: those in the README are from here. A
-test does the same with a small comparison.
+Starts a real `mlflow server` on what was recorded of a comparison, or `optuna-dashboard` on a
+study, goes through the pages in Chromium, fails where one doesn't show what it should, and keeps a
+picture of each: those in the README are from here. A test does the same with a small comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,22 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", help="of the comparison")
+    parser.add_argument("name", help="of the comparison; with --dashboard, of a study")
     parser.add_argument("--store", default="sqlite:///mlflow.db", metavar="URI")
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="DIR")
+    parser.add_argument(
+        "--dashboard",
+        metavar="URL",
+        help="the storage of the study: look at Optuna's dashboard (pip install optuna-dashboard) "
+        "instead of MLflow's pages",
+    )
     options = parser.parse_args()
-    with served(options.store) as address:
-        pages = look(address, options.name, options.out)
+    if options.dashboard:
+        with dashboard(options.dashboard) as address:
+            pages = look_at_study(address, options.name, options.out)
+    else:
+        with served(options.store) as address:
+            pages = look(address, options.name, options.out)
     print(*(f"{page}: {picture}" for page, picture in pages.items()), sep="\n")
 
 
@@ -53,22 +63,39 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
-@contextmanager
-def served(store: str) -> Iterator[str]:
+def served(store: str) -> AbstractContextManager[str]:
     """Start MLflow's server on a store, in the working folder, and hand out its address."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+    return _started([*command, "--workers", "1"], health="/health")
+
+
+def dashboard(storage: str) -> AbstractContextManager[str]:
+    """Start Optuna's dashboard of a storage, and hand out its address.
+
+    A password is for `PGPASSWORD`, and not for the URL: a command line can be read by all.
+    """
+    command = str(Path(sys.executable).with_name("optuna-dashboard"))
+    return _started([command, "--server", "wsgiref", storage], health="/dashboard")
+
+
+@contextmanager
+def _started(command: list[str], *, health: str) -> Iterator[str]:
+    """Start a server on a free port, wait until it answers, and hand out its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    command += ["--port", str(port), "--workers", "1"]
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     with Path("server.log").open("wb") as log:
         server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True
+            [*command, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_for(server, f"{address}/health")
+        _wait_for(server, f"{address}{health}")
         yield address
     finally:
         server.terminate()
@@ -122,35 +149,69 @@ def find(address: str, name: str) -> Ids:
 
 
 def look(address: str, name: str, out: Path) -> dict[str, Path]:
-    """Go through the pages, and return the picture of each.
+    """Go through MLflow's pages of a comparison, and return the picture of each.
 
     Raises:
         playwright.sync_api.Error: a page doesn't show what it should.
     """
+    ids = find(address, name)
+    looks = {
+        "runs": _runs,
+        "comparison": _comparison,
+        "report": _report,
+        "compare": _compare,
+        "trial": _trial,
+    }
+    pictures = {}
+    with _browser() as page:
+        page.add_init_script(_NO_ASSISTANT)
+        for which, visit in looks.items():
+            visit(page, f"{address}/#", ids)
+            pictures[which] = _picture(page, out / f"mlflow-{which}.png")
+    return pictures
+
+
+def look_at_study(address: str, name: str, out: Path) -> dict[str, Path]:
+    """Go through a study's pages in Optuna's dashboard, and return the picture of each.
+
+    Raises:
+        playwright.sync_api.Error: a page doesn't show what it should.
+    """
+    pictures = {}
+    looks = {
+        "history": ("History", ["Objective 0", "Best Trial", "learning_rate"]),
+        "analytics": ("Analytics", ["Hyperparameter Relationships", "Contour"]),
+    }
+    with _browser() as page:
+        page.goto(f"{address}/dashboard")
+        page.get_by_text(f". {name}").click()
+        for which, (link, texts) in looks.items():
+            page.get_by_role("link", name=link).click()
+            page.get_by_text(f"{name} (id=").wait_for()
+            for text in texts:
+                page.get_by_text(text).first.wait_for()
+            pictures[which] = _picture(page, out / f"optuna-{which}.png")
+    return pictures
+
+
+@contextmanager
+def _browser() -> Iterator[Page]:
     from playwright.sync_api import sync_playwright
 
-    out.mkdir(parents=True, exist_ok=True)
-    ids = find(address, name)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(PAGE_MILLISECONDS)
-        page.add_init_script(_NO_ASSISTANT)
-        looks = {
-            "runs": _runs,
-            "comparison": _comparison,
-            "report": _report,
-            "compare": _compare,
-            "trial": _trial,
-        }
-        pictures = {}
-        for which, visit in looks.items():
-            visit(page, f"{address}/#", ids)
-            page.wait_for_timeout(SETTLED_MILLISECONDS)
-            pictures[which] = out / f"mlflow-{which}.png"
-            page.screenshot(path=pictures[which])
+        yield page
         browser.close()
-    return pictures
+
+
+def _picture(page: Page, file: Path) -> Path:
+    """Take a picture once all is drawn."""
+    page.wait_for_timeout(SETTLED_MILLISECONDS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=file)
+    return file
 
 
 # MLflow's assistant takes a third of the page, unless it was closed before.
