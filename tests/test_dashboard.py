@@ -38,7 +38,7 @@ def test_the_dashboard_shows_a_study(
 
     with pages.dashboard(storage) as address:
         pictures = pages.look_at_study(address, "sweep", tmp_path / "pictures")
-        monkeypatch.setattr(pages, "PAGE_MILLISECONDS", 2_000)
+        monkeypatch.setattr(pages, "PAGE_MILLISECONDS", 15_000)
         with pytest.raises(Error, match="waiting for get_by_text"):
             pages.look_at_study(address, "other", tmp_path / "pictures")
     assert [file.name for file in pictures.values()] == [
