@@ -33,7 +33,7 @@ from experiments.accounts import (
 from experiments.interrupts import InterruptionError, Interrupts
 from tracking.best import Parser, command
 from tracking.drafts import writing
-from tracking.store import NotNowError, one_line
+from tracking.store import NotNowError, environment, one_line
 
 # What is slow to import (MLflow) is imported where it is needed: --help is not.
 
@@ -143,10 +143,11 @@ def open_folder(folder: Path) -> Iterator[None]:
         raise ValueError(f"--dir {folder}: the user postgres can't get there, who is to serve it")
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--dir {folder}: its servers are running") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"--dir {folder}: its servers are running") from None
     finally:
         os.close(lock)
 
@@ -292,8 +293,9 @@ def mlflow_on(place: Place, database: Server, stopped: Interrupts) -> Iterator[S
     variables = {**by_default, **os.environ, **ours}
     with running("MLflow", arguments, log, signal.SIGTERM, env=variables) as server:
         address = f"http://{place.local}:{place.mlflow_port}"
-        wait_for(lambda: _is_healthy(address), [database, server], stopped)
-        make_users(address, place.passwords)
+        with environment({"no_proxy": "*"}):
+            wait_for(lambda: _is_healthy(address), [database, server], stopped)
+            make_users(address, place.passwords)
         yield server
 
 
@@ -323,6 +325,18 @@ def what_to_type(place: Place) -> str:
     return "\n".join([*lines, "Ctrl-C stops both"])
 
 
+@contextmanager
+def _stopping_with_the_terminal() -> Iterator[None]:
+    """Have a terminal that is closed stop the servers, too, unless `nohup` says otherwise."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def serve(place: Place) -> None:
     """Run both servers until there is a signal.
 
@@ -333,7 +347,7 @@ def serve(place: Place) -> None:
     from mlflow.exceptions import MlflowException
 
     warnings.filterwarnings("ignore", module="mlflow")  # about what its server imports
-    with Interrupts() as stopped:
+    with Interrupts() as stopped, _stopping_with_the_terminal():
         try:
             with postgresql(place, stopped) as database, mlflow_on(place, database, stopped) as ui:
                 print(what_to_type(place), flush=True)

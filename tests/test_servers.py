@@ -444,7 +444,10 @@ def test_whichever_server_ends_first_it_is_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, script in {"postgresql": "exec sleep 4711", "mlflow_on": "sleep 4711 & exit 3"}.items():
+    for name, script in {
+        "postgresql": "exec sleep 4711",
+        "mlflow_on": "sleep 4711 & exit 3",
+    }.items():
         monkeypatch.setattr(experiments.servers, name, stand_in(name, script, tmp_path))
     before = time.monotonic()
     assert main([*free, "--user", "alice"]) == 1
@@ -469,6 +472,40 @@ def test_a_server_that_does_not_end_when_asked_is_killed(
         while server.log.read_text() != "ready\n":
             time.sleep(0.01)
     assert server.process.returncode == -signal.SIGKILL
+
+
+# The command, with servers that do nothing; it says which processes they are.
+IDLE = """
+import sys
+from pathlib import Path
+import signal
+from experiments import servers
+
+def idle(place, *_):
+    return servers.running("idle", ["sleep", "4712"], place.folder / "idle.log", signal.SIGTERM)
+
+servers.postgresql = servers.mlflow_on = idle
+servers.find_programs = lambda version="*": Path()
+servers.find_spec = lambda name: ""
+servers._as_its_user = dict
+sys.exit(servers.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_both(free: list[str], number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", IDLE, *free], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() != "Ctrl-C stops both\n":
+        assert process.poll() is None
+    servers = psutil.Process(process.pid).children()
+    assert len(servers) == 2
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not any(server.is_running() for server in servers)
 
 
 def test_the_help_says_what_is_taken_where_nothing_is_said() -> None:
