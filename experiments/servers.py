@@ -7,6 +7,7 @@ import fcntl
 import ipaddress
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import socket
@@ -310,7 +311,7 @@ def what_to_type(place: Place) -> str:
     address = f"http://{place.public}:{place.mlflow_port}"
     lines = [f"MLflow answers at {address}, PostgreSQL at port {place.postgresql_port}"]
     for user in place.passwords.users():
-        file = place.folder / "users" / user
+        file = shlex.quote(str(place.folder / "users" / user))
         lines += [
             f"\n{user}, with the password of this file, or of a copy of it, types:\n",
             f"    export MLFLOW_TRACKING_URI={address} MLFLOW_TRACKING_USERNAME={user}",
