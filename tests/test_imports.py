@@ -134,6 +134,7 @@ def test_every_module_is_looked_at(package: str) -> None:
     "module",
     [
         "experiments.report",
+        "experiments.servers",
         "experiments.sweep",
         "tracking.predict",
         "tracking.best",
