@@ -139,7 +139,7 @@ def open_folder(folder: Path) -> Iterator[None]:
         for name in ("passwords", "users", "artifacts"):
             (folder / name).mkdir(mode=0o700, exist_ok=True)
         (folder / ".gitignore").write_text("*\n")
-    look = ["/usr/bin/test", "-x", folder]
+    look = ["/usr/bin/test", "-x", str(folder)]
     if _as_its_user() and subprocess.run(look, check=False, **_as_its_user()).returncode:
         raise ValueError(f"--dir {folder}: the user postgres can't get there, who is to serve it")
     lock = os.open(folder, os.O_RDONLY)
@@ -190,7 +190,7 @@ def make_data(place: Place) -> Path:
 
 @contextmanager
 def running(
-    name: str, arguments: Sequence[str | Path], log: Path, stop: signal.Signals, **popen: Any
+    name: str, arguments: Sequence[str], log: Path, stop: signal.Signals, **popen: Any
 ) -> Iterator[Server]:
     """Run a server while the block lasts; `stop` is the signal by which it ends in order."""
     log.touch(mode=0o600)
@@ -243,11 +243,11 @@ def postgresql(place: Place, stopped: Interrupts) -> Iterator[Server]:
         "max_connections": 300,  # MLflow's four workers may have 120, a sweep has a few
     }
     given = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-    arguments = [programs / "postgres", "-D", "postgresql", *given]
+    arguments = [str(programs / "postgres"), "-D", "postgresql", *given]
     log = place.folder / "postgresql.log"
     # Its "fast" way: who is still connected isn't waited for.
     with running("PostgreSQL", arguments, log, signal.SIGINT, **_as_its_user()) as server:
-        look = [programs / "pg_isready", "-q", "-h", place.local, "-U", "postgres"]
+        look = [str(programs / "pg_isready"), "-q", "-h", place.local, "-U", "postgres"]
         look += ["-p", str(place.postgresql_port)]
         wait_for(lambda: subprocess.run(look, check=False).returncode == 0, [server], stopped)
         with psycopg.connect(
