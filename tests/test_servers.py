@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -57,10 +57,16 @@ class Started:
     """All processes that it has started."""
 
     def ended(self) -> Ending:
-        """Wait for its end."""
-        _, errors = self.process.communicate(timeout=120)
-        _, left = psutil.wait_procs(self.family, timeout=10)
-        return Ending(code=self.process.returncode, errors=errors, left=left)
+        """Wait for its end; nothing is left of it after that, whatever comes of it."""
+        try:
+            _, errors = self.process.communicate(timeout=120)
+            _, left = psutil.wait_procs(self.family, timeout=10)
+            return Ending(code=self.process.returncode, errors=errors, left=left)
+        finally:
+            self.process.kill()
+            for each in self.family:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
 
 
 @dataclass
