@@ -1,0 +1,553 @@
+"""How far does one driver go? `python -m benchmarks.scaling`, about ten minutes.
+
+Everything is real but for the workers: Optuna's storage, MLflow's server over HTTP, and the driver,
+`experiments.study.sweep`. A worker is a sleep of `--epoch-seconds` an epoch (± 10 %), which learns
+as plausibly as needed for pruning to prune, and ends with the network's weights. Three tables:
+
+1. *Efficiency* with few workers: seconds in which workers trained, of all that they had.
+2. *Costs*: what the driver does for a trial and for an epoch, in a study that already has
+   `--history` trials, with workers that are always done. Earlier trials are copies, row by row in
+   both databases, of `--originals` that the driver has recorded itself.
+3. *Limits*: efficiency with more and more workers, in the longest of those studies. A driver that
+   needs d seconds a trial feeds L / d workers whose trials take L seconds.
+
+In 1 and 3 the study always has more trials: what is measured ends after `--seconds`, by a Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from benchmarks.common import markdown, spread
+from experiments.command import MLFLOW_SETTINGS
+from experiments.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from benchmarks.simulation import SimulatedPool
+    from experiments.settings import Settings
+
+FIGURES = Path(__file__).parent / "figures"
+PARTS = ("efficiency", "costs", "limits")
+DATABASES = ("sqlite", "postgresql")
+SEARCHES = {"tpe": "one_epoch", "random": "median"}
+"""Samplers, and the pruner that each is measured with: what one costs, the other doesn't change."""
+
+COST_WORKERS = 8
+ENDLESS = 10**9
+"""More trials than are ever tried."""
+
+CONNECT, WAIT, REST = "connect", "wait", "rest"
+OF_AN_EPOCH = ("log to MLflow", "report to Optuna", "prune decision")
+OF_A_TRIAL = (
+    "count trials",
+    "suggest",
+    "open run",
+    "record model",
+    "close run",
+    "tell Optuna",
+    "signs of life",
+    REST,
+)
+# Okabe and Ito's, which colour-blind readers can tell apart, and greys.
+COLORS = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#888888"]
+COLORS += ["#000000", "#BBBBBB", "#555555"]
+
+
+class Stopwatch:
+    """Seconds and HTTP requests of parts of a thread's work, each without those of parts within.
+
+    It is `begun` with the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.requests: dict[str, int] = defaultdict(int)
+        self.begun = math.inf
+        self._within: list[tuple[str, list[float]]] = []
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call, which takes note."""
+
+        @wraps(call)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            inner: list[float] = []
+            self._within.append((part, inner))
+            start = time.monotonic()
+            self.begun = min(self.begun, start)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                took = time.monotonic() - start
+                self._within.pop()
+                self.seconds[part].append(took - sum(inner))
+                if self._within:
+                    self._within[-1][1].append(took)
+
+        return noting
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call, which is counted as a request of the part that it is in."""
+
+        @wraps(call)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.requests[self._within[-1][0] if self._within else REST] += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    @contextmanager
+    def on_the_driver(self, pool: SimulatedPool) -> Iterator[None]:
+        """Watch a sweep with this pool."""
+        import requests
+
+        from experiments.heartbeat import Heartbeat
+        from experiments.space import Space
+        from experiments.study import _RunningTrial, _Sweep
+        from tracking.runs import Run
+
+        parts: list[tuple[str, object, str]] = [
+            (WAIT, pool, "wait"),
+            (CONNECT, _Sweep, "connect"),
+            (CONNECT, _Sweep, "_rehearse"),
+            ("count trials", _Sweep, "_has_more"),
+            ("suggest", Heartbeat, "ask"),
+            ("suggest", Space, "suggest"),
+            ("open run", _Sweep, "_open_run"),
+            ("open run", _RunningTrial, "__init__"),
+            ("log to MLflow", Run, "log_metrics"),
+            ("report to Optuna", _RunningTrial, "record"),
+            ("prune decision", _Sweep, "_should_prune"),
+            ("record model", _Sweep, "_record_model"),
+            ("close run", Run, "end"),
+            ("tell Optuna", _Sweep, "_tell"),
+            ("signs of life", _Sweep, "_keep_alive"),
+        ]
+        with ExitStack() as stack:
+            for part, owner, name in parts:
+                stack.enter_context(
+                    patch.object(owner, name, self.timed(part, getattr(owner, name)))
+                )
+            send = self.counted(requests.Session.send)
+            stack.enter_context(patch.object(requests.Session, "send", send))
+            yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a sweep came to, from when it asked for a trial until it was over, or told to end."""
+
+    workers: int
+    seconds: float
+    busy_seconds: float
+    """In which workers trained, of all together."""
+    fill_seconds: float
+    """Until every worker had a trial; inf: there was no such time."""
+    trials: int
+    """That were over."""
+    epochs: int
+    """That were recorded."""
+    processor_seconds: float
+    """Of the driver."""
+    parts: Mapping[str, Sequence[float]]
+    """Seconds of the driver, a call."""
+    requests: Mapping[str, int]
+    """Over HTTP."""
+    closing_seconds: float
+    """Until what still ran was closed."""
+
+    @property
+    def efficiency(self) -> float:
+        """Of the seconds that all workers had, the share in which they trained."""
+        return self.busy_seconds / (self.workers * self.seconds)
+
+    @property
+    def driver_seconds(self) -> float:
+        """In which the driver worked, rather than waited for workers, but for its start."""
+        return self.seconds - self.total(WAIT) - self.total(CONNECT)
+
+    def total(self, part: str) -> float:
+        """Return what a part took in all, in seconds; the rest is what no part has."""
+        if part == REST:
+            return self.seconds - sum(map(sum, self.parts.values()))
+        return sum(self.parts.get(part, ()))
+
+    def milliseconds(self, part: str) -> float:
+        """Return what a part took on average: an epoch's an epoch, a trial's a trial."""
+        return 1000 * self.total(part) / (self.epochs if part in OF_AN_EPOCH else self.trials)
+
+
+class _End(Interrupts):
+    """A Ctrl-C that comes so many seconds after the first trial, and takes note of what was."""
+
+    def __init__(self, pool: SimulatedPool, watch: Stopwatch, seconds: float) -> None:
+        super().__init__()
+        self.pool, self.watch, self.after = pool, watch, seconds
+        self.processor = time.process_time()
+
+    def __call__(self) -> bool:
+        if time.monotonic() >= self.watch.begun + self.after:
+            self.take_note()
+        return self.first is not None
+
+    def take_note(self) -> None:
+        if self.first is not None:
+            return
+        self.first = time.monotonic()
+        self.seconds = self.first - self.watch.begun
+        self.busy_seconds = self.pool.busy_seconds(self.watch.begun, self.first)
+        self.processor_seconds = time.process_time() - self.processor
+        self.parts = {part: list(seconds) for part, seconds in self.watch.seconds.items()}
+        self.requests = dict(self.watch.requests)
+
+
+def measure(settings: Settings, *, epoch_seconds: float, seconds: float = math.inf) -> Measured:
+    """Run a sweep, to its end or for so many seconds, and return what it came to."""
+    from benchmarks.simulation import SimulatedPool, no_data
+    from experiments.study import SweepEnded, TrialEnded, TrialProgressed, sweep
+
+    pool, watch = SimulatedPool(settings.workers, epoch_seconds=epoch_seconds), Stopwatch()
+    end = _End(pool, watch, seconds)
+    trials = epochs = 0
+    with watch.on_the_driver(pool):
+        for event in sweep(settings, no_data(), pool, end):
+            trials += isinstance(event, TrialEnded) and event.outcome != "interrupted"
+            epochs += isinstance(event, TrialProgressed)
+            if isinstance(event, SweepEnded):
+                if event.outcome == "failed" or event.reason:
+                    raise RuntimeError(f"the sweep ended: {event.outcome} {event.reason}")
+                end.take_note()
+    assert end.first is not None
+    return Measured(
+        workers=settings.workers,
+        seconds=end.seconds,
+        busy_seconds=end.busy_seconds,
+        fill_seconds=pool.all_busy - watch.begun,
+        trials=trials,
+        epochs=epochs,
+        processor_seconds=end.processor_seconds,
+        parts=end.parts,
+        requests=end.requests,
+        closing_seconds=time.monotonic() - end.first,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and draw."""
+    options = parse(argv)
+    os.environ |= {k: v for k, v in MLFLOW_SETTINGS.items() if k not in os.environ}
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)
+    figure = options.figure.absolute() if options.figure else None
+    with ExitStack() as stack:
+        stack.enter_context(chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        bench = stack.enter_context(Bench.opened(options))
+        from experiments.machine import machine
+
+        print(f"{machine()}; Optuna on {options.storage}, MLflow on {options.server}\n", flush=True)
+        efficiency = bench.efficiency() if "efficiency" in options.parts else []
+        costs = bench.costs() if {"costs", "limits"} & set(options.parts) else {}
+        limits = bench.limits() if "limits" in options.parts else []
+    if figure:
+        draw(efficiency, costs, limits, options, figure)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    default = "(default: %(default)s)"
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
+    add("--storage", choices=DATABASES, default="sqlite", help=f"Optuna's {default}")
+    add(
+        "--server",
+        choices=(*DATABASES, "none"),
+        default="sqlite",
+        help=f"MLflow's database; none: SQLite without a server {default}",
+    )
+    add("--epochs", type=int, default=20, help=f"of a trial {default}")
+    add("--epoch-seconds", type=float, default=3.0, help=default)
+    add("--workers", type=int, nargs="+", default=[1, 2, 4, 8], help="of the first table")
+    add("--seconds", type=float, default=45.0, help=f"of each row of the first table {default}")
+    add("--history", type=int, nargs="+", default=[100, 1000, 10_000], help="earlier trials")
+    add("--originals", type=int, default=20, help=f"of which the others are copies {default}")
+    add("--trials", type=int, default=10, help=f"that are measured at a time {default}")
+    add("--repeats", type=int, default=3, help=f"of that {default}")
+    add("--samplers", nargs="+", choices=SEARCHES, default=list(SEARCHES), help="(default: both)")
+    add("--many-workers", type=int, nargs="+", default=[10, 100, 1000], help="of the third table")
+    add("--many-seconds", type=float, default=90.0, help=f"of each row of it {default}")
+    add("--figure", type=Path, metavar="FILE", help="draw all three")
+    options = parser.parse_args(argv)
+    options.history.sort()
+    if options.originals > options.history[0]:
+        parser.error(f"--originals must be ≤ the first of --history, not {options.originals}")
+    return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Servers that run, and what is measured on them."""
+
+    options: argparse.Namespace
+    storage: str
+    """Optuna's database."""
+    store: str
+    """MLflow's."""
+
+    @classmethod
+    @contextmanager
+    def opened(cls, options: argparse.Namespace) -> Iterator[Bench]:
+        """Start what is asked for in the working folder, and stop it in the end."""
+        from benchmarks.pages import served
+
+        folder = Path.cwd()
+        with ExitStack() as stack:
+            urls = {"sqlite": f"sqlite:///{folder}/{{}}.db"}
+            if "postgresql" in (options.storage, options.server):
+                urls["postgresql"] = stack.enter_context(postgresql())
+            storage = urls[options.storage].format("optuna")
+            store = urls["sqlite" if options.server == "none" else options.server].format("mlflow")
+            uri = store if options.server == "none" else stack.enter_context(served(store))
+            stack.enter_context(patch.dict(os.environ, {"MLFLOW_TRACKING_URI": uri}))
+            yield cls(options=options, storage=storage, store=store)
+
+    def settings(self, study: str, *, workers: int, trials: int, sampler: str = "tpe") -> Settings:
+        """Return those of a sweep."""
+        from experiments.settings import Settings
+
+        return Settings(
+            losses=("l1", "mse", "cross_entropy"),
+            learning_rate_min=0.001,
+            learning_rate_max=1.0,
+            batch_sizes=(16, 32, 64, 128),
+            trials=trials,
+            epochs=self.options.epochs,
+            seed=0,
+            sampler=sampler,
+            pruner=SEARCHES[sampler],
+            optimizer="sgd",
+            schedule="one_cycle",
+            device="cpu",
+            precision="float32",
+            study=study,
+            storage=self.storage,
+            experiment="scaling",
+            timeout=0,
+            workers=workers,
+            max_failures=99,
+            tracking_timeout=60,
+        )
+
+    def efficiency(self) -> list[Measured]:
+        """Measure with few workers, each number in a study of its own."""
+        self._record_originals("tpe")  # what is imported by the first trial alone is no matter here
+        rows = []
+        for workers in self.options.workers:
+            settings = self.settings(f"of {workers}", workers=workers, trials=ENDLESS)
+            rows.append(self._for_a_while(settings, self.options.seconds))
+        print(f"{efficiency_table(rows)}\n", flush=True)
+        return rows
+
+    def costs(self) -> dict[tuple[str, int], list[Measured]]:
+        """Measure a trial's and an epoch's costs, by sampler and number of earlier trials."""
+        from benchmarks.earlier import lengthen
+
+        options = self.options
+        rows: dict[tuple[str, int], list[Measured]] = defaultdict(list)
+        for sampler in options.samplers:
+            self._record_originals(sampler)
+        for history in options.history:
+            for sampler in options.samplers:
+                originals = options.originals
+                lengthen(self.storage, self.store, sampler, history, num_originals=originals)
+            for repeat, sampler in itertools.product(range(options.repeats), options.samplers):
+                trials = history + (repeat + 1) * options.trials
+                settings = self.settings(
+                    sampler, workers=COST_WORKERS, trials=trials, sampler=sampler
+                )
+                rows[sampler, history].append(measure(settings, epoch_seconds=0))
+        if "costs" in options.parts:
+            print(f"{costs_table(rows)}\n", flush=True)
+        return rows
+
+    def limits(self) -> list[Measured]:
+        """Measure with many workers, in the longest study of the first sampler."""
+        rows = []
+        sampler = self.options.samplers[0]
+        for workers in self.options.many_workers:
+            settings = self.settings(sampler, workers=workers, trials=ENDLESS, sampler=sampler)
+            rows.append(self._for_a_while(settings, self.options.many_seconds))
+        print(f"{limits_table(rows)}\n", flush=True)
+        return rows
+
+    def _record_originals(self, sampler: str) -> None:
+        trials = self.options.originals
+        settings = self.settings(sampler, workers=COST_WORKERS, trials=trials, sampler=sampler)
+        measure(settings, epoch_seconds=0)
+
+    def _for_a_while(self, settings: Settings, seconds: float) -> Measured:
+        measured = measure(settings, epoch_seconds=self.options.epoch_seconds, seconds=seconds)
+        give_up_unfinished(settings)
+        return measured
+
+
+def give_up_unfinished(settings: Settings) -> None:
+    """Have the next sweep not take up again what the last one left."""
+    import optuna
+    from optuna.trial import TrialState
+
+    study = optuna.load_study(study_name=settings.study, storage=settings.storage)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """Start a server with two databases; give the URL of both, with {} for the name."""
+    import sqlalchemy
+
+    from tests.postgresql import find_programs, server
+
+    if find_programs() is None:
+        raise SystemExit("PostgreSQL is not installed")
+    with server() as url:
+        admin = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            for name in ("optuna", "mlflow"):
+                connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+        admin.dispose()
+        yield url.replace("/postgres?", "/{}?")
+
+
+def efficiency_table(rows: Sequence[Measured]) -> str:
+    """Return the table of few workers."""
+    header = ["workers", "efficiency", "trials", "epochs", "driver at work"]
+    return markdown(
+        header,
+        [
+            [
+                f"{row.workers:,}",
+                f"{row.efficiency:.1%}",
+                f"{row.trials:,}",
+                f"{row.epochs:,}",
+                f"{row.driver_seconds / row.seconds:.1%}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def costs_table(rows: Mapping[tuple[str, int], Sequence[Measured]]) -> str:
+    """Return the table of what the driver does, in ms: medians over the repeats."""
+    header = ["sampler, pruner", "trials", *OF_A_TRIAL, *OF_AN_EPOCH, "a trial, whole", "requests"]
+    lines = []
+    for (sampler, history), of in rows.items():
+        parts = [
+            f"{statistics.median(row.milliseconds(part) for row in of):.1f}"
+            for part in (*OF_A_TRIAL, *OF_AN_EPOCH)
+        ]
+        whole = spread([1000 * row.driver_seconds / row.trials for row in of])
+        requests = statistics.median(sum(row.requests.values()) / row.trials for row in of)
+        name = f"`{sampler}`, `{SEARCHES[sampler]}`"
+        lines.append([name, f"{history:,}", *parts, whole, f"{requests:.0f}"])
+    return markdown(header, lines)
+
+
+def limits_table(rows: Sequence[Measured]) -> str:
+    """Return the table of many workers."""
+    header = ["workers", "efficiency", "all busy after", "trials", "epochs"]
+    header += ["driver at work", "of a processor", "would feed", "to end it"]
+    return markdown(
+        header,
+        [
+            [
+                f"{row.workers:,}",
+                f"{row.efficiency:.1%}",
+                "never" if math.isinf(row.fill_seconds) else f"{row.fill_seconds:.0f} s",
+                f"{row.trials:,}",
+                f"{row.epochs:,}",
+                f"{row.driver_seconds / row.seconds:.0%}",
+                f"{row.processor_seconds / row.seconds:.0%}",
+                f"{row.busy_seconds / row.driver_seconds:.0f}",
+                f"{row.closing_seconds:.0f} s",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def draw(
+    efficiency: Sequence[Measured],
+    costs: Mapping[tuple[str, int], Sequence[Measured]],
+    limits: Sequence[Measured],
+    options: argparse.Namespace,
+    file: Path,
+) -> None:
+    """Draw the three tables, those that were measured."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    trial = f"trials of up to {options.epochs} epochs of {options.epoch_seconds:g} s"
+    for axes, rows in ((left, efficiency), (right, limits)):
+        numbers = [row.workers for row in rows]
+        axes.plot(numbers, [row.efficiency for row in rows], "o-", color=COLORS[0])
+        axes.set_xscale("log", base=2 if axes is left else 10)
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel(f"workers; {trial}")
+        axes.set_ylabel("time in which workers trained")
+        axes.grid(alpha=0.3)
+    left.axhline(0.9, color=COLORS[4], linestyle="--", linewidth=1, label="goal")
+    left.legend(frameon=False)
+    left.set_title("a new study")
+    right.set_title(f"a study of {options.history[-1]:,} trials")
+    _draw_costs(middle, costs)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw_costs(axes: Any, costs: Mapping[tuple[str, int], Sequence[Measured]]) -> None:
+    """Draw what the driver does for a trial: a bar for each sampler and number of earlier ones."""
+    labels = [f"{sampler}\n{history:,}" for sampler, history in costs]
+    bottoms = [0.0] * len(costs)
+    for part, color in zip((*OF_A_TRIAL, *OF_AN_EPOCH), COLORS, strict=True):
+        heights = [
+            statistics.median(1000 * row.total(part) / row.trials for row in of)
+            for of in costs.values()
+        ]
+        axes.bar(labels, heights, bottom=bottoms, color=color, edgecolor="white", label=part)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.set_ylabel("driver, ms a trial")
+    axes.set_xlabel("sampler, and trials that the study has")
+    axes.set_title(f"what the driver does, {COST_WORKERS} workers")
+    axes.grid(axis="y", alpha=0.3)
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], names[::-1], frameon=False, fontsize="x-small", loc="upper left")
+    axes.set_ylim(0, 1.6 * max(bottoms, default=1))
+
+
+if __name__ == "__main__":
+    main()

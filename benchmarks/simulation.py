@@ -1,0 +1,145 @@
+"""Workers that only sleep, for `benchmarks.scaling`: they cost nothing, whatever their number."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cnn.data import Dataset, Split
+from cnn.model import build_cnn
+from cnn.training import TrainConfig
+from experiments.jobs import EpochEnded, Event, JobEnded
+
+BEST_LEARNING_RATES = {"l1": 0.3, "mse": 0.2, "cross_entropy": 0.02}
+
+
+@dataclass
+class _Job:
+    config: TrainConfig
+    begun: float
+    told_to_stop: float = math.inf
+
+
+class SimulatedPool:
+    """Workers that train for as long as it would take, and learn as plausibly, without a processor.
+
+    As real ones they go on with the next epoch before the driver has heard of the last, so that one
+    who is pruned has trained an epoch for nothing; and are idle until they are handed a job.
+
+    Args:
+        num_workers: how many.
+        epoch_seconds: what an epoch takes, ± 10 %; 0: a driver finds the next one done whenever it
+            looks.
+    """
+
+    def __init__(self, num_workers: int, *, epoch_seconds: float) -> None:
+        self.num_workers, self.epoch_seconds = num_workers, epoch_seconds
+        self.jobs: dict[int, _Job] = {}
+        self.due: list[tuple[float, int, int]] = []
+        self.trained: list[tuple[float, float]] = []
+        """When each job that is over began and ended, by `time.monotonic`."""
+        self.all_busy = math.inf
+        """When every worker had a job for the first time."""
+        network = build_cnn(10, seed=0)
+        self.weights = {name: value.numpy() for name, value in network.state_dict().items()}
+
+    def open(self, data: Dataset, data_dir: Path) -> None:
+        """Open nothing."""
+
+    def hardware(self) -> str:
+        """Return that there is none."""
+        return "simulated"
+
+    @property
+    def num_idle(self) -> int:
+        """How many workers have nothing to do."""
+        return self.num_workers - len(self.jobs)
+
+    def submit(self, job: int, config: TrainConfig) -> None:
+        """Hand a job to an idle worker."""
+        assert self.num_idle
+        now = time.monotonic()
+        self.jobs[job] = _Job(config, now)
+        self._train(job, 1, now)
+        if not self.num_idle:
+            self.all_busy = min(self.all_busy, now)
+
+    def stop(self, job: int) -> None:
+        """Have a job stop after the epoch under way."""
+        if job in self.jobs:
+            self.jobs[job].told_to_stop = time.monotonic()
+
+    def forget(self, config: TrainConfig) -> None:
+        """Remove no checkpoint."""
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        first = self.due[0][0] if self.due else math.inf
+        time.sleep(max(0, min(first, end) - time.monotonic()))
+        return list(self._happened(time.monotonic()))
+
+    def busy_seconds(self, begin: float, end: float) -> float:
+        """Return how long all workers together have trained between two times, of the past."""
+        for _ in self._happened(end):
+            pass
+        spans = [*self.trained, *((job.begun, end) for job in self.jobs.values())]
+        return sum(max(0, min(end, ended) - max(begin, begun)) for begun, ended in spans)
+
+    def _train(self, job: int, number: int, begun: float) -> None:
+        pace = random.Random(f"{job} {number}").uniform(0.9, 1.1)
+        heapq.heappush(self.due, (begun + pace * self.epoch_seconds, job, number))
+
+    def _happened(self, now: float) -> Iterator[Event]:
+        while self.due and self.due[0][0] <= now:
+            ended, job, number = heapq.heappop(self.due)
+            training = self.jobs[job]
+            yield epoch_of(job, number, training.config)
+            if number < training.config.epochs and ended < training.told_to_stop:
+                self._train(job, number + 1, ended)
+                continue
+            self.trained.append((training.begun, ended))
+            del self.jobs[job]
+            yield JobEnded(job=job, weights=self.weights)
+
+
+def epoch_of(job: int, number: int, config: TrainConfig) -> EpochEnded:
+    """Return what an epoch comes to: the better, the closer to its loss' best learning rate."""
+    off = math.log10(config.learning_rate / BEST_LEARNING_RATES[config.loss])
+    luck = random.Random(f"{job} {number}").gauss(0, 0.01)
+    accuracy = 0.7 * math.exp(-(off**2) / 2) * (1 - math.exp(-number / 4)) + luck
+    metrics = {
+        "train/loss": 1 - accuracy,
+        "train/accuracy": accuracy,
+        "val/loss": 1 - accuracy,
+        "val/accuracy": accuracy,
+        "learning_rate": config.learning_rate,
+        "time/epoch_seconds": 3.0,
+        "time/images_per_second": 9000.0,
+    }
+    return EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
+
+
+def no_data() -> Dataset:
+    """Return a data set of ten classes that nobody trains on."""
+    split = Split(
+        pool=torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
+        pool_labels=torch.zeros(1, dtype=torch.int64),
+        rows=torch.zeros(1000, dtype=torch.int64),
+    )
+    return Dataset(
+        name="simulated",
+        classes=tuple("0123456789"),
+        train=split,
+        validation=split,
+        test=split,
+        digest="0" * 32,
+        source="benchmarks/simulation.py",
+    )
