@@ -21,6 +21,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import column, func, select, table
 
+from experiments.trial_cache import TrialCache
 from tracking.store import make_whole
 
 INTERVAL_SECONDS = 20
@@ -37,15 +38,15 @@ SIGNS = table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalc
 ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "value_json")))
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> TrialCache:
     """Open a storage that keeps signs of life of its trials; it is made if it isn't there."""
     make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
     for tries_left in reversed(range(MAKING_TRIES)):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Argument ``heartbeat_interval`` is an exp")
-                return RDBStorage(
-                    url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS
+                return TrialCache(
+                    RDBStorage(url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS)
                 )
         except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
             # A table came to be between the look whether it was there and the making of it.
@@ -71,7 +72,7 @@ class Heartbeat:
 
     def __init__(self, study: Study, *, is_shared: bool) -> None:
         self.study, self.is_shared = study, is_shared
-        self.storage: Any = study._storage  # it is an RDBStorage's, with a cache before it
+        self.storage: TrialCache = study._storage  # type: ignore[assignment]
         self.last = time.monotonic()
         self.signs: dict[int, datetime] = {}
         """The last sign of life that was read, or written by us, by the trial's id."""
@@ -144,7 +145,8 @@ class Heartbeat:
         return lost
 
     def _elsewhere(self) -> list[FrozenTrial]:
-        """Return the RUNNING trials that are not ours."""
+        """Return the RUNNING trials that are not ours, as they are by now."""
+        self.storage.refresh()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial._trial_id not in self.ours]
 
