@@ -109,6 +109,7 @@ class TrialSeededSampler(BaseSampler):
     def __init__(self, make_sampler: Callable[[int], BaseSampler], seed: int) -> None:
         self._make_sampler = make_sampler
         self._seed = seed
+        self._inferring: BaseSampler | None = None
 
     def _sampler(self, trial: FrozenTrial) -> BaseSampler:
         mixed = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
@@ -121,7 +122,10 @@ class TrialSeededSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Return what `sample_relative` is to sample."""
-        return self._sampler(trial).infer_relative_search_space(study, trial)
+        # There is nothing random in it, and one that lasts looks at new trials only.
+        if self._inferring is None:
+            self._inferring = self._make_sampler(self._seed)
+        return self._inferring.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self,
