@@ -254,6 +254,8 @@ class _Sweep:
         self.parent: Run
         self.load: MachineLoad
         self.without_run: list[tuple[Trial, TrainConfig]] = []
+        self.taken_up: set[int] = set()
+        """Trials that an earlier process has begun: what it recorded of them, MLflow is asked."""
         self.running: dict[int, _RunningTrial] = {}
         self.classifiers: dict[str, Classifier] = {}
         self.outcome, self.reason = "interrupted", ""
@@ -401,6 +403,7 @@ class _Sweep:
                 if taken is None:
                     continue
                 trial = taken
+                self.taken_up.add(trial.number)
             else:
                 trial = self.heartbeat.ask()
                 if trial.number >= self.settings.trials:
@@ -414,28 +417,39 @@ class _Sweep:
     def _open_runs(self) -> Iterator[TrialStarted]:
         while self.without_run:
             trial, config = self.without_run[0]
-            run = self._open_run(trial, config)
-            self.running[trial.number] = _RunningTrial(trial, config, run)
+            is_new = trial.number not in self.taken_up
+            run = self._begin_run(trial, config) if is_new else self._reopen_run(trial, config)
+            self.running[trial.number] = _RunningTrial(trial, config, run, is_new=is_new)
             self.without_run.pop(0)
             yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
-    def _open_run(self, trial: Trial, config: TrainConfig) -> Run:
+    def _begin_run(self, trial: Trial, config: TrainConfig) -> Run:
+        rate = f"lr={config.learning_rate:.3g}"
+        name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
+        if self.space.varies_seed:
+            name += f" seed={config.seed}"
+        run = self.tracker.start_run(name, tags=self._tags(trial.number), parent=self.parent)
+        trial.set_user_attr("run_id", run.run_id)
+        self._log_config(run, config)
+        log_data(run, self.data)
+        return run
+
+    def _reopen_run(self, trial: Trial, config: TrainConfig) -> Run:
+        """Return the run of a trial that is taken up again; a new one, if it came to have none."""
         run = self._find_run(trial.number, trial.user_attrs)
-        if run is not None:
-            run.reopen(tags=self.tracker.process_tags)
-        else:
-            rate = f"lr={config.learning_rate:.3g}"
-            name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
-            if self.space.varies_seed:
-                name += f" seed={config.seed}"
-            run = self.tracker.start_run(name, tags=self._tags(trial.number), parent=self.parent)
+        if run is None:
+            return self._begin_run(trial, config)
+        run.reopen(tags=self.tracker.process_tags)
         trial.set_user_attr("run_id", run.run_id)
         # The process that opened it may have died before it came to these.
         if not run.params():
-            data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
-            run.log_params(config.as_params() | data)
+            self._log_config(run, config)
         log_data(run, self.data)
         return run
+
+    def _log_config(self, run: Run, config: TrainConfig) -> None:
+        data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
+        run.log_params(config.as_params() | data)
 
     def _tags(self, number: int) -> dict[str, str]:
         # The study's own id: one that was deleted and made again may have the same name.
@@ -571,7 +585,7 @@ class _Sweep:
 class _RunningTrial:
     """A trial under way: its Optuna trial, its run, and what came of it so far."""
 
-    def __init__(self, trial: Trial, config: TrainConfig, run: Run) -> None:
+    def __init__(self, trial: Trial, config: TrainConfig, run: Run, *, is_new: bool) -> None:
         self.trial, self.config, self.run = trial, config, run
         self.start = time.monotonic()
         self.epochs = 0
@@ -580,8 +594,8 @@ class _RunningTrial:
         self.diverged = False
         # Of a trial that is taken up again, an earlier process has recorded these epochs. Training
         # repeats them bit for bit, so that they need not be recorded again.
-        self.recorded = run.last_step(OBJECTIVE)
-        self.reported = max(_frozen(trial).intermediate_values, default=0)
+        self.recorded = 0 if is_new else run.last_step(OBJECTIVE)
+        self.reported = 0 if is_new else max(_frozen(trial).intermediate_values, default=0)
 
     def record(self, event: EpochEnded) -> None:
         self.epochs, self.diverged = event.number, event.diverged
