@@ -13,7 +13,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ from tracking.store import opening
 
 if TYPE_CHECKING:
     import numpy as np
+    from mlflow.entities import Run as MlflowRun
     from mlflow.models import Model
     from torch import Tensor, nn
     from torch.export import ExportedProgram
@@ -371,7 +372,7 @@ class Run:
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         data = metadata.get("dataset"), metadata.get("dataset_digest")
         known = data if None not in data else (None, None)  # MLflow takes both or neither
-        self._link_metrics(logged.model_id, known, run.data.metrics, step)
+        self._link_metrics(logged.model_id, known, run, step)
         self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
         return f"models:/{logged.model_id}"
 
@@ -383,18 +384,19 @@ class Run:
             self.client.delete_logged_model(left.model_id)
 
     def _link_metrics(
-        self,
-        model_id: str,
-        data: tuple[str | None, str | None],
-        names: Iterable[str],
-        step: int,
+        self, model_id: str, data: tuple[str | None, str | None], run: MlflowRun, step: int
     ) -> None:
         """Have the model show the run's metrics of a step, and which data they were measured on."""
         # The same ones to the millisecond: else the run would have them twice.
+        last = run.data.to_proto().metrics
         linked = [
             Metric(entry.key, entry.value, entry.timestamp, entry.step, model_id, *data)
-            for name in names
-            for entry in self.client.get_metric_history(self.run_id, name)
+            for of_name in last
+            for entry in (
+                [of_name]
+                if of_name.step == step
+                else self.client.get_metric_history(self.run_id, of_name.key)
+            )
             if entry.step == step
         ]
         self.client.log_batch(self.run_id, metrics=linked)

@@ -1,0 +1,75 @@
+"""What a trial asks of MLflow's server: with many workers, requests are what a driver does most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_pool import FakePool, trains
+
+from cnn.data import Dataset
+from experiments.settings import Settings
+from experiments.study import TrialEnded, sweep
+from tracking.patience import PatientClient
+
+
+@pytest.fixture
+def settings(mlflow_store: str, tmp_path: Path) -> Settings:
+    return Settings(
+        losses=("mse",),
+        learning_rate_min=0.001,
+        learning_rate_max=1.0,
+        batch_sizes=(2, 4),
+        trials=2,
+        epochs=3,
+        seed=0,
+        sampler="random",
+        pruner="none",
+        optimizer="sgd",
+        schedule="one_cycle",
+        device="cpu",
+        precision="float32",
+        study="asked",
+        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
+        experiment="tests",
+        timeout=0,
+        workers=1,
+        max_failures=99,
+        tracking_timeout=0,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The calls of MLflow's client, counted; nearly each is a request."""
+    counted: Counter[str] = Counter()
+    get = PatientClient.__getattr__
+
+    def counting(client: PatientClient, name: str) -> Any:
+        counted[name] += 1
+        return get(client, name)
+
+    monkeypatch.setattr(PatientClient, "__getattr__", counting)
+    return counted
+
+
+def test_a_new_trial_is_recorded_in_few_requests(
+    settings: Settings, coloured_noise: Dataset, calls: Counter[str]
+) -> None:
+    pool = FakePool(trains(lambda job, _: 0.9 - job / 100))
+    events = sweep(settings, coloured_noise, pool)
+    first, second = (Counter(calls) for event in events if isinstance(event, TrialEnded))
+    assert second - first == {
+        "create_run": 1,
+        "log_inputs": 1,
+        "log_batch": 1 + settings.epochs + 1 + 1,  # params, epochs, the model's metrics, outcome
+        "get_run": 1,
+        "search_logged_models": 1,
+        "create_logged_model": 1,
+        "log_model_artifacts": 1,
+        "finalize_logged_model": 1,
+        "log_outputs": 1,
+        "set_terminated": 1,
+    }
