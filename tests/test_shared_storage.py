@@ -208,6 +208,19 @@ def test_of_two_that_want_an_abandoned_trial_one_gets_it(
     assert dead.record([trial]) == [trial]  # it is lost
 
 
+def test_of_many_trials_those_lost_are_told_and_the_others_kept_alive(
+    settings: Settings, coloured_noise: Dataset, short_grace: None
+) -> None:
+    slow, other = (Heartbeat(open_study(settings, coloured_noise), is_shared=True) for _ in "12")
+    trials = [slow.ask() for _ in range(4)]
+    time.sleep(1.1)
+    abandoned = {trial.number: trial for trial in other.abandoned()}
+    assert other.claim(abandoned[1])
+    assert slow.record(trials) == [trials[1]]
+    assert other.abandoned() == []
+    assert slow.record([trials[0], *trials[2:]]) == []  # they are still its own
+
+
 def test_a_process_that_died_before_its_first_sign_of_life_is_noticed(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
