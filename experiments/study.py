@@ -263,6 +263,8 @@ class _Sweep:
         self.leftover: list[FrozenTrial] = []
         self.failures_in_a_row = 0
         self.lost: set[int] = set()
+        self.should_look = False
+        """Whether it is time to look for what other processes left."""
         self.heartbeat = Heartbeat(study, is_shared=sqlite_file(settings.storage) is None)
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
 
@@ -298,7 +300,9 @@ class _Sweep:
                 self.outcome = "failed"
                 self.reason = f"{self.failures_in_a_row} trials failed one after another"
                 return
-            if self._keep_alive() and self.heartbeat.is_shared:
+            self._keep_alive()
+            if self.should_look:
+                self.should_look = False
                 self.leftover = self._reconcile()
             yield from self._give_up_lost()
             self._hand_out()
@@ -377,14 +381,14 @@ class _Sweep:
         self._keep_alive()
         return self.interrupts()
 
-    def _keep_alive(self) -> bool:
-        """Give signs of life, if it is time: return whether it was."""
+    def _keep_alive(self) -> None:
+        """Give signs of life, if it is time."""
         if not self.heartbeat.is_due():
-            return False
+            return
         ours = [running.trial for running in self.running.values()]
         lost = self.heartbeat.record([*ours, *(trial for trial, _ in self.without_run)])
         self.lost |= {trial.number for trial in lost}
-        return True
+        self.should_look = self.heartbeat.is_shared
 
     def _give_up_lost(self) -> Iterator[SweepEvent]:
         """Leave the trials that another process has taken up, as we gave no sign of life."""

@@ -24,6 +24,7 @@ import experiments.heartbeat
 import experiments.workers
 from cnn.data import Dataset
 from experiments.heartbeat import Heartbeat, agree, open_storage
+from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.study import SweepEnded, TrialEnded, TrialStarted, open_study, sweep
 from experiments.sweep import main
@@ -176,6 +177,30 @@ def test_what_a_dead_process_left_is_taken_up_while_another_runs(
     assert lost.reason == "another process has taken it up"
     assert ended == SweepEnded(outcome="complete", reason="")
     assert_each_trial_was_trained_once(settings, coloured_noise)
+
+
+def test_what_a_dead_process_left_is_looked_for_though_signs_are_due_during_waits(
+    settings: Settings, coloured_noise: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    class Waiting(FakePool):
+        def wait(self, timeout: float) -> list[Event]:
+            waited.append(timeout)
+            return super().wait(timeout)
+
+    def is_due(heartbeat: Heartbeat) -> bool:
+        return bool(waited) and not waited.clear()  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(Heartbeat, "is_due", is_due)
+    monkeypatch.setattr(experiments.heartbeat, "GRACE_SECONDS", 1)
+    settings = replace(settings, trials=2, timeout=60)
+    dead = begin(settings, coloured_noise)
+    while not isinstance(next(dead), TrialStarted):
+        pass
+    alive = sweep(settings, coloured_noise, Waiting(trains(lambda job, _: 0.9)))  # type: ignore[arg-type]
+    assert {event.trial for event in alive if isinstance(event, TrialEnded)} == {0, 1}
+    dead.close()
 
 
 def test_an_interrupted_sweep_leaves_its_trials_to_the_others_at_once(
