@@ -8,8 +8,9 @@ as plausibly as needed for pruning to prune, and ends with the network's weights
 2. *Costs*: what the driver does for a trial and for an epoch, in a study that already has
    `--history` trials, with workers that are always done. Earlier trials are copies, row by row in
    both databases, of `--originals` that the driver has recorded itself.
-3. *Limits*: efficiency with more and more workers, in the longest of those studies. A driver that
-   needs d seconds a trial feeds L / d workers whose trials take L seconds.
+3. *Limits*: efficiency with more and more workers, in the longest of those studies; in the second
+   half of the time, as the first is for handing out trials. A driver that needs d seconds a trial
+   feeds L / d workers whose trials take L seconds.
 
 In 1 and 3 the study always has more trials: what is measured ends after `--seconds`, by a Ctrl-C.
 """
@@ -65,6 +66,7 @@ OF_A_TRIAL = (
 # Okabe and Ito's, which colour-blind readers can tell apart, and greys.
 COLORS = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#888888"]
 COLORS += ["#000000", "#BBBBBB", "#555555"]
+MARKERS = "os^Dv"
 
 
 class Stopwatch:
@@ -152,9 +154,12 @@ class Measured:
     """What a sweep came to, from when it asked for a trial until it was over, or told to end."""
 
     workers: int
+    epoch_seconds: float
     seconds: float
     busy_seconds: float
     """In which workers trained, of all together."""
+    late_busy_seconds: float
+    """Likewise, in the second half."""
     fill_seconds: float
     """Until every worker had a trial; inf: there was no such time."""
     trials: int
@@ -174,6 +179,16 @@ class Measured:
     def efficiency(self) -> float:
         """Of the seconds that all workers had, the share in which they trained."""
         return self.busy_seconds / (self.workers * self.seconds)
+
+    @property
+    def late_efficiency(self) -> float:
+        """Likewise, in the second half."""
+        return self.late_busy_seconds / (self.workers * self.seconds / 2)
+
+    @property
+    def would_feed(self) -> float:
+        """How many such workers would keep the driver busy all the time."""
+        return self.workers * self.late_efficiency * self.seconds / self.driver_seconds
 
     @property
     def driver_seconds(self) -> float:
@@ -210,6 +225,8 @@ class _End(Interrupts):
         self.first = time.monotonic()
         self.seconds = self.first - self.watch.begun
         self.busy_seconds = self.pool.busy_seconds(self.watch.begun, self.first)
+        half = self.first - self.seconds / 2
+        self.late_busy_seconds = self.pool.busy_seconds(half, self.first)
         self.processor_seconds = time.process_time() - self.processor
         self.parts = {part: list(seconds) for part, seconds in self.watch.seconds.items()}
         self.requests = dict(self.watch.requests)
@@ -234,8 +251,10 @@ def measure(settings: Settings, *, epoch_seconds: float, seconds: float = math.i
     assert end.first is not None
     return Measured(
         workers=settings.workers,
+        epoch_seconds=epoch_seconds,
         seconds=end.seconds,
         busy_seconds=end.busy_seconds,
+        late_busy_seconds=end.late_busy_seconds,
         fill_seconds=pool.all_busy - watch.begun,
         trials=trials,
         epochs=epochs,
@@ -292,14 +311,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--trials", type=int, default=10, help=f"that are measured at a time {default}")
     add("--repeats", type=int, default=3, help=f"of that {default}")
     add("--samplers", nargs="+", choices=SEARCHES, default=list(SEARCHES), help="(default: both)")
-    add("--many-workers", type=int, nargs="+", default=[10, 100, 1000], help="of the third table")
-    add("--many-seconds", type=float, default=90.0, help=f"of each row of it {default}")
+    add(
+        "--limits",
+        type=_limit,
+        nargs="+",
+        default=[(10, 3), (100, 3), (1000, 3), (1000, 30)],
+        metavar="WORKERSxSECONDS",
+        help="rows of the third table: workers, and seconds an epoch "
+        "(default: 10x3 100x3 1000x3 1000x30)",
+    )
+    add("--limit-seconds", type=float, default=90.0, help=f"of each row of it {default}")
     add("--figure", type=Path, metavar="FILE", help="draw all three")
     options = parser.parse_args(argv)
     options.history.sort()
     if options.originals > options.history[0]:
         parser.error(f"--originals must be ≤ the first of --history, not {options.originals}")
     return options
+
+
+def _limit(text: str) -> tuple[int, float]:
+    workers, _, seconds = text.partition("x")
+    return int(workers), float(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +394,7 @@ class Bench:
         rows = []
         for workers in self.options.workers:
             settings = self.settings(f"of {workers}", workers=workers, trials=ENDLESS)
-            rows.append(self._for_a_while(settings, self.options.seconds))
+            rows.append(_for_a_while(settings, self.options.epoch_seconds, self.options.seconds))
         print(f"{efficiency_table(rows)}\n", flush=True)
         return rows
 
@@ -392,9 +424,9 @@ class Bench:
         """Measure with many workers, in the longest study of the first sampler."""
         rows = []
         sampler = self.options.samplers[0]
-        for workers in self.options.many_workers:
+        for workers, epoch_seconds in self.options.limits:
             settings = self.settings(sampler, workers=workers, trials=ENDLESS, sampler=sampler)
-            rows.append(self._for_a_while(settings, self.options.many_seconds))
+            rows.append(_for_a_while(settings, epoch_seconds, self.options.limit_seconds))
         print(f"{limits_table(rows)}\n", flush=True)
         return rows
 
@@ -403,10 +435,11 @@ class Bench:
         settings = self.settings(sampler, workers=COST_WORKERS, trials=trials, sampler=sampler)
         measure(settings, epoch_seconds=0)
 
-    def _for_a_while(self, settings: Settings, seconds: float) -> Measured:
-        measured = measure(settings, epoch_seconds=self.options.epoch_seconds, seconds=seconds)
-        give_up_unfinished(settings)
-        return measured
+
+def _for_a_while(settings: Settings, epoch_seconds: float, seconds: float) -> Measured:
+    measured = measure(settings, epoch_seconds=epoch_seconds, seconds=seconds)
+    give_up_unfinished(settings)
+    return measured
 
 
 def give_up_unfinished(settings: Settings) -> None:
@@ -473,20 +506,21 @@ def costs_table(rows: Mapping[tuple[str, int], Sequence[Measured]]) -> str:
 
 def limits_table(rows: Sequence[Measured]) -> str:
     """Return the table of many workers."""
-    header = ["workers", "efficiency", "all busy after", "trials", "epochs"]
+    header = ["workers", "epoch, s", "efficiency", "all busy after", "trials", "epochs"]
     header += ["driver at work", "of a processor", "would feed", "to end it"]
     return markdown(
         header,
         [
             [
                 f"{row.workers:,}",
-                f"{row.efficiency:.1%}",
+                f"{row.epoch_seconds:g}",
+                f"{row.late_efficiency:.1%}",
                 "never" if math.isinf(row.fill_seconds) else f"{row.fill_seconds:.0f} s",
                 f"{row.trials:,}",
                 f"{row.epochs:,}",
                 f"{row.driver_seconds / row.seconds:.0%}",
                 f"{row.processor_seconds / row.seconds:.0%}",
-                f"{row.busy_seconds / row.driver_seconds:.0f}",
+                f"{row.would_feed:,.0f}",
                 f"{row.closing_seconds:.0f} s",
             ]
             for row in rows
@@ -506,28 +540,38 @@ def draw(
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    trial = f"trials of up to {options.epochs} epochs of {options.epoch_seconds:g} s"
-    for axes, rows in ((left, efficiency), (right, limits)):
-        numbers = [row.workers for row in rows]
-        axes.plot(numbers, [row.efficiency for row in rows], "o-", color=COLORS[0])
-        axes.set_xscale("log", base=2 if axes is left else 10)
-        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
-        axes.minorticks_off()
-        axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_xlabel(f"workers; {trial}")
-        axes.set_ylabel("time in which workers trained")
-        axes.grid(alpha=0.3)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    _draw_efficiency(left, {"measured": efficiency}, late=False)
     left.axhline(0.9, color=COLORS[4], linestyle="--", linewidth=1, label="goal")
-    left.legend(frameon=False)
-    left.set_title("a new study")
-    right.set_title(f"a study of {options.history[-1]:,} trials")
+    left.set_title(f"a new study, epochs of {options.epoch_seconds:g} s")
     _draw_costs(middle, costs)
+    by_length: dict[str, list[Measured]] = defaultdict(list)
+    for row in limits:
+        by_length[f"epochs of {row.epoch_seconds:g} s"].append(row)
+    _draw_efficiency(right, by_length, late=True)
+    right.set_title(f"a study of {options.history[-1]:,} trials")
+    for axes in (left, right):
+        axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _draw_efficiency(axes: Any, lines: Mapping[str, Sequence[Measured]], *, late: bool) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for (label, rows), color, marker in zip(lines.items(), COLORS, MARKERS, strict=False):
+        shares = [row.late_efficiency if late else row.efficiency for row in rows]
+        axes.plot([row.workers for row in rows], shares, marker=marker, color=color, label=label)
+    numbers = sorted({row.workers for rows in lines.values() for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("workers")
+    axes.set_ylabel("time in which workers trained")
+    axes.grid(alpha=0.3)
 
 
 def _draw_costs(axes: Any, costs: Mapping[tuple[str, int], Sequence[Measured]]) -> None:
@@ -546,8 +590,8 @@ def _draw_costs(axes: Any, costs: Mapping[tuple[str, int], Sequence[Measured]]) 
     axes.set_title(f"what the driver does, {COST_WORKERS} workers")
     axes.grid(axis="y", alpha=0.3)
     handles, names = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], names[::-1], frameon=False, fontsize="x-small", loc="upper left")
-    axes.set_ylim(0, 1.6 * max(bottoms, default=1))
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(handles[::-1], names[::-1], frameon=False, fontsize="small", **beside)
 
 
 if __name__ == "__main__":

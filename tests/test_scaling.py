@@ -225,8 +225,8 @@ def test_a_small_run_measures_all_three(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*SMALL.split(), "--server", "none", "--samplers", "random"]
-    command += ["--workers", "1", "2", "--seconds", "1", "--many-workers", "4"]
-    command += ["--many-seconds", "1", "--figure", str(tmp_path / "figure.png")]
+    command += ["--workers", "1", "2", "--seconds", "1", "--limits", "4x0.05"]
+    command += ["--limit-seconds", "1", "--figure", str(tmp_path / "figure.png")]
     before = Path.cwd()
     scaling.main(command)
     assert Path.cwd() == before
