@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
 
+HANDED_OUT_AT_ONCE = 16
+"""Trials, before the driver does something else: with 1,000 idle workers it would for minutes."""
+
 RETRIES = 1
 """How often a trial that failed is tried again, on a fresh worker."""
 
@@ -305,16 +308,18 @@ class _Sweep:
                 self.should_look = False
                 self.leftover = self._reconcile()
             yield from self._give_up_lost()
-            self._hand_out()
+            has_more = self._hand_out()
             yield from self._open_runs()
             self._rehearse()
             self.load.log_if_due()
-            events = self.pool.wait(WAIT_SECONDS)
-            # A process that was suspended records nothing of what others have taken up meanwhile.
-            self._keep_alive()
-            yield from self._give_up_lost()
-            for event in events:
+            for event in self.pool.wait(0 if has_more else WAIT_SECONDS):
+                # A process that was suspended records nothing of what others have taken up
+                # meanwhile; nor may one that is busy with many events forget its signs of life.
+                self._keep_alive()
+                yield from self._give_up_lost()
                 yield from self._take(event)
+                if self.interrupts():
+                    return
         self.outcome = "complete"
 
     def register(self) -> Iterator[BestRegistered]:
@@ -399,9 +404,15 @@ class _Sweep:
         self.without_run = [each for each in self.without_run if each[0].number not in self.lost]
         self.lost.clear()
 
-    def _hand_out(self) -> None:
-        """Give each idle worker a trial, whose run is opened while it trains."""
+    def _hand_out(self) -> bool:
+        """Give idle workers a trial, whose run is opened while it trains.
+
+        Return whether there are more of both.
+        """
+        end = len(self.without_run) + HANDED_OUT_AT_ONCE
         while self.pool.num_idle and self._has_more():
+            if len(self.without_run) == end:
+                return True
             if self.leftover:
                 taken = self.heartbeat.take_up(self.leftover.pop(0))
                 if taken is None:
@@ -417,6 +428,7 @@ class _Sweep:
             config = self.space.suggest(trial)
             self.pool.submit(trial.number, config)
             self.without_run.append((trial, config))
+        return False
 
     def _open_runs(self) -> Iterator[TrialStarted]:
         while self.without_run:

@@ -677,3 +677,30 @@ def test_a_killed_process_holds_a_study_no_longer(
             run_sweep(settings, data, diverges)
         holder.kill()
     assert run_sweep(settings, data, diverges)
+
+
+def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.study.HANDED_OUT_AT_ONCE", 2)
+    handed_out: list[int] = []
+
+    class Noting(FakePool):
+        def wait(self, timeout: float) -> list[Event]:
+            handed_out.append(len(self.configs))
+            return super().wait(timeout)
+
+    list(sweep(replace(settings, workers=6, trials=6), data, Noting(diverges, num_workers=6)))
+    assert handed_out[:2] == [4, 6]  # two of them while MLflow was being opened
+    assert len(trial_runs()) == 6
+
+
+def test_a_stop_is_heard_between_the_events_of_many_workers(
+    settings: Settings, data: Dataset
+) -> None:
+    seen, interrupts = stop_after(TrialProgressed)
+    pool = FakePool(trains(good), num_workers=3)
+    for event in sweep(replace(settings, workers=3), data, pool, interrupts):
+        seen.append(event)
+    assert sum(isinstance(event, TrialProgressed) for event in seen) == 1
+    assert sum(isinstance(event, TrialEnded) for event in seen) == 3
