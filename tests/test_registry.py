@@ -233,6 +233,24 @@ def test_a_registry_that_refuses_is_no_failure_of_the_sweep(
     assert offer(tracker.client, run.info.run_id, "colours") == "not as colours: Permission denied"
 
 
+def test_what_another_sweep_wrote_at_the_same_moment_is_no_refusal(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = '(psycopg.errors.UniqueViolation) duplicate key … "model_version_tag_pk"'
+    set_tag, raised = MlflowClient.set_model_version_tag, []
+
+    def at_the_same_moment(self: Any, *args: Any, **kwargs: Any) -> None:
+        set_tag(self, *args, **kwargs)
+        if not raised:
+            raised.append(True)
+            raise MlflowException(message)
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", at_the_same_moment)
+    line = offer(tracker.client, trained(tracker).info.run_id, "cnn-digits")
+    assert raised
+    assert line.startswith("version 1 of cnn-digits, registered before: the champion")
+
+
 def test_a_full_disk_is_raised_for_it_may_be_otherwise_later(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
