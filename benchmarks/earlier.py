@@ -168,9 +168,10 @@ def _write_copies(
     """Say what is copied next: by how much numbers are larger, and ids of trials, old and new."""
     COPIES.create(connection, checkfirst=True)
     connection.execute(COPIES.delete())
+    of: Sequence[tuple[int | None, int | None]] = trials or [(None, None)] * len(shifts)
     rows = [
         {"shift": shift, "suffix": f"{shift:0{ID_DIGITS}x}", "trial_id": old, "new_trial_id": new}
-        for shift, (old, new) in zip(shifts, trials or [(None, None)] * len(shifts), strict=True)
+        for shift, (old, new) in zip(shifts, of, strict=True)
     ]
     if rows:
         connection.execute(COPIES.insert(), rows)
