@@ -87,7 +87,7 @@ class Pool(Protocol):
         """Hand out a job: to an idle worker, or, of a job that failed, to the one that is next."""
 
     def stop(self, job: int) -> None:
-        """Have a job stop after the epoch under way."""
+        """Have a job stop after the epoch under way; what is still told of it is of no interest."""
 
     def forget(self, config: TrainConfig) -> None:
         """Remove the checkpoint of a training that is over."""

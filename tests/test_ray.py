@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 
 from benchmarks import faults
@@ -255,6 +253,26 @@ def test_an_address_without_a_cluster(address: str) -> None:
         pass
 
 
+def test_several_workers_share_a_gpu(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
+    # Ray takes our word for it that there is one: it is told to workers, and they use none.
+    node = nodes.add_node(num_cpus=1, num_gpus=1)
+    pool = RayPool(Needs(cpus=0.1, gpus=0.25), num_workers=None, min_workers=4, patience=60)
+    pool.open(data, data_dir)
+    assert pool.num_idle == 4
+    seen = [
+        worker.actor.__ray_call__.remote(lambda _: os.environ["CUDA_VISIBLE_DEVICES"])
+        for worker in pool._workers
+    ]
+    assert ray.get(seen) == ["0"] * 4
+    for job in range(4):
+        pool.submit(job, config(epochs=1, seed=job))
+    assert pool.num_idle == 0
+    ended: set[int] = set()
+    while len(ended) < 4:
+        ended |= {event.job for event in wait_for_end(pool) if isinstance(event, JobEnded)}
+    nodes.remove_node(node)
+
+
 def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_killed(
     nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -297,27 +315,11 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
     assert [run.data.tags["moved"] for run in recorded["runs"] if "moved" in run.data.tags]
 
 
-def sweep_in(folder: Path, *options: str) -> list[tuple[object, ...]]:
-    """Run a sweep in a folder of its own, and return what came of each trial."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "experiments.sweep", "--trials", "3", "--epochs", "2"]
-    command += ["--sampler", "random", "--pruner", "none", "--study", "s", *options]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    subprocess.run(
-        command, cwd=folder, env=environment | {"PYTHONPATH": str(REPOSITORY)}, check=True
-    )
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'optuna.db'}")
-    return [
-        (trial.number, trial.params, trial.intermediate_values, trial.user_attrs["val_loss"])
-        for trial in study.get_trials()
-    ]
-
-
-def test_a_sweep_on_a_cluster_of_its_own_comes_to_the_same_as_one_with_processes(
-    tmp_path: Path,
-) -> None:
-    # As many workers as cores, each with one thread: more would sum up in another order.
-    here = sweep_in(tmp_path / "processes", "--workers", str(num_cores()))
-    on_ray = sweep_in(tmp_path / "ray", "--engine", "ray", "--workers", "2")
-    assert on_ray == here
-    assert len(here) == 3
+def test_a_sweep_on_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.sweep", "--trials", "2", "--epochs", "1"]
+    command += ["--engine", "ray", "--pruner", "none"]
+    with faults.start_in(command, tmp_path, log=tmp_path / "log.txt") as process:
+        assert process.wait() == 0, (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "log.txt").read_text().count(" complete ") == 4  # as they end, and the table
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # Ray's processes are of its group
