@@ -11,8 +11,10 @@ as plausibly as needed for pruning to prune, and ends with the network's weights
 3. *Limits*: efficiency with more and more workers, in the longest of those studies; in the second
    half of the time, as the first is for handing out trials. A driver that needs d seconds a trial
    feeds L / d workers whose trials take L seconds.
+4. *Drivers*: several of them, processes that share a study and as many workers as one has alone.
+   Not by default, as it takes `--storage postgresql`.
 
-In 1 and 3 the study always has more trials: what is measured ends after `--seconds`, by a Ctrl-C.
+In 1, 3 and 4 the study always has more trials: what is measured ends after a time, by a Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -42,7 +46,7 @@ if TYPE_CHECKING:
     from experiments.settings import Settings
 
 FIGURES = Path(__file__).parent / "figures"
-PARTS = ("efficiency", "costs", "limits")
+PARTS = ("efficiency", "costs", "limits", "drivers")
 DATABASES = ("sqlite", "postgresql")
 SEARCHES = {"tpe": "one_epoch", "random": "median"}
 """Samplers, and the pruner that each is measured with: what one costs, the other doesn't change."""
@@ -281,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         efficiency = bench.efficiency() if "efficiency" in options.parts else []
         costs = bench.costs() if {"costs", "limits"} & set(options.parts) else {}
         limits = bench.limits() if "limits" in options.parts else []
+        if "drivers" in options.parts:
+            bench.drivers()
     if figure:
         draw(efficiency, costs, limits, options, figure)
 
@@ -294,7 +300,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     default = "(default: %(default)s)"
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="(default: the first three)")
     add("--storage", choices=DATABASES, default="sqlite", help=f"Optuna's {default}")
     add(
         "--server",
@@ -321,8 +327,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: 10x3 100x3 1000x3 1000x30)",
     )
     add("--limit-seconds", type=float, default=90.0, help=f"of each row of it {default}")
-    add("--figure", type=Path, metavar="FILE", help="draw all three")
+    add("--drivers", type=int, nargs="+", default=[1, 2, 4], help="rows of the fourth table")
+    add("--shared", type=_limit, default=(400, 3), metavar="WORKERSxSECONDS", help="400x3")
+    add("--figure", type=Path, metavar="FILE", help="draw the first three")
     options = parser.parse_args(argv)
+    if "drivers" in options.parts and options.storage != "postgresql":
+        parser.error("several drivers share a study on --storage postgresql")
     options.history.sort()
     if options.originals > options.history[0]:
         parser.error(f"--originals must be ≤ the first of --history, not {options.originals}")
@@ -430,6 +440,23 @@ class Bench:
         print(f"{limits_table(rows)}\n", flush=True)
         return rows
 
+    def drivers(self) -> dict[int, list[Measured]]:
+        """Measure several drivers at a time, which share a study and a number of workers."""
+        workers, epoch_seconds = self.options.shared
+        self._record_originals("tpe")
+        rows: dict[int, list[Measured]] = {}
+        for number in self.options.drivers:
+            settings = self.settings("tpe", workers=workers // number, trials=ENDLESS)
+            # Processes that know nothing of this one's connections.
+            with ProcessPoolExecutor(number, get_context("spawn")) as processes:
+                job = partial(measure, settings, epoch_seconds=epoch_seconds)
+                job = partial(job, seconds=self.options.limit_seconds)
+                futures = [processes.submit(job) for _ in range(number)]
+                rows[number] = [future.result() for future in futures]
+            give_up_unfinished(settings)
+        print(f"{drivers_table(rows)}\n", flush=True)
+        return rows
+
     def _record_originals(self, sampler: str) -> None:
         trials = self.options.originals
         settings = self.settings(sampler, workers=COST_WORKERS, trials=trials, sampler=sampler)
@@ -524,6 +551,28 @@ def limits_table(rows: Sequence[Measured]) -> str:
                 f"{row.closing_seconds:.0f} s",
             ]
             for row in rows
+        ],
+    )
+
+
+def drivers_table(rows: Mapping[int, Sequence[Measured]]) -> str:
+    """Return the table of several drivers: sums over all of them, but for the busiest's time."""
+    header = ["drivers", "workers of each", "efficiency", "trials", "epochs"]
+    header += ["driver at work", "of a processor, all", "would feed, all"]
+    return markdown(
+        header,
+        [
+            [
+                f"{number}",
+                f"{of[0].workers:,}",
+                f"{statistics.mean(row.late_efficiency for row in of):.1%}",
+                f"{sum(row.trials for row in of):,}",
+                f"{sum(row.epochs for row in of):,}",
+                f"{max(row.driver_seconds / row.seconds for row in of):.0%}",
+                f"{sum(row.processor_seconds / row.seconds for row in of):.0%}",
+                f"{sum(row.would_feed for row in of):,.0f}",
+            ]
+            for number, of in rows.items()
         ],
     )
 

@@ -234,3 +234,24 @@ def test_a_small_run_measures_all_three(
     assert out.count("\n| --- ") == 3
     assert "| `random`, `median` | 3 |" in out
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed")
+def test_several_drivers_share_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "--parts drivers --storage postgresql --server postgresql --drivers 1 2 --epochs 3"
+    scaling.main(
+        [*command.split(), "--originals", "2", "--shared", "4x0.2", "--limit-seconds", "3"]
+    )
+    out, _ = capsys.readouterr()
+    one, two = out.splitlines()[-3:-1]
+    assert one.startswith("| 1 | 4 | ")
+    assert two.startswith("| 2 | 2 | ")
+
+
+def test_several_drivers_need_a_storage_that_can_be_shared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        scaling.main(["--parts", "drivers"])
+    assert "several drivers share a study on --storage postgresql" in capsys.readouterr().err
