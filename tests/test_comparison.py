@@ -11,6 +11,7 @@ import pytest
 from fake_pool import FakePool, Script, diverges, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from small_sweep import small_settings
 from tracking_helpers import new_store
 
 from cnn.data import Dataset
@@ -26,7 +27,6 @@ from experiments.comparison import (
 )
 from experiments.interrupts import Interrupts
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.settings import Settings
 from experiments.study import TrialProgressed
 from tracking.predict import load_run
 
@@ -40,27 +40,8 @@ def data(coloured_noise: Dataset) -> Dataset:
 
 
 def plan_in(folder: Path) -> Plan:
-    settings = Settings(
-        losses=LOSSES,
-        learning_rate_min=0.001,
-        learning_rate_max=1.0,
-        batch_sizes=(2, 4),
-        trials=2,
-        epochs=2,
-        seed=7,
-        sampler="random",
-        pruner="none",
-        optimizer="sgd",
-        schedule="one_cycle",
-        device="cpu",
-        precision="float32",
-        study="c",
-        storage=f"sqlite:///{folder / 'optuna.db'}",
-        experiment="tests",
-        timeout=0,
-        workers=1,
-        max_failures=99,
-        tracking_timeout=0,
+    settings = small_settings(
+        f"sqlite:///{folder / 'optuna.db'}", losses=LOSSES, trials=2, epochs=2, seed=7, study="c"
     )
     return Plan(settings=settings, repeats=2)
 

@@ -29,9 +29,10 @@ COMMANDS = {
     "predict": ("tracking.predict", predict.build_parser),
 }
 # Flags that are not declared, because no value stands for leaving them out.
+RAY = {"ray-address", "gpus-per-worker"}
 UNDECLARED = {
-    "main": {"workers", "study", "experiment", "tensorboard"},
-    "compare": {"workers", "study", "experiment"},
+    "main": {"workers", "study", "experiment", "tensorboard", *RAY},
+    "compare": {"workers", "study", "experiment", *RAY},
     "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where", "report"},
 }
 
@@ -172,7 +173,7 @@ def test_a_flag_that_is_not_declared_can_be_given_all_the_same(
     project: Any, entry_point: str, name: str
 ) -> None:
     flag = flags(entry_point)[name]
-    text = "3" if flag.action.type is int else flag.other_value()
+    text = "3" if flag.action.type in (int, float) else flag.other_value()
     given = options(project, entry_point, {name: text})
     assert given[flag.action.dest] == flag.parsed(text)
 

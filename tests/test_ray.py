@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real_workers import config, wait_for_end
+from real_workers import data as data
+from real_workers import data_dir as data_dir
 
 from benchmarks import faults
-from cnn.data import Dataset, load
-from cnn.training import TrainConfig
-from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
+from cnn.data import Dataset
+from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed, JobMoved
 from experiments.workers import ProcessPool
 from tracking.ahead import num_cores
 
@@ -37,21 +38,6 @@ REPOSITORY = Path(__file__).parents[1]
 ONE_CPU = Needs(cpus=1, gpus=0)
 
 
-def config(**changes: object) -> TrainConfig:
-    fields = {"loss": "mse", "learning_rate": 0.1, "batch_size": 64, "epochs": 2} | changes
-    return TrainConfig(**fields)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def data(data_dir: Path) -> Dataset:
-    return load("digits", data_dir=data_dir, seed=0)
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A cluster whose head has one CPU, and that this process is connected to."""
@@ -67,16 +53,6 @@ def pool(nodes: Nodes, data: Dataset, data_dir: Path) -> RayPool:
     pool = RayPool(ONE_CPU, num_workers=None, min_workers=1, patience=120, checkpoint_seconds=0)
     pool.open(data, data_dir)
     return pool
-
-
-def wait_for_end(pool: Pool, seconds: float = 120) -> list[Event]:
-    """Return the events up to that which ends a job."""
-    events: list[Event] = []
-    deadline = time.monotonic() + seconds
-    while not (events and isinstance(events[-1], (JobEnded, JobFailed))):
-        assert time.monotonic() < deadline, f"no end after {seconds} s: {events}"
-        events.extend(pool.wait(0.1))
-    return events
 
 
 def values(events: list[Event]) -> list[tuple[int, float, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_pool import FakePool, trains
+from small_sweep import small_settings
 
 from cnn.data import Dataset
 from experiments.settings import Settings
@@ -17,27 +18,8 @@ from tracking.patience import PatientClient
 
 @pytest.fixture
 def settings(mlflow_store: str, tmp_path: Path) -> Settings:
-    return Settings(
-        losses=("mse",),
-        learning_rate_min=0.001,
-        learning_rate_max=1.0,
-        batch_sizes=(2, 4),
-        trials=2,
-        epochs=3,
-        seed=0,
-        sampler="random",
-        pruner="none",
-        optimizer="sgd",
-        schedule="one_cycle",
-        device="cpu",
-        precision="float32",
-        study="asked",
-        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
-        experiment="tests",
-        timeout=0,
-        workers=1,
-        max_failures=99,
-        tracking_timeout=0,
+    return small_settings(
+        f"sqlite:///{tmp_path / 'optuna.db'}", losses=("mse",), trials=2, study="asked"
     )
 
 

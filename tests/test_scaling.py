@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial
 from postgresql import find_programs, server
+from small_sweep import small_settings
 
 from benchmarks import scaling
 from benchmarks.earlier import lengthen
@@ -130,28 +131,7 @@ def databases(request: pytest.FixtureRequest, mlflow_store: str, tmp_path: Path)
 
 
 def settings(storage: str, trials: int) -> Settings:
-    return Settings(
-        losses=("mse",),
-        learning_rate_min=0.001,
-        learning_rate_max=1.0,
-        batch_sizes=(2, 4),
-        trials=trials,
-        epochs=3,
-        seed=0,
-        sampler="random",
-        pruner="one_epoch",
-        optimizer="sgd",
-        schedule="one_cycle",
-        device="cpu",
-        precision="float32",
-        study="long",
-        storage=storage,
-        experiment="tests",
-        timeout=0,
-        workers=1,
-        max_failures=99,
-        tracking_timeout=0,
-    )
+    return small_settings(storage, losses=("mse",), trials=trials, pruner="one_epoch", study="long")
 
 
 def worse_each_time(job: int, config: TrainConfig) -> Iterable[Event]:

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
 from postgresql import find_programs, server
+from small_sweep import small_settings
 
 import experiments.heartbeat
 import experiments.workers
@@ -63,28 +64,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def settings(mlflow_store: str, storage: str) -> Settings:
-    return Settings(
-        losses=("l1", "mse", "cross_entropy"),
-        learning_rate_min=0.001,
-        learning_rate_max=1.0,
-        batch_sizes=(2, 4),
-        trials=6,
-        epochs=2,
-        seed=0,
-        sampler="random",
-        pruner="none",
-        optimizer="sgd",
-        schedule="one_cycle",
-        device="cpu",
-        precision="float32",
-        study="shared",
-        storage=storage,
-        experiment="tests",
-        timeout=0,
-        workers=1,
-        max_failures=99,
-        tracking_timeout=0,
-    )
+    return small_settings(storage, trials=6, epochs=2, study="shared")
 
 
 def begin(settings: Settings, data: Dataset) -> Any:

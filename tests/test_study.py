@@ -18,6 +18,7 @@ from fake_pool import FakePool, Script, diverges, epoch, fails, trains, weights
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
+from small_sweep import small_settings
 
 from cnn.data import Dataset
 from cnn.training import TrainConfig
@@ -55,28 +56,7 @@ def data(coloured_noise: Dataset) -> Dataset:
 
 @pytest.fixture
 def settings(mlflow_store: str, tmp_path: Path) -> Settings:
-    return Settings(
-        losses=("l1", "mse", "cross_entropy"),
-        learning_rate_min=0.001,
-        learning_rate_max=1.0,
-        batch_sizes=(2, 4),
-        trials=3,
-        epochs=3,
-        seed=0,
-        sampler="random",
-        pruner="none",
-        optimizer="sgd",
-        schedule="one_cycle",
-        device="cpu",
-        precision="float32",
-        study=None,
-        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
-        experiment="tests",
-        timeout=0,
-        workers=1,
-        max_failures=99,
-        tracking_timeout=0,
-    )
+    return small_settings(f"sqlite:///{tmp_path / 'optuna.db'}")
 
 
 def run_sweep(

@@ -10,28 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_workers import config, wait_for_end
+from real_workers import data as data
+from real_workers import data_dir as data_dir
 
-from cnn.data import Dataset, load
-from cnn.training import TrainConfig, train
+from cnn.data import Dataset
+from cnn.training import train
 from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed
 from experiments.workers import ProcessPool, visible_gpus
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def config(**changes: object) -> TrainConfig:
-    fields = {"loss": "mse", "learning_rate": 0.1, "batch_size": 64, "epochs": 2} | changes
-    return TrainConfig(**fields)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def data(data_dir: Path) -> Dataset:
-    return load("digits", data_dir=data_dir, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +28,6 @@ def pool(data: Dataset, data_dir: Path) -> Iterator[ProcessPool]:
     with ProcessPool(1) as pool:
         pool.open(data, data_dir)
         yield pool
-
-
-def wait_for_end(pool: ProcessPool, seconds: float = 60) -> list[Event]:
-    """Return the events up to that which ends a job."""
-    events: list[Event] = []
-    deadline = time.monotonic() + seconds
-    while not (events and isinstance(events[-1], (JobEnded, JobFailed))):
-        assert time.monotonic() < deadline, f"no end after {seconds} s: {events}"
-        events.extend(pool.wait(0.1))
-    return events
 
 
 def test_a_worker_trains_as_this_process_does(pool: ProcessPool, data: Dataset) -> None:

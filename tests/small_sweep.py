@@ -1,0 +1,39 @@
+"""Settings of a sweep that is over in no time, on made data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.settings import Settings
+
+
+def small_settings(storage: str, **changes: Any) -> Settings:
+    """Return settings: random search over three losses, three trials of three epochs, one worker.
+
+    Args:
+        storage: Optuna's database.
+        changes: what is to be otherwise.
+    """
+    settings: dict[str, Any] = {
+        "losses": ("l1", "mse", "cross_entropy"),
+        "learning_rate_min": 0.001,
+        "learning_rate_max": 1.0,
+        "batch_sizes": (2, 4),
+        "trials": 3,
+        "epochs": 3,
+        "seed": 0,
+        "sampler": "random",
+        "pruner": "none",
+        "optimizer": "sgd",
+        "schedule": "one_cycle",
+        "device": "cpu",
+        "precision": "float32",
+        "study": None,
+        "storage": storage,
+        "experiment": "tests",
+        "timeout": 0,
+        "workers": 1,
+        "max_failures": 99,
+        "tracking_timeout": 0,
+    }
+    return Settings(**settings | changes)
