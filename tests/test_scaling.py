@@ -216,17 +216,26 @@ def test_a_small_run_measures_all_three(
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed")
-def test_several_drivers_share_a_study(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "--parts drivers --storage postgresql --server postgresql --drivers 1 2 --epochs 3"
-    scaling.main(
-        [*command.split(), "--originals", "2", "--shared", "4x0.2", "--limit-seconds", "3"]
-    )
-    out, _ = capsys.readouterr()
-    one, two = out.splitlines()[-3:-1]
-    assert one.startswith("| 1 | 4 | ")
-    assert two.startswith("| 2 | 2 | ")
+def test_what_several_drivers_did_is_added_up() -> None:
+    def driver(busy_seconds: float, waited: float) -> scaling.Measured:
+        return scaling.Measured(
+            workers=2,
+            epoch_seconds=1,
+            seconds=10,
+            busy_seconds=busy_seconds,
+            late_busy_seconds=busy_seconds / 2,
+            fill_seconds=1,
+            trials=3,
+            epochs=7,
+            processor_seconds=4,
+            parts={"wait": [waited]},
+            requests={},
+            closing_seconds=0,
+        )
+
+    table = scaling.drivers_table({2: [driver(20, 5), driver(10, 0)]})
+    # Full: 2 workers that take half of its time. Half idle: 1 worker takes all of it.
+    assert table.splitlines()[-1] == "| 2 | 2 | 75.0% | 6 | 14 | 100% | 80% | 5 |"
 
 
 def test_several_drivers_need_a_storage_that_can_be_shared(
