@@ -508,21 +508,11 @@ def test_a_bad_name_is_refused_before_anything_starts() -> None:
 def test_the_command_prints_what_came_of_it(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Pool(FakePool):
-        def __enter__(self) -> Pool:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def open(self, data: object) -> None:
-            pass
-
     def script(job: int, config: TrainConfig) -> Iterator[Event]:
         yield epoch(job, 1, good(job, config))
         yield weights(job, num_classes=10)
 
-    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: Pool(script))
+    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script))
     arguments = ["--trials", "2", "--epochs", "1", "--workers", "1"]
     assert main([*arguments, "--register", "my model"]) == 0
     line = "  registered:        version 1 of my model: the champion, as there was none before\n"

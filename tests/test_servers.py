@@ -487,6 +487,8 @@ from pathlib import Path
 import signal
 from experiments import servers
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+
 def idle(place, *_):
     return servers.running("idle", ["sleep", "4712"], place.folder / "idle.log", signal.SIGTERM)
 

@@ -64,9 +64,8 @@ def test_the_choices_of_an_option_are_those_of_its_table(option: str, table: obj
 
 
 def test_every_setting_is_an_option() -> None:
-    assert set(Settings.__dataclass_fields__) - {"points", "tags"} <= set(
-        vars(build_parser().parse_args([]))
-    )
+    own = {"points", "tags", "worker_device"}
+    assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 
 def test_a_sweep_ends_with_its_table_its_best_and_what_to_type_next(
