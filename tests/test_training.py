@@ -338,7 +338,7 @@ def nesterov(**options):
             lambda weights: torch.optim.AdamW(weights, weight_decay=0.1),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_training_equals_a_slow_obvious_loop(coloured_noise, changes, make_optimizer):
     learning_rate = 1e-3 if "optimizer" in changes else 0.01
