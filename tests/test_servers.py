@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -152,7 +153,9 @@ def team() -> Iterator[Team]:
 
 
 @pytest.fixture
-def work(team: Team, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def work(
+    team: Team, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """A folder of a user's, who has nothing but the addresses."""
     (tmp_path / "data").symlink_to(digits_cache)
     monkeypatch.chdir(tmp_path)
@@ -162,6 +165,8 @@ def work(team: Team, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script_of_ten)
     )
+    yield
+    gc.collect()  # connections that were let go, within this test and not in another
 
 
 def become(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
