@@ -14,10 +14,10 @@ import sys
 import time
 
 from benchmarks.common import markdown, matrix_product_rate
+from experiments.jobs import environment
 from experiments.machine import machine
-from experiments.workers import ALLOCATOR
 
-SETTINGS = ALLOCATOR | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+SETTINGS = environment(num_threads=1)
 KINDS = {
     "convolutions, forwards": ("aten::mkldnn_convolution",),
     "convolutions, backwards": ("aten::convolution_backward",),

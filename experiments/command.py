@@ -323,21 +323,20 @@ def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None
             "a worker has, Ray decides"
         )
     workers, min_workers, gpus = options.workers, options.min_workers, options.gpus_per_worker
-    for flag, number in (("--workers", workers), ("--min-workers", min_workers)):
-        if number is not None and number < 1:
-            raise ValueError(f"{flag} must be ≥ 1, not {number}")
+    _check_positive("--workers", workers)
+    _check_positive("--min-workers", min_workers)
     if workers is not None and min_workers > workers:
         raise ValueError(f"--min-workers {min_workers} is more than --workers {workers}")
     if not 0 <= options.ray_timeout < math.inf:
         raise ValueError(f"--ray-timeout must be seconds ≥ 0, not {options.ray_timeout}")
     if options.device == "cuda" and gpus == 0:
         raise ValueError("--device cuda needs --gpus-per-worker > 0")
-    Needs(cpus=options.cpus_per_worker, gpus=gpus or 0)
+    needs = Needs(cpus=options.cpus_per_worker, gpus=gpus or 0)
     with connected(options.ray_address) as cluster:
-        if gpus is None:
-            has_gpus = options.device == "cuda" or (options.device == "auto" and cluster.gpus > 0)
-            gpus = 1 if has_gpus else 0
-        needs = Needs(cpus=options.cpus_per_worker, gpus=gpus)
+        if gpus is None and (
+            options.device == "cuda" or (options.device == "auto" and cluster.gpus > 0)
+        ):
+            needs = replace(needs, gpus=1)
         pool = RayPool(
             needs,
             num_workers=workers,
@@ -346,7 +345,7 @@ def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None
         )
         if options.ray_address is None and pool.room() < min_workers:
             raise ValueError(pool.no_room())  # nobody joins a cluster of our own
-        device = "cpu" if options.device == "cpu" or not gpus else "cuda"
+        device = "cpu" if options.device == "cpu" or not needs.gpus else "cuda"
         yield pool, workers or max(1, pool.room()), device
 
 
@@ -401,13 +400,17 @@ def _integer(flag: str, text: str) -> int:
 
 
 def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
+    _check_positive("--workers", asked)
     if asked is not None:
-        if asked < 1:
-            raise ValueError(f"--workers must be ≥ 1, not {asked}")
         return asked
     if num_gpus or device.startswith("cuda"):
         return max(1, num_gpus)
     return num_cores()
+
+
+def _check_positive(flag: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError(f"{flag} must be ≥ 1, not {number}")
 
 
 def leave(code: int) -> NoReturn:

@@ -25,9 +25,17 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import cnn
 import experiments
-from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.jobs import (
+    Checkpoints,
+    EpochEnded,
+    Event,
+    JobEnded,
+    JobFailed,
+    JobMoved,
+    environment,
+)
 from experiments.machine import machine
-from experiments.ray_worker import Images, Place, Step, actor_class, environment, versions
+from experiments.ray_worker import Images, Place, Step, actor_class, versions
 from tracking.ahead import num_cores
 from tracking.store import NotNowError
 
@@ -169,14 +177,12 @@ class _Worker:
     calls: list[Any]
     """What it was asked for, and has not answered yet."""
     place: Place | None = None
-    """Where it is, once it is ready."""
+    """Where it is, once it has opened the data."""
+    is_ready: bool = False
+    """Whether it has, in the versions that this process has."""
     job: _Job | None = None
     turn: int = 0
     """Of its job: what is left of an earlier one is of no interest."""
-
-    @property
-    def is_ready(self) -> bool:
-        return self.place is not None and self.place.versions == versions()
 
     @property
     def is_idle(self) -> bool:
@@ -380,11 +386,12 @@ class RayPool:
         Such a one is kept, so that Ray puts no other in its place.
         """
         self._deaths = 0
-        worker.place = place
+        needed = versions()
+        worker.place, worker.is_ready = place, place.versions == needed
         if not worker.is_ready:
             theirs, ours = (
                 ", ".join(f"{name} {version}" for name, version in each.items())
-                for each in (place.versions, versions())
+                for each in (place.versions, needed)
             )
             self._refusals[place.node] = f"node {place.address} has {theirs}, not {ours}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from experiments.jobs import Event, JobEnded, JobFailed, train_job
+from experiments.jobs import Event, JobEnded, JobFailed, set_arithmetic, train_job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,11 +109,7 @@ class RayWorker:
 
     def begin(self, turn: int, job: int, config: TrainConfig, checkpoint: bytes | None) -> None:
         """Begin a job: calls of `step` with this turn are steps of it."""
-        import torch
-
-        # Of a thread, and this is the one that trains.
-        torch.set_num_threads(self._num_threads)
-        torch.set_flush_denormal(True)
+        set_arithmetic(self._num_threads)  # of a thread, and this is the one that trains
         self._turn = turn
         self._steps = self._train(job, config, checkpoint)
 
@@ -141,16 +136,8 @@ class RayWorker:
                 sent = sent if latest is None else monotonic()
                 kept.clear()
                 yield Step(event=event, checkpoint=latest, is_over=isinstance(event, JobEnded))
-        except Exception as error:  # whatever it is, it goes to the trial's run
-            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            yield Step(event=JobFailed(job=job, error=message, details=traceback.format_exc()))
-
-
-def environment(num_threads: int) -> dict[str, str]:
-    """Return what a worker's environment needs, beside the node's own."""
-    from experiments.workers import ALLOCATOR
-
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads)) | ALLOCATOR
+        except Exception as error:
+            yield Step(event=JobFailed.by(error, job))
 
 
 def actor_class() -> Any:

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,18 +25,20 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.jobs import Checkpoints, Event, JobEnded, JobFailed, train_job
+from experiments.jobs import (
+    Checkpoints,
+    Event,
+    JobEnded,
+    JobFailed,
+    environment,
+    set_arithmetic,
+    train_job,
+)
 
 if TYPE_CHECKING:
     from cnn.data import Dataset
     from cnn.training import TrainConfig
 
-ALLOCATOR = {
-    # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
-    # size 256 went to page faults: keep them. 32 MiB is the most that it takes.
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
 MAX_IDLE_DEATHS = 3
 """Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
 
@@ -176,16 +177,16 @@ class _Worker:
         self.gpu = gpu
         self.job: int | None = None
         self.connection, theirs = Pipe()
-        environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+        variables = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
+        variables |= environment(num_threads)
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.workers", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=environment | ALLOCATOR,
+                env=variables,
                 cwd=Path(__file__).parents[1],
                 # Ctrl-C at the terminal is for the main process: it decides what becomes of jobs.
                 start_new_session=True,
@@ -230,12 +231,9 @@ def main(argv: Sequence[str]) -> None:
     stopped: set[int] = set()
     threading.Thread(target=_listen, args=(connection, inbox, stopped), daemon=True).start()
 
-    import torch  # while the main process prepares the data
+    import cnn.training  # noqa: F401 - while the main process prepares the data
 
-    import cnn.training  # noqa: F401
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_flush_denormal(True)
+    set_arithmetic(int(os.environ["OMP_NUM_THREADS"]))
     reference: DataReference = inbox.get()
     opened = lru_cache(maxsize=1)(reference.open)
     checkpoints = reference.checkpoints()
@@ -252,9 +250,8 @@ def main(argv: Sequence[str]) -> None:
                 should_stop=partial(stopped.__contains__, job),
             ):
                 connection.send(event)
-        except Exception as error:  # whatever it is, it goes to the trial's run
-            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            connection.send(JobFailed(job=job, error=message, details=traceback.format_exc()))
+        except Exception as error:
+            connection.send(JobFailed.by(error, job))
 
 
 def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:
