@@ -322,6 +322,8 @@ def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None
             f"with --engine ray, --device is auto, cpu or cuda, not {options.device!r}: which GPU "
             "a worker has, Ray decides"
         )
+    if options.ray_address == "":  # a variable that is not set: no wish for a cluster of our own
+        raise ValueError("--ray-address is empty: it takes auto, ray://HOST:10001 or HOST:6379")
     workers, min_workers, gpus = options.workers, options.min_workers, options.gpus_per_worker
     _check_positive("--workers", workers)
     _check_positive("--min-workers", min_workers)

@@ -80,9 +80,10 @@ def connected(address: str | None) -> Iterator[Cluster]:
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         if address is None:
             raise ValueError(f"Ray can't be started: {_one_line(error)}") from error
-        raise ValueError(
-            f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)} ({TOKENS})"
-        ) from error
+        line = f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)}"
+        # A ValueError is of the address itself.
+        hint = "" if isinstance(error, ValueError) else f" ({TOKENS})"
+        raise ValueError(f"{line}{hint}") from error
     except SystemExit as error:  # what Ray's handler makes of a SIGTERM
         raise KeyboardInterrupt from error
     finally:

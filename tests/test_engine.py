@@ -48,6 +48,8 @@ def test_without_ray_it_is_said_how_to_get_it(
         ("--ray-timeout -1", "--ray-timeout must be seconds ≥ 0, not -1"),
         ("--cpus-per-worker 0", "--cpus-per-worker must be > 0, not 0"),
         ("--device cuda --gpus-per-worker 0", "--device cuda needs --gpus-per-worker > 0"),
+        ("--ray-address=", "--ray-address is empty: it takes auto, ray://HOST:10001 or HOST:6379"),
+        ("--ray-address foo", "no Ray cluster can be used at --ray-address foo: Invalid address"),
         ("--ray-address 127.0.0.1:1", "no Ray cluster answers at --ray-address 127.0.0.1:1: "),
     ],
 )
