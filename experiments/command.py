@@ -9,14 +9,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from experiments.interrupts import leaving_at_once
 from tracking.ahead import num_cores
-from tracking.store import is_passing, without_passwords
+from tracking.cli import INTERRUPTED, run_command
+from tracking.store import without_passwords
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -243,23 +243,7 @@ def run(
     """Do what a command line asks for, and return the exit code."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    try:
-        options = parser.parse_args(argv)
-        with leaving_at_once(f"interrupted: {AGAIN}"):  # until it is somebody else's to hear them
-            return do(options)
-    except ValueError as error:
-        line = without_passwords(str(error))
-        if is_passing(error):
-            print(f"stopped: {line}; {AGAIN}", file=sys.stderr)
-            return 1
-        print(f"{parser.prog}: error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {AGAIN}")
-        return 130
-    except BrokenPipeError:  # `| head` has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_command(parser, do, argv, resume=AGAIN, exits_at_once=True)
 
 
 def interrupted(reason: str) -> int:
@@ -267,8 +251,8 @@ def interrupted(reason: str) -> int:
     if reason:
         print(f"stopped: {reason}; {AGAIN}", file=sys.stderr)
         return 1
-    print(f"interrupted: {AGAIN}")
-    return 130
+    print(f"interrupted: {AGAIN}", file=sys.stderr)
+    return INTERRUPTED
 
 
 @contextmanager
@@ -413,10 +397,3 @@ def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
 def _check_positive(flag: str, number: int | None) -> None:
     if number is not None and number < 1:
         raise ValueError(f"{flag} must be ≥ 1, not {number}")
-
-
-def leave(code: int) -> NoReturn:
-    """End the process at once: taking MLflow and PyTorch apart would take two seconds more."""
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    os._exit(code)

@@ -1,38 +1,17 @@
-"""SIGINT and SIGTERM as a wish to stop, which a sweep asks for and ends in order."""
+"""Signals as a request to stop, which a sweep asks for and ends in order."""
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+from tracking.cli import SIGNALS, handling
 
 SAME_WISH_SECONDS = 1.0
 INSIST_SECONDS = 0.5
 """A block that should end at once, and has not after so long, is told again."""
-
-
-@contextmanager
-def leaving_at_once(line: str) -> Iterator[None]:
-    """Have SIGINT and SIGTERM end the process with a line and exit code 130, at any time at all.
-
-    For a start, when nothing is recorded yet: to raise something in the middle of an import can end
-    in an abort of what is imported.
-    """
-
-    def leave(*_: object) -> None:
-        with suppress(OSError):
-            os.write(sys.stdout.fileno(), f"{line}\n".encode())
-        os._exit(130)
-
-    before = {each: signal.signal(each, leave) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class InterruptionError(KeyboardInterrupt):
@@ -43,7 +22,7 @@ class InterruptionError(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Notes the first SIGINT or SIGTERM of a `with` block; the second raises KeyboardInterrupt.
+    """Notes the first of `SIGNALS` in a `with` block; the second raises KeyboardInterrupt.
 
     Unless it comes with the first: `mlflow run` hands on a Ctrl-C as SIGTERM to a process that has
     had it from the terminal already.
@@ -79,17 +58,13 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> Interrupts:
-        handlers = {
-            signal.SIGINT: self._receive,
-            signal.SIGTERM: self._receive,
-            signal.SIGALRM: self._insist,
-        }
-        self._before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+        handlers = dict.fromkeys(SIGNALS, self._receive) | {signal.SIGALRM: self._insist}
+        self._handling = handling(handlers)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _receive(self, *_: object) -> None:
         now = time.monotonic()

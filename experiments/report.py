@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracking.best import Parser, command
+from tracking.cli import Parser, run_command
 from tracking.drafts import open_folder, writing
 from tracking.report import check_folder
 
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report that a command line asks for, and return the exit code."""
-    return command(build_parser(), _run, argv)
+    return run_command(build_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from experiments.accounts import (
     make_users,
 )
 from experiments.interrupts import InterruptionError, Interrupts
-from tracking.best import Parser, command
+from tracking.cli import Parser, run_command
 from tracking.drafts import writing
 from tracking.store import NotNowError, environment, one_line
 
@@ -415,7 +415,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start what a command line asks for, and return the exit code once it has stopped."""
-    return command(build_parser(), _run, argv)
+    return run_command(build_parser(), _run, argv)
 
 
 if __name__ == "__main__":

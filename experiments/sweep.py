@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import command
-from tracking.best import Parser
+from tracking.cli import Parser, leave
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -191,4 +191,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    leave(main())

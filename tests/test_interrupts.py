@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from experiments.interrupts import InterruptionError, Interrupts
+from tracking.cli import SIGNALS
 
 REPOSITORY = Path(__file__).parents[1]
-both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+each_signal = pytest.mark.parametrize("number", SIGNALS)
 
 
 def receive(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@both
+@each_signal
 def test_a_first_signal_is_noted(number: int) -> None:
     with Interrupts() as interrupts:
         assert not interrupts()
@@ -42,7 +43,7 @@ def test_a_second_signal_raises_unless_it_comes_with_the_first(
             receive(signal.SIGINT)
 
 
-@both
+@each_signal
 def test_a_signal_ends_a_block_that_says_so_and_that_only(number: int) -> None:
     with Interrupts() as interrupts:
         reached = []
@@ -83,11 +84,11 @@ def test_another_error_is_raised_as_it_is() -> None:
         raise AttributeError
 
 
-@both
+@each_signal
 def test_a_start_is_left_at_once_wherever_it_is(number: int) -> None:
     script = (
-        "import os, sys, time; from experiments.interrupts import leaving_at_once\n"
-        "with leaving_at_once('a line'):\n"
+        "import os, sys, time; from tracking.cli import exit_on_signal\n"
+        "with exit_on_signal('a line'):\n"
         "    try:\n        os.kill(os.getpid(), int(sys.argv[1])); time.sleep(30)\n"
         "    except BaseException: pass\n"
     )
@@ -98,7 +99,7 @@ def test_a_start_is_left_at_once_wherever_it_is(number: int) -> None:
         text=True,
         timeout=20,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "a line\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "a line\n")
 
 
 def test_afterwards_signals_do_what_they_did_before() -> None:

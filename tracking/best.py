@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from tracking.store import is_passing, one_line, reading
+from tracking.cli import Parser, run_command
+from tracking.store import one_line, reading
 
 if TYPE_CHECKING:
     import mlflow
@@ -313,14 +313,6 @@ def listed(names: Iterable[str]) -> str:
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors, like all else that is wrong with what was typed."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ValueError."""
-        raise ValueError(message)
-
-
 def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the flags that say which runs to choose from: see `choice_filters`."""
     parser.add_argument(
@@ -453,27 +445,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None,
-) -> int:
-    """Run what a command line asks for, and return the exit code; an error is one line."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    try:
-        run(parser.parse_args(argv))
-        sys.stdout.flush()
-    except ValueError as error:
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
-        return 1 if is_passing(error) else 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `| head` has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
-
-
 def _run(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise ValueError(f"--top must be ≥ 1, not {options.top}")
@@ -489,7 +460,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a command line asks for, and return the exit code."""
-    return command(build_parser(), _run, argv)
+    return run_command(build_parser(), _run, argv)
 
 
 if __name__ == "__main__":

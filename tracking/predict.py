@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.best import (
     DEFAULT_METRIC,
-    Parser,
     add_choice_flags,
     choice_filters,
     choose,
     described,
     model_uri,
 )
+from tracking.cli import Parser, run_command
 from tracking.drafts import check_name, open_draft
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
 from tracking.sources import Chunk, Source, check, class_names, open_source
-from tracking.store import environment, is_passing, one_line, reading, refusal, without_passwords
+from tracking.store import environment, one_line, reading, refusal, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,8 @@ BATCH_SIZE = 128
 
 SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
+
+RESUME = "the same command with --resume goes on"
 
 _FETCHING = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
@@ -391,15 +393,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Label what a command line names, and return the exit code."""
-    parser = build_parser()
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    try:
-        return _run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
-        return 1 if is_passing(error) else 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(build_parser(), _run, argv, resume=RESUME)
 
 
 def _run(options: argparse.Namespace) -> int:

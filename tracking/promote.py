@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tracking.best import Parser, command
+from tracking.cli import Parser, run_command
 from tracking.registry import CHAMPION, Registry, Standing, check_name
 from tracking.store import reading
 
@@ -83,7 +83,7 @@ def _uri(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what a command line asks for, and return the exit code."""
-    return command(build_parser(), _run, argv)
+    return run_command(build_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import Parser, command, described
+from tracking.best import described
+from tracking.cli import Parser, run_command
 from tracking.drafts import open_folder, writing
 from tracking.figures import FIGURES, printable
 from tracking.measures import BINS, Counter, Measures
@@ -444,7 +445,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report that a command line asks for, and return the exit code."""
-    return command(build_parser(), _run, argv)
+    return run_command(build_parser(), _run, argv)
 
 
 if __name__ == "__main__":
