@@ -26,7 +26,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tracking.store import is_passing, one_line
+from tracking.store import is_passing, without_passwords
+from tracking.text import printable
 
 SIGNALS = tuple(
     getattr(signal, name)
@@ -67,15 +68,10 @@ class Parser(argparse.ArgumentParser):
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         if close := difflib.get_close_matches(word, known, n=2, cutoff=0.7):
             return close
-        letters = word.strip("-").lower()
-        return [
-            flag
-            for flag in known
-            if letters
-            and (
-                "".join(part[:1] for part in flag.split("-")).startswith(letters) or letters in flag
-            )
-        ][:3]
+        if not (letters := word.strip("-").lower()):
+            return []
+        initials = {flag: "".join(part[:1] for part in flag.split("-")) for flag in known}
+        return [flag for flag in known if initials[flag].startswith(letters) or letters in flag][:3]
 
 
 def run_command(
@@ -108,10 +104,10 @@ def run_command(
             is_closed = isinstance(error.__cause__, BrokenPipeError)
             # `| head` has had enough: nobody is surprised, unless work was stopped by it.
             if resume or not is_closed:
-                _complain(f"stopped: can't write the output: {one_line(error)}{then}")
+                _complain(f"stopped: can't write the output: {error}{then}")
             return 1
         except ValueError as error:
-            line = one_line(error)
+            line = _line(error)
             if is_passing(error):
                 _complain(f"stopped: {line}{then}" if resume else f"{parser.prog}: error: {line}")
                 return 1
@@ -136,6 +132,11 @@ def _run(
     except SystemExit as done:  # --help
         return int(done.code or 0)
     return run(options) or 0
+
+
+def _line(error: BaseException) -> str:
+    """Return all that an error of ours says, in one line, as a terminal can be shown it."""
+    return printable(without_passwords(" ".join(str(error).splitlines())))
 
 
 def _interrupted(resume: str) -> str:

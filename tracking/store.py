@@ -216,8 +216,11 @@ def refusal(line: str, error: BaseException) -> ValueError:
 
 def without_passwords(text: str) -> str:
     """Return a text with the passwords of the URLs in it hidden."""
-    # Up to the last @ of a word, slashes and all: SQLAlchemy takes passwords that are not escaped.
-    text = re.sub(r"(?<=://)([^/@:\s]*):\S*@", r"\1:***@", text)
+    # Up to the last @ before another URL, spaces, slashes and all: SQLAlchemy takes passwords that
+    # are not escaped. A port, after which there is no @ in the same word, is none.
+    text = re.sub(
+        r"(?<=://)([^/@:\s]*):(?!\d{1,5}(?:[/\s'\",;:)]|$)(?!\S*@))(?:(?!://).)*@", r"\1:***@", text
+    )
     return re.sub(r"(?<=password=)[^&\s'\"]*", "***", text)
 
 
