@@ -43,6 +43,10 @@ HELP = """
 import json, runpy, sys
 name = sys.argv[1]
 sys.argv = [name, "--help"]
+import os
+def leave(code):  # at once, as some commands do
+    raise SystemExit(code)
+os._exit = leave
 try:
     runpy.run_module(name, run_name="__main__")
 except SystemExit as exit:
