@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.ahead import num_cores
 from tracking.cli import INTERRUPTED, run_command
-from tracking.store import without_passwords
+from tracking.store import check_tracking, without_passwords
+from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -269,9 +270,14 @@ def workers_and_data(
     # The workers start while we import.
     with open_workers(options) as (pool, num_workers, device):
         from cnn.data import load
+        from experiments.storage import check_storage
 
         settings = replace(settle(num_workers), worker_device=device)
+        check_storage(settings.storage)
+        check_tracking()
         data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+        for note in data.notes:
+            print(f"note: {printable(note)}", file=sys.stderr)
         pool.open(data, options.data_dir)
         yield settings, data, pool
 

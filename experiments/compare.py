@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Pool)
         interrupts = whole.enter_context(Interrupts())
         display = whole.enter_context(ExitStack())
         shown: Any = None
-        events = compare(
+        comparison = compare(
             plan,
             data,
             pool,
@@ -158,6 +158,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Pool)
             retest=options.retest,
             finish=lambda results, run: found.append(_publish(results, run, options.out)),
         )
+        events = whole.enter_context(closing(comparison))
         for event in events:
             match event:
                 case StageStarted():

@@ -7,7 +7,6 @@ comparison's own name, which has no trials.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -15,7 +14,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -29,32 +28,40 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
-from experiments.heartbeat import agree, open_storage
+from experiments.identity import check_same
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.jobs import Pool
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings
 from experiments.space import Point
+from experiments.storage import (
+    agree,
+    cause_of,
+    check_storage,
+    check_study_name,
+    existing_name,
+    held,
+    load_or_create,
+    open_storage,
+    recording_errors,
+    storage_errors,
+    storage_patience,
+)
 from experiments.study import (
     FINISHED,
     SweepEnded,
     SweepEvent,
-    cause_of,
-    check_same,
-    held,
-    load_or_create,
     log_data,
     open_study,
-    recording_errors,
-    storage_errors,
     sweep,
     trials_table,
 )
 from tracking.store import (
-    NotNowError,
-    is_refused_user,
+    check_tracking,
+    is_passing,
     one_line,
     reading,
+    refusal,
     sqlite_file,
     without_passwords,
 )
@@ -102,12 +109,6 @@ class Plan:
     def identity(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two comparisons the same: all that they depend on but the repeats."""
         return self.settings.identity(data) | {"trials": self.settings.trials}
-
-    def name(self, data: Dataset) -> str:
-        """Return the name of the comparison, which follows from the plan if it has none given."""
-        canonical = json.dumps(self.identity(data), sort_keys=True)
-        digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        return self.settings.study or f"compare-{data.name}-{digest}"
 
     def search(self, name: str, loss: str) -> Settings:
         """Return the settings of the search for a loss' best setting."""
@@ -189,32 +190,34 @@ def compare(
         ValueError: something can't be used, as with `sweep`; or there are models that would be the
             second ones to see the test split, without `retest`.
     """
-    name = plan.name(data)
     with ExitStack() as stack:
-        record = _open_record(plan, data, name, retest=retest)
+        check_tracking()
+        record = _open_record(plan, data, interrupts, retest=retest)
+        name = record.study_name
         stack.enter_context(held(plan.settings.storage, name))
         running = _Comparison(plan, data, pool, interrupts, record, open_data, retest)
+        stack.callback(running.close)
         try:
-            running.connect()
+            parent = running.connect()
         except InterruptionError:
             raise  # before it is asked what the others are: MLflow may be half imported
         except recording_errors() as error:
-            kind = ValueError if is_refused_user(error) else NotNowError
-            raise kind(one_line(cause_of(error))) from error
-        stack.callback(running.close)
+            raise refusal(one_line(cause_of(error)), error) from error
         try:
             yield from running.stages()
             if running.outcome == "complete":
-                finish(load_results(name, plan.settings.storage), running.parent)
+                finish(load_results(name, plan.settings.storage), parent)
         except recording_errors() as error:
-            running.outcome, running.reason = "interrupted", one_line(cause_of(error))
+            # What waiting does not mend is not told as what the same command continues.
+            running.outcome = "interrupted" if is_passing(error) else "failed"
+            running.reason = one_line(cause_of(error))
         running.close()
         yield ComparisonEnded(
             name=name,
             outcome=running.outcome,
             reason=running.reason,
             experiment_id=running.tracker.experiment_id,
-            parent_run_id=running.parent.run_id,
+            parent_run_id=parent.run_id,
         )
 
 
@@ -238,9 +241,9 @@ class _Comparison:
         self.outcome, self.reason = "interrupted", ""
         self.closed = False
         self.tracker: Tracker
-        self.parent: Run
+        self.parent: Run | None = None
 
-    def connect(self) -> None:
+    def connect(self) -> Run:
         """Open the run that all others hang under."""
         with self.interrupts.at_once():
             from tracking.patience import Patience
@@ -256,14 +259,16 @@ class _Comparison:
             "role": "comparison",
         }
         earlier = self.record.user_attrs.get("parent_run_id")
-        self.parent = self.tracker.parent_run(self.name, tags=tags, earlier=earlier)
-        self.record.set_user_attr("parent_run_id", self.parent.run_id)
+        parent = self.parent = self.tracker.parent_run(self.name, tags=tags, earlier=earlier)
+        self.record.set_user_attr("parent_run_id", parent.run_id)
         params = self.record.user_attrs["plan"]
-        self.parent.log_params({f"compare/{key}": value for key, value in params.items()})
-        log_data(self.parent, self.data)
+        parent.log_params({f"compare/{key}": value for key, value in params.items()})
+        log_data(parent, self.data)
+        agree(self.record, "made_with", self.plan.settings.made_with(self.data))
         self.record.set_user_attr(
             "starts", [*self.record.user_attrs.get("starts", []), self._start()]
         )
+        return parent
 
     def _start(self) -> dict[str, str]:
         """Return what there is to know of this process, for those who want to do it again."""
@@ -304,11 +309,14 @@ class _Comparison:
         """Run the sweep of a stage, and return whether it is complete."""
         yield StageStarted(title=title, settings=settings)
         ended = None
-        events = sweep(settings, self.data, self.pool, self.interrupts, under=self.parent.run_id)
-        for event in events:
-            yield event
-            if isinstance(event, SweepEnded):
-                ended = event
+        assert self.parent is not None
+        under = self.parent.run_id
+        # Closed with this generator, and not when Python gets to it.
+        with closing(sweep(settings, self.data, self.pool, self.interrupts, under=under)) as events:
+            for event in events:
+                yield event
+                if isinstance(event, SweepEnded):
+                    ended = event
         assert ended is not None
         if ended.outcome == "complete":
             return True
@@ -352,6 +360,8 @@ class _Comparison:
         if self.closed:
             return
         self.closed = True
+        if self.parent is None:
+            return
         with suppress(*recording_errors()):
             self.parent.end(self.outcome, reason=self.reason)
 
@@ -391,7 +401,9 @@ def _last_round(run: Run) -> int:
     return int(run.client.get_run(run.run_id).data.tags.get(ROUND_TAG, 0))
 
 
-def _open_record(plan: Plan, data: Dataset, name: str, *, retest: bool) -> Study:
+def _open_record(
+    plan: Plan, data: Dataset, should_stop: Callable[[], bool], *, retest: bool
+) -> Study:
     """Open the study that holds what is decided, or make it.
 
     Raises:
@@ -399,16 +411,24 @@ def _open_record(plan: Plan, data: Dataset, name: str, *, retest: bool) -> Study
             to be more of them, and `retest` is not asked for.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    identity = plan.identity(data)
-    with storage_errors(plan.settings.storage):
-        record = load_or_create(study_name=name, storage=open_storage(plan.settings.storage))
+    settings = plan.settings
+    check_storage(settings.storage)
+    identity, made = plan.identity(data), settings.made_with(data)
+    patience = storage_patience(settings.tracking_timeout, should_stop)
+    with storage_errors(settings.storage):
+        storage = open_storage(settings.storage, patience)
+        prefix = f"compare-{data.name}"
+        name = settings.study or existing_name(storage, prefix, identity, made)
+        check_study_name(name)
+        record = load_or_create(study_name=name, storage=storage)
         if "plan" not in record.user_attrs:
             if record.get_trials(deepcopy=False):
                 raise ValueError(f"study {name!r} is of a sweep: choose another --study")
             agree(record, "id", uuid.uuid4().hex)
             agree(record, "data", _data_facts(data))
             agree(record, "plan", identity)
-    check_same(f"comparison {name!r}", record.user_attrs["plan"], identity)
+    before = (record.user_attrs["plan"], identity), (record.user_attrs.get("made_with"), made)
+    check_same(f"comparison {name!r}", *before)
     rounds = record.user_attrs.get("test_rounds", [{}])
     repeats = record.user_attrs.get("repeats", plan.repeats)
     if plan.repeats > repeats and "ended" in rounds[-1] and not retest:

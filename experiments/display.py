@@ -86,6 +86,8 @@ class Display(AbstractContextManager["Display"]):
             f"epochs{already}; {workers}; MLflow experiment {event.experiment}",
             markup=False,
         )
+        for note in event.notes:
+            self.console.print(f"note: {note}", markup=False)
         if event.num_before >= self.settings.trials:
             self.console.print("nothing is left to do: --trials is the total")
 

@@ -7,61 +7,23 @@ trial one gets it, and a process that was suspended for too long finds that it h
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy
-from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import column, func, select, table
 
+from experiments.storage import GRACE_SECONDS, INTERVAL_SECONDS, patience_of, transact
 from experiments.trial_cache import TrialCache
-from tracking.store import make_whole
-
-INTERVAL_SECONDS = 20
-GRACE_SECONDS = 120
-"""A trial whose last sign of life is older is taken to be abandoned."""
-
-MAKING_TRIES, MAKING_PAUSE_SECONDS = 5, 1.0
-"""For a storage whose tables another process is making."""
 
 LONG_AGO = datetime(2000, 1, 1)
 
 # Of Optuna's tables; it has no call that writes only if nobody else has.
 SIGNS = table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
-ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "value_json")))
-
-
-def open_storage(url: str) -> TrialCache:
-    """Open a storage that keeps signs of life of its trials; it is made if it isn't there."""
-    make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
-    for tries_left in reversed(range(MAKING_TRIES)):
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Argument ``heartbeat_interval`` is an exp")
-                return TrialCache(
-                    RDBStorage(url, heartbeat_interval=INTERVAL_SECONDS, grace_period=GRACE_SECONDS)
-                )
-        except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
-            # A table came to be between the look whether it was there and the making of it.
-            if not tries_left:
-                raise
-            time.sleep(MAKING_PAUSE_SECONDS)
-    raise AssertionError("the last try returns or raises")
-
-
-def agree(study: Study, key: str, value: Any) -> Any:
-    """Set an attribute of a study that has none, and return what it has: the first one decides."""
-    row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
-    with suppress(sqlalchemy.exc.IntegrityError), _engine(study).begin() as connection:
-        connection.execute(ATTRIBUTES.insert().values(row))
-    return study.user_attrs[key]
 
 
 class Heartbeat:
@@ -73,6 +35,7 @@ class Heartbeat:
     def __init__(self, study: Study, *, is_shared: bool) -> None:
         self.study, self.is_shared = study, is_shared
         self.storage: TrialCache = study._storage  # type: ignore[assignment]
+        self.patience = patience_of(study)
         self.last = time.monotonic()
         self.signs: dict[int, datetime] = {}
         """The last sign of life that was read, or written by us, by the trial's id."""
@@ -86,6 +49,8 @@ class Heartbeat:
         running = self._elsewhere()
         if not self.is_shared or not running:
             return running
+        if time.monotonic() < self.patience.last_away + 2 * INTERVAL_SECONDS:
+            return []  # the storage was away: nobody could write a heartbeat
         read = self._read(running)
         for trial in running:
             if trial._trial_id not in read:
@@ -143,12 +108,17 @@ class Heartbeat:
         trials = list(trials)
         sign = self._now()
         # All in one transaction: to commit each takes seconds with 1,000 of them.
-        with _engine(self.study).begin() as connection:
-            if not self.is_shared:
-                ours = SIGNS.c.trial_id.in_([trial._trial_id for trial in trials])
-                connection.execute(SIGNS.update().where(ours).values(heartbeat=sign))
-                return []
-            lost = [each for each in trials if not self._write(connection, each._trial_id, sign)]
+        if not self.is_shared:
+            ours = SIGNS.c.trial_id.in_([trial._trial_id for trial in trials])
+            update = SIGNS.update().where(ours).values(heartbeat=sign)
+            transact(self.study, lambda connection: connection.execute(update))
+            return []
+        lost = transact(
+            self.study,
+            lambda connection: [
+                each for each in trials if not self._write(connection, each._trial_id, sign)
+            ],
+        )
         self.signs |= {trial._trial_id: sign for trial in trials}
         self.ours -= {trial._trial_id for trial in lost}
         return lost
@@ -162,8 +132,8 @@ class Heartbeat:
     def _read(self, trials: Sequence[Trial | FrozenTrial]) -> dict[int, datetime]:
         """Return the last sign of life of each trial that has one, by the trial's id."""
         ids = [trial._trial_id for trial in trials]
-        with _engine(self.study).connect() as connection:
-            rows = connection.execute(select(SIGNS).where(SIGNS.c.trial_id.in_(ids))).all()
+        read = select(SIGNS).where(SIGNS.c.trial_id.in_(ids))
+        rows = transact(self.study, lambda connection: connection.execute(read).all())
         return dict(tuple(row) for row in rows)
 
     def _sign(self, trial_id: int, sign: datetime | None = None) -> bool:
@@ -172,23 +142,21 @@ class Heartbeat:
             self.storage.record_heartbeat(trial_id)
             return True
         sign = sign or self._now()
-        with _engine(self.study).begin() as connection:
-            is_written = self._write(connection, trial_id, sign)
+        is_written = transact(
+            self.study, lambda connection: self._write(connection, trial_id, sign)
+        )
         self.signs[trial_id] = sign
         return is_written
 
     def _write(self, connection: sqlalchemy.Connection, trial_id: int, sign: datetime) -> bool:
-        last = (SIGNS.c.trial_id == trial_id) & (SIGNS.c.heartbeat == self.signs[trial_id])
+        # Or this very one: written already, but the answer was lost.
+        is_ours = SIGNS.c.heartbeat.in_([self.signs[trial_id], sign])
+        last = (SIGNS.c.trial_id == trial_id) & is_ours
         return bool(connection.execute(SIGNS.update().where(last).values(heartbeat=sign)).rowcount)
 
     def _now(self) -> datetime:
         """Return the time by the database's clock, as it stands in signs of life."""
-        with _engine(self.study).connect() as connection:
-            now: datetime = connection.execute(select(func.now())).scalar_one()
+        now: datetime = transact(
+            self.study, lambda connection: connection.execute(select(func.now())).scalar_one()
+        )
         return now.replace(tzinfo=None)
-
-
-def _engine(study: Study) -> sqlalchemy.Engine:
-    storage: Any = study._storage
-    engine: sqlalchemy.Engine = storage._backend.engine
-    return engine

@@ -12,7 +12,9 @@ from optuna.samplers import BaseSampler
 
 from cnn.data import Dataset
 from cnn.training import resolve_device, resolve_precision
+from experiments.identity import made_with
 from experiments.space import PRUNERS, SAMPLERS, Point, PointSampler, Space, make_sampler
+from experiments.storage import check_study_name
 from tracking.registry import check_name, default_name
 
 
@@ -74,8 +76,8 @@ class Settings:
             raise ValueError(f"--timeout must be seconds ≥ 0 (0: no limit), not {self.timeout}")
         if not 0 <= self.tracking_timeout < math.inf:
             raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {self.tracking_timeout}")
-        if self.study is not None and not self.study.strip():
-            raise ValueError("--study must not be empty")
+        if self.study is not None:
+            check_study_name(self.study)
         if self.register not in ("auto", "none"):
             check_name(self.register)
         assert len(self.points) in (0, self.trials)
@@ -111,6 +113,15 @@ class Settings:
         """Return the name of the registered model, None for none."""
         names = {"auto": default_name(data.name), "none": None}
         return names.get(self.register, self.register)
+
+    def made_with(self, data: Dataset) -> dict[str, Any]:
+        """Return what has to stay the same within a study, beside its `identity`: the code."""
+        return made_with(
+            num_classes=len(data.classes),
+            losses=self.losses,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+        )
 
     def identity(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two sweeps the same study: all that its results depend on."""

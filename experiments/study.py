@@ -6,17 +6,15 @@ writing to Optuna and MLflow is done here, in one thread that asks, waits and te
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 import pandas as pd
-import sqlalchemy.exc
 import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -33,14 +30,28 @@ from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
 from cnn.model import CNN, Classifier
 from cnn.training import TrainConfig, check_batch_size
-from experiments.heartbeat import Heartbeat, agree, open_storage
+from experiments.heartbeat import Heartbeat
+from experiments.identity import check_same, differences, environment
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
 from experiments.settings import Settings
 from experiments.space import make_pruner
+from experiments.storage import (
+    agree,
+    cause_of,
+    check_storage,
+    check_study_name,
+    existing_name,
+    held,
+    load_or_create,
+    open_storage,
+    recording_errors,
+    storage_errors,
+    storage_patience,
+)
 from tracking.store import (
-    NotNowError,
-    is_refused_user,
+    check_tracking,
+    is_passing,
     one_line,
     refusal,
     sqlite_file,
@@ -84,21 +95,6 @@ TRIALS_COLUMNS = [
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-def recording_errors() -> tuple[type[BaseException], ...]:
-    """Return what a server that is away raises, a full disk, a locked or read-only database."""
-    from mlflow.exceptions import MlflowException
-
-    from tracking.patience import TrackingAwayError
-
-    return (
-        TrackingAwayError,
-        MlflowException,
-        optuna.exceptions.StorageInternalError,
-        sqlalchemy.exc.SQLAlchemyError,
-        OSError,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepStarted:
     """The study is open."""
@@ -111,6 +107,8 @@ class SweepStarted:
     """Trials that the study had finished already."""
     best_before: tuple[float, int] | None
     """Accuracy and number of the best complete one of them."""
+    notes: tuple[str, ...] = ()
+    """What people should know of it, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +156,10 @@ class SweepEnded:
     """Nothing runs any more, and all is recorded."""
 
     outcome: str
-    """`complete`, `interrupted`, or `failed`: too many trials in a row."""
+    """`complete`; `interrupted`, which the same command continues; or `failed`."""
     reason: str
+    trials: pd.DataFrame | None = field(default=None, compare=False)
+    """What `trials_table` returns, if the storage could still be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,18 +210,19 @@ def sweep(
     for batch_size in settings.batch_sizes:
         check_batch_size(batch_size, data)
     with ExitStack() as stack:
-        study = open_study(settings, data)
+        interrupts = interrupts or Interrupts()
+        check_tracking()
+        study = open_study(settings, data, interrupts)
         stack.enter_context(held(settings.storage, study.study_name))
-        running = _Sweep(settings, study, pool, data, interrupts or Interrupts(), under)
+        running = _Sweep(settings, study, pool, data, interrupts, under)
+        stack.callback(running.close)
         try:
             running.begin()
             tracker, parent = running.connect()
         except InterruptionError:
             raise  # before it is asked what the others are: MLflow may be half imported
         except recording_errors() as error:
-            kind = ValueError if is_refused_user(error) else NotNowError
-            raise kind(one_line(cause_of(error))) from error
-        stack.callback(running.close)
+            raise refusal(one_line(cause_of(error)), error) from error
         yield SweepStarted(
             study=study.study_name,
             experiment=tracker.experiment,
@@ -229,12 +230,15 @@ def sweep(
             parent_run_id=parent.run_id,
             num_before=_num_finished(study),
             best_before=_best(study),
+            notes=running.notes,
         )
         try:
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            running.outcome, running.reason = "interrupted", one_line(cause_of(error))
+            # What waiting does not mend is not told as what the same command continues.
+            running.outcome = "interrupted" if is_passing(error) else "failed"
+            running.reason = one_line(cause_of(error))
         yield from running.close()
 
 
@@ -254,9 +258,15 @@ class _Sweep:
         self.pool, self.data, self.interrupts = pool, data, interrupts
         self.space = settings.space()
         self.tracker: Tracker
-        self.parent: Run
+        self.parent: Run | None = None
         self.load: MachineLoad
+        self.notes: tuple[str, ...] = ()
+        fixed = self.space.fixed
+        self.environment = environment(fixed["precision"], fixed["device"])
+        self.made_with = settings.made_with(data)
         self.without_run: list[tuple[Trial, TrainConfig]] = []
+        self.with_run: set[int] = set()
+        """Trials whose run was asked for: it may be there, whatever went wrong after that."""
         self.taken_up: set[int] = set()
         """Trials that an earlier process has begun: what it recorded of them, MLflow is asked."""
         self.running: dict[int, _RunningTrial] = {}
@@ -289,11 +299,48 @@ class _Sweep:
             timeout = self.settings.tracking_timeout
             patience = Patience(seconds=timeout, should_stop=self._should_wait_no_more)
             self.tracker = Tracker.open(self.settings.experiment, patience=patience)
-        self.parent = _open_parent(self.tracker, self.study, self.settings, self.data, self.under)
-        self.load = MachineLoad(self.parent)
-        return self.tracker, self.parent
+        parent = self._open_parent()
+        self.load = MachineLoad(parent)
+        self._note_environment()
+        return self.tracker, parent
+
+    def _note_environment(self) -> None:
+        """Note in the study what it is made with: what is there already may have been otherwise."""
+        agree(self.study, "made_with", self.made_with)
+        before = agree(self.study, "environment", self.environment)
+        if changes := differences(before, self.environment):
+            self.notes += (f"this study was begun with another environment: {changes}",)
+
+    def _open_parent(self) -> Run:
+        """Return the run that the trials' runs hang under: the study's own, if it has one."""
+        study, tags = self.study, self.settings.tags
+        own = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
+        earlier = study.user_attrs.get("parent_run_id")
+        whole = tags.get("comparison")
+        name = f"sweep {study.study_name}"
+        if whole is not None:
+            name = study.study_name.removeprefix(f"{whole}/").replace("/", " ")
+        parent = self.tracker.parent_run(
+            name, tags={**tags, **own}, earlier=earlier, under=self.under
+        )
+        self.parent = parent  # from here on it is closed, whatever happens
+        if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
+            first = agree(study, "parent_run_id", parent.run_id)
+            if first != parent.run_id and (run := self.tracker.find_run(first)) is not None:
+                parent.delete()  # another process made one at the same time
+                self.parent = parent = run
+        else:
+            study.set_user_attr("parent_run_id", parent.run_id)
+        # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
+        identity = self.settings.identity(self.data)
+        network = {"network_digest": self.made_with["network"]}
+        parent.log_params({f"sweep/{k}": v for k, v in {**identity, **network}.items()})
+        parent.set_tags(self._environment_tags())
+        log_data(parent, self.data)
+        return parent
 
     def events(self) -> Iterator[SweepEvent]:
+        assert self.parent is not None
         if not self.without_run:
             self.leftover = self._reconcile()
         while self.running or self.without_run or self._has_more() or self._waits_for_others():
@@ -301,7 +348,10 @@ class _Sweep:
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
                 self.outcome = "failed"
-                self.reason = f"{self.failures_in_a_row} trials failed one after another"
+                self.reason = (
+                    f"{self.failures_in_a_row} trials failed one after another: their runs in "
+                    "MLflow say why; the same command goes on with the next trials"
+                )
                 return
             self._keep_alive()
             if self.should_look:
@@ -317,7 +367,10 @@ class _Sweep:
                 # meanwhile; nor may one that is busy with many events forget its signs of life.
                 self._keep_alive()
                 yield from self._give_up_lost()
-                yield from self._take(event)
+                try:
+                    yield from self._take(event)
+                except recording_errors() as error:
+                    yield self._without_its_run(event, error)
                 if self.interrupts():
                     return
         self.outcome = "complete"
@@ -339,14 +392,31 @@ class _Sweep:
             return []
         self.closed = True
         ended: list[TrialEnded] = []
-        # Where nothing can be recorded, the next start finds what is still RUNNING.
+        # Each by itself: what can't be recorded of one, the next start finds still RUNNING.
+        for running in list(self.running.values()):
+            with suppress(*recording_errors()):
+                ended.append(self._interrupt(running))
+        for trial, _ in self.without_run:
+            self.pool.stop(trial.number)
+            with suppress(*recording_errors()):
+                self._leave(trial)
         with suppress(*recording_errors()):
-            ended.extend(self._interrupt(running) for running in list(self.running.values()))
-            for trial, _ in self.without_run:
-                self.heartbeat.release(trial)
-            if not self.heartbeat.num_elsewhere():  # else the last process ends it
+            # Else the last process ends it.
+            if self.parent is not None and not self.heartbeat.num_elsewhere():
                 self.parent.end(self.outcome, reason=self.reason)
-        return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason)]
+        table = None
+        with suppress(*recording_errors()):
+            table = trials_table(self.study)
+        return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason, trials=table)]
+
+    def _leave(self, trial: Trial) -> None:
+        """Leave a trial that is handed out, and has no run yet, or an unfinished one."""
+        if trial.number not in self.taken_up | self.with_run:
+            self.heartbeat.give_back(trial)  # as if it had never been asked for
+            return
+        if (run := self._find_run(trial.number, trial.user_attrs)) is not None:
+            run.end("interrupted")
+        self.heartbeat.release(trial)
 
     def _reconcile(self) -> list[FrozenTrial]:
         """Make Optuna and MLflow agree on what a dead process left, and return what to take up.
@@ -434,6 +504,7 @@ class _Sweep:
         while self.without_run:
             trial, config = self.without_run[0]
             is_new = trial.number not in self.taken_up
+            self.with_run.add(trial.number)
             run = self._begin_run(trial, config) if is_new else self._reopen_run(trial, config)
             self.running[trial.number] = _RunningTrial(trial, config, run, is_new=is_new)
             self.without_run.pop(0)
@@ -444,7 +515,8 @@ class _Sweep:
         name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
         if self.space.varies_seed:
             name += f" seed={config.seed}"
-        run = self.tracker.start_run(name, tags=self._tags(trial.number), parent=self.parent)
+        tags = self._tags(trial.number) | self._environment_tags()
+        run = self.tracker.start_run(name, tags=tags, parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
         self._log_config(run, config)
         log_data(run, self.data)
@@ -464,8 +536,19 @@ class _Sweep:
         return run
 
     def _log_config(self, run: Run, config: TrainConfig) -> None:
-        data = {"dataset": self.data.name, "dataset_digest": self.data.digest}
-        run.log_params(config.as_params() | data)
+        run.log_params(
+            {
+                **config.as_params(),
+                "dataset": self.data.name,
+                "dataset_digest": self.data.digest,
+                "network_digest": self.made_with["network"],
+                "training_digest": self.made_with["training"][config.loss],
+            }
+        )
+
+    def _environment_tags(self) -> dict[str, str]:
+        names = ("commit", "uncommitted", "python", "torch")
+        return {f"code.{name}": self.environment[name] for name in names}
 
     def _tags(self, number: int) -> dict[str, str]:
         # The study's own id: one that was deleted and made again may have the same name.
@@ -505,6 +588,21 @@ class _Sweep:
                     self.pool.submit(event.job, running.config)
                 else:
                     yield self._end(running, "failed", event.error)
+
+    def _without_its_run(self, event: Event, error: BaseException) -> TrialEnded:
+        """End a trial whose run somebody has deleted; whatever else went wrong is raised again."""
+        running = self.running.get(event.job)
+        is_deleted = (
+            running is not None
+            and not is_passing(error)
+            and self.tracker.find_run(running.run.run_id) is None
+        )
+        if running is None or not is_deleted:
+            raise error
+        self.pool.stop(event.job)
+        del self.running[event.job]
+        self._tell(event.job, running.trial._trial_id, "failed", running.accuracy, None)
+        return running.ended("failed", "its run in MLflow was deleted")
 
     def _should_prune(self, running: _RunningTrial, event: EpochEnded) -> bool:
         # After the last epoch there is nothing left to save.
@@ -640,54 +738,50 @@ class _RunningTrial:
         )
 
 
-def open_study(settings: Settings, data: Dataset) -> Study:
+def open_study(
+    settings: Settings, data: Dataset, should_stop: Callable[[], bool] = lambda: False
+) -> Study:
     """Open the study of these settings, or make it.
 
-    Without a name of its own it has one that follows from the settings, so that the same command
-    comes to the same study, and another command to another.
+    Without a name of its own it has one that follows from the settings and the code, so that the
+    same command comes to the same study, and another command or network to another.
+
+    Args:
+        settings: of the study.
+        data: that it is of.
+        should_stop: asked while a storage that has gone away is waited for.
 
     Raises:
-        ValueError: the storage can't be opened, or the study was made with other settings.
+        ValueError: the storage can't be opened, or the study is of something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    identity = settings.identity(data)
-    canonical = json.dumps(identity, sort_keys=True)
-    name = settings.study or f"{data.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+    check_storage(settings.storage)
+    identity, made = settings.identity(data), settings.made_with(data)
+    patience = storage_patience(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):
+        storage = open_storage(settings.storage, patience)
+        name = settings.study or existing_name(storage, data.name, identity, made)
+        check_study_name(name)
         study = load_or_create(
             study_name=name,
-            storage=open_storage(settings.storage),
+            storage=storage,
             sampler=settings.make_sampler(),
             pruner=make_pruner(settings.pruner, settings.epochs),
         )
         # In this order: another process that makes it sets them before it asks for a trial.
         has_trials = bool(study.get_trials(deepcopy=False))
-        made_with = study.user_attrs.get("settings")
-        if made_with is None:
+        attributes = study.user_attrs
+        settings_before = attributes.get("settings")
+        if settings_before is None:
             if has_trials:
                 where = without_passwords(settings.storage)
                 raise ValueError(f"study {name!r} in {where} was not made by this tool")
             agree(study, "id", uuid.uuid4().hex)
-            made_with = agree(study, "settings", identity)
-    check_same(f"study {name!r}", made_with, identity)
+            settings_before = agree(study, "settings", identity)
+    before = (settings_before, identity), (attributes.get("made_with"), made)
+    check_same(f"study {name!r}", *before)
     return study
-
-
-def check_same(what: str, made_with: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise ValueError if what is there already was made with other settings."""
-    different = [key for key in identity if made_with.get(key) != identity[key]]
-    if different:
-        changes = "; ".join(f"{key} {made_with.get(key)} → {identity[key]}" for key in different)
-        raise ValueError(f"{what} was made with other settings ({changes}): choose another --study")
-
-
-def load_or_create(**options: Any) -> Study:
-    """Load a study, or make it; to load one writes nothing, which a full disk would not take."""
-    try:
-        return optuna.load_study(**options)
-    except KeyError:
-        return optuna.create_study(direction="maximize", load_if_exists=True, **options)
 
 
 def trials_table(study: Study) -> pd.DataFrame:
@@ -729,87 +823,6 @@ def log_data(run: Run, data: Dataset) -> None:
         },
         context="training",
     )
-
-
-def _open_parent(
-    tracker: Tracker, study: Study, settings: Settings, data: Dataset, under: str | None
-) -> Run:
-    """Return the run that the trials' runs hang under: the study's own, if it has one already."""
-    own = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
-    study_tags = {**settings.tags, **own}
-    earlier = study.user_attrs.get("parent_run_id")
-    whole = settings.tags.get("comparison")
-    name = f"sweep {study.study_name}"
-    if whole is not None:
-        name = study.study_name.removeprefix(f"{whole}/").replace("/", " ")
-    parent = tracker.parent_run(name, tags=study_tags, earlier=earlier, under=under)
-    if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
-        first = agree(study, "parent_run_id", parent.run_id)
-        if first != parent.run_id and (run := tracker.find_run(first)) is not None:
-            parent.delete()  # another process made one at the same time
-            parent = run
-    else:
-        study.set_user_attr("parent_run_id", parent.run_id)
-    # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
-    parent.log_params({f"sweep/{k}": v for k, v in settings.identity(data).items()})
-    log_data(parent, data)
-    return parent
-
-
-@contextmanager
-def held(storage: str, study: str) -> Iterator[None]:
-    """Hold a study, on a storage that only one process may write to, until the block ends.
-
-    A lock of the operating system's, which a dead process holds no longer.
-
-    Raises:
-        ValueError: another process holds it, or the lock can't be written.
-    """
-    path = sqlite_file(storage)
-    if path is None:
-        yield
-        return
-    import fcntl
-
-    key = hashlib.sha256(study.encode()).hexdigest()[:8]
-    lock = path.with_name(f"{path.name}.{key}.lock")
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(lock.open("ab+", buffering=0))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().decode().strip() or "?"
-            raise ValueError(
-                f"study {study!r} is being run by process {holder}: wait for it, stop it, or "
-                "choose another --study"
-            ) from error
-        except OSError as error:
-            raise refusal(f"can't hold study {study!r}: {error}", error) from error
-        yield
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """Return what the database said, of an error that Optuna or SQLAlchemy made of it."""
-    if isinstance(error, optuna.exceptions.StorageInternalError):
-        error = error.__cause__ or error
-    return getattr(error, "orig", None) or error
-
-
-@contextmanager
-def storage_errors(storage: str) -> Iterator[None]:
-    """Turn what is raised about a storage into one line for the user."""
-    errors = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
-    try:
-        yield
-    except errors as error:
-        cause = cause_of(error)
-        first = str(cause).strip().splitlines()[0]
-        raise refusal(f"the storage {storage!r} can't be opened: {first}", cause) from error
-    except ImportError as error:
-        raise refusal(f"the storage {storage!r} needs a driver: {error}", error) from error
 
 
 def _num_finished(study: Study) -> int:

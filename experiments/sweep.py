@@ -6,12 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import command
 from tracking.cli import Parser, leave
+from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
@@ -126,9 +127,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         BestRegistered,
         SweepEnded,
         SweepStarted,
-        open_study,
         sweep,
-        trials_table,
     )
 
     started: SweepStarted | None = None
@@ -141,7 +140,8 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
             from experiments.tensorboard import EventFiles
 
             observers.append(stack.enter_context(EventFiles(options.tensorboard)))
-        for event in sweep(settings, data, pool, interrupts):
+        events = stack.enter_context(closing(sweep(settings, data, pool, interrupts)))
+        for event in events:
             if isinstance(event, SweepStarted):
                 started = event
             elif isinstance(event, BestRegistered):
@@ -152,27 +152,25 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
                 observer.show(event)
     assert started is not None
     assert ended is not None
-    table = trials_table(open_study(settings, data))
-    return _report(table, started, ended, data_name=options.dataset, registered=registered)
+    return _report(started, ended, data_name=options.dataset, registered=registered)
 
 
-def _report(
-    table: Any, started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str
-) -> int:
+def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
     """Print the trials, the best one, and what to type next."""
-    shown = table.drop(columns=["val_loss", "run_id"]).assign(
-        learning_rate=table["learning_rate"].map("{:.4g}".format),
-        val_accuracy=table["val_accuracy"].map("{:.2%}".format),
-    )
-    print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
-    complete = table[table["outcome"] == "complete"]
+    table = ended.trials
+    if table is not None:
+        shown = table.drop(columns=["val_loss", "run_id"]).assign(
+            learning_rate=table["learning_rate"].map("{:.4g}".format),
+            val_accuracy=table["val_accuracy"].map("{:.2%}".format),
+        )
+        print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     if ended.outcome == "interrupted":
         return command.interrupted(ended.reason)
     if ended.outcome == "failed":
-        reason = "their runs in MLflow say why; the same command goes on with the next trials"
-        print(f"stopped: {ended.reason}: {reason}", file=sys.stderr)
+        print(f"stopped: {printable(ended.reason)}", file=sys.stderr)
         return 1
-    if not len(complete):
+    complete = () if table is None else table[table["outcome"] == "complete"]
+    if table is None or not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
         return 1
     best = complete.iloc[0]

@@ -266,7 +266,7 @@ def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_i
 
 HOLDING = """
 import sys, time
-from experiments.study import held
+from experiments.storage import held
 with held("sqlite:///optuna.db", "faults"):
     print("held", flush=True)
     time.sleep(600)

@@ -24,9 +24,10 @@ from small_sweep import small_settings
 import experiments.heartbeat
 import experiments.workers
 from cnn.data import Dataset
-from experiments.heartbeat import Heartbeat, agree, open_storage
+from experiments.heartbeat import Heartbeat
 from experiments.jobs import Event
 from experiments.settings import Settings
+from experiments.storage import agree, open_storage
 from experiments.study import SweepEnded, TrialEnded, TrialStarted, open_study, sweep
 from experiments.sweep import main
 
@@ -245,7 +246,7 @@ def test_the_first_to_set_an_attribute_decides(settings: Settings, coloured_nois
 
 MAKING = """
 import sys, optuna
-from experiments.heartbeat import open_storage
+from experiments.storage import open_storage
 print("ready", flush=True)
 sys.stdin.readline()
 study = optuna.create_study(study_name="x", storage=open_storage(sys.argv[1]), load_if_exists=True)

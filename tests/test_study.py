@@ -16,12 +16,15 @@ import pytest
 import torch
 from fake_pool import FakePool, Script, diverges, epoch, fails, trains, weights
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
 from optuna.trial import FrozenTrial, TrialState
 from small_sweep import small_settings
 
 from cnn.data import Dataset
 from cnn.training import TrainConfig
+from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
 from experiments.jobs import Event, JobMoved
 from experiments.settings import Settings
@@ -37,6 +40,8 @@ from experiments.study import (
     sweep,
     trials_table,
 )
+from tracking.runs import Run
+from tracking.store import is_passing
 
 METRICS = {
     "train/loss",
@@ -69,21 +74,21 @@ def good(job: int, config: Any) -> float:
     return 0.9 - job / 100
 
 
-def client_runs() -> list[Run]:
+def client_runs() -> list[MlflowRun]:
     client = MlflowClient()
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     return list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
 
 
-def trial_runs() -> dict[int, Run]:
+def trial_runs() -> dict[int, MlflowRun]:
     runs = [run for run in client_runs() if run.data.tags["role"] == "trial"]
     by_trial = {int(run.data.tags["trial"]): run for run in runs}
     assert len(by_trial) == len(runs), "a trial has two runs"
     return by_trial
 
 
-def parent_run() -> Run:
+def parent_run() -> MlflowRun:
     (parent,) = (run for run in client_runs() if run.data.tags["role"] == "sweep")
     return parent
 
@@ -92,7 +97,7 @@ def trials(settings: Settings, data: Dataset) -> list[FrozenTrial]:
     return open_study(settings, data).get_trials()
 
 
-def history(run: Run, metric: str) -> dict[int, float]:
+def history(run: MlflowRun, metric: str) -> dict[int, float]:
     entries = MlflowClient().get_metric_history(run.info.run_id, metric)
     steps = {entry.step: entry.value for entry in entries}
     assert len(steps) == len(entries), "a step is there twice"
@@ -150,6 +155,8 @@ def test_a_trial_logs_its_whole_configuration_and_data(settings: Settings, data:
     assert run.data.params == expected | {
         "dataset": "coloured noise",
         "dataset_digest": "0" * 32,
+        "network_digest": digest_of_cnn(3),
+        "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
     }
     (logged,) = run.inputs.dataset_inputs
     assert (logged.dataset.name, logged.dataset.digest) == ("coloured noise", "0" * 32)
@@ -300,7 +307,9 @@ def test_a_trial_that_moved_to_another_worker_says_so_and_is_recorded_once(
 
 def test_a_sweep_that_only_fails_is_stopped(settings: Settings, data: Dataset) -> None:
     *_, ended = run_sweep(replace(settings, trials=9, max_failures=2), data, fails)
-    assert ended == SweepEnded(outcome="failed", reason="2 trials failed one after another")
+    assert isinstance(ended, SweepEnded)
+    assert ended.outcome == "failed"
+    assert ended.reason.startswith("2 trials failed one after another: their runs in MLflow say")
     assert [trial.state for trial in trials(settings, data)] == [TrialState.FAIL] * 2
     assert parent_run().info.status == "FAILED"
 
@@ -371,7 +380,7 @@ def test_a_sweep_killed_anywhere_ends_as_the_undisturbed_one(
         assert after[number].user_attrs["run_id"] == run.info.run_id
         assert after[number].user_attrs["outcome"] == run.data.tags["outcome"] == "complete"
         assert run.data.params["loss"] == after[number].params["loss"]
-        assert len(run.data.params) == len(TrainConfig.__dataclass_fields__) + 2
+        assert len(run.data.params) == len(TrainConfig.__dataclass_fields__) + 4
         assert [each.dataset.digest for each in run.inputs.dataset_inputs] == [data.digest]
         for metric in METRICS:
             assert list(history(run, metric)) == [1, 2]
@@ -626,7 +635,10 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
             "unknown --pruner 'no': choose one of none, median, hyperband, asha, one_epoch",
         ),
         ({"device": "tpu"}, "device 'tpu' is not here"),
-        ({"study": " "}, "--study must not be empty"),
+        ({"study": " "}, "--study takes up to 400 characters that can be shown, not ' '"),
+        ({"study": "a\x1b[2J"}, "--study takes up to 400 characters that can be shown"),
+        ({"study": "x" * 401}, "--study takes up to 400 characters"),
+        ({"study": "a'b\"c"}, "with both kinds of quotes: choose another --study"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(
@@ -642,7 +654,7 @@ def test_a_killed_process_holds_a_study_no_longer(
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     holding = (
-        "import sys, time; from experiments.study import held\n"
+        "import sys, time; from experiments.storage import held\n"
         "with held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
     )
     name = open_study(settings, data).study_name
@@ -684,3 +696,143 @@ def test_a_stop_is_heard_between_the_events_of_many_workers(
         seen.append(event)
     assert sum(isinstance(event, TrialProgressed) for event in seen) == 1
     assert sum(isinstance(event, TrialEnded) for event in seen) == 3
+
+
+# Starts that are refused, and what is deleted while a sweep runs
+
+
+def deleted_experiment(_: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    client.delete_experiment(client.create_experiment("tests"))
+
+
+def stale_run_id(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("MLFLOW_RUN_ID", "0" * 32)
+
+
+def deleted_run_id(patch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    run = client.create_run(client.create_experiment("tests"))
+    client.delete_run(run.info.run_id)
+    patch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+
+
+def param_that_is_otherwise(patch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    run = client.create_run(client.create_experiment("tests"))
+    client.log_param(run.info.run_id, "sweep/epochs", "99")
+    patch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+
+
+@pytest.mark.parametrize(
+    "refuse", [deleted_experiment, stale_run_id, deleted_run_id, param_that_is_otherwise]
+)
+def test_a_start_that_mlflow_refuses_leaves_nothing_running(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch, refuse: Any
+) -> None:
+    settings = replace(settings, workers=3)
+    with monkeypatch.context() as patch:
+        refuse(patch)
+        with pytest.raises(ValueError, match="^[^\n]+$") as error:
+            run_sweep(settings, data, trains(good))
+    assert not is_passing(error.value)  # none of these is mended by waiting
+    assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
+    client = MlflowClient()
+    for experiment in client.search_experiments(ViewType.ALL):
+        runs = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+        assert "RUNNING" not in {r.info.status for r in runs if r.data.tags.get("role") == "sweep"}
+    # Numbers and draws are as if it had not been tried.
+    settings = replace(settings, experiment="others")
+    run_sweep(settings, data, trains(good))
+    after = trials(settings, data)
+    assert [(trial.number, trial.state) for trial in after] == [
+        (number, TrialState.COMPLETE) for number in range(3)
+    ]
+
+
+def test_a_start_that_is_refused_draws_what_it_would_have_drawn(
+    settings: Settings, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_sweep(settings, data, trains(good))
+    undisturbed = [trial.params for trial in trials(settings, data)]
+    other = replace(settings, storage=f"sqlite:///{tmp_path / 'other.db'}", experiment="others")
+    with monkeypatch.context() as patch:
+        stale_run_id(patch)
+        with pytest.raises(ValueError, match="not found"):
+            run_sweep(other, data, trains(good))
+    run_sweep(other, data, trains(good))
+    assert [trial.params for trial in trials(other, data)] == undisturbed
+
+
+def test_a_run_that_is_deleted_ends_its_trial_alone(settings: Settings, data: Dataset) -> None:
+    settings = replace(settings, workers=3)
+    events = sweep(settings, data, FakePool(trains(good), num_workers=3))
+    seen: list[SweepEvent] = []
+    for event in events:
+        seen.append(event)
+        if isinstance(event, TrialProgressed) and event.trial == 2 and event.number == 1:
+            MlflowClient().delete_run(trial_runs()[1].info.run_id)
+    ended = {event.trial: event for event in seen if isinstance(event, TrialEnded)}
+    assert {number: event.outcome for number, event in ended.items()} == {
+        0: "complete",
+        1: "failed",
+        2: "complete",
+    }
+    assert ended[1].reason == "its run in MLflow was deleted"
+    assert seen[-1] == SweepEnded(outcome="complete", reason="")
+    assert {run.info.status for run in client_runs()} == {"FINISHED"}
+    assert trials(settings, data)[1].state == TrialState.FAIL
+
+
+def test_an_experiment_that_is_deleted_ends_a_sweep_for_good(
+    settings: Settings, data: Dataset
+) -> None:
+    seen: list[SweepEvent] = []
+    for event in sweep(settings, data, FakePool(trains(good))):
+        seen.append(event)
+        if isinstance(event, TrialProgressed) and len(seen) < 5:
+            client = MlflowClient()
+            experiment = client.get_experiment_by_name("tests")
+            assert experiment is not None
+            client.delete_experiment(experiment.experiment_id)
+    ended = seen[-1]
+    assert isinstance(ended, SweepEnded)
+    assert ended.outcome == "failed"
+    assert "active" in ended.reason or "deleted" in ended.reason
+    assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
+
+
+def test_what_can_not_be_closed_keeps_nothing_else_open(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, workers=3)
+    events = sweep(settings, data, FakePool(trains(good), num_workers=3))
+    progressed = 0
+    for event in events:
+        progressed += isinstance(event, TrialProgressed)
+        if progressed == 3:
+            break
+    end, broken = Run.end, trial_runs()[0].info.run_id
+
+    def failing(run: Any, *args: Any, **kwargs: Any) -> None:
+        if run.run_id == broken:
+            raise MlflowException("no")
+        end(run, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "end", failing)
+    events.close()
+    statuses = {run.info.run_id: run.info.status for run in client_runs()}
+    assert statuses.pop(broken) == "RUNNING"
+    assert set(statuses.values()) == {"KILLED"}
+
+
+def test_an_error_that_waiting_does_not_mend_is_told_as_such(
+    settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MlflowException("params can't be changed")
+
+    monkeypatch.setattr(Run, "log_params", refuse)
+    with pytest.raises(ValueError, match="params can't be changed") as error:
+        run_sweep(settings, data, trains(good))
+    assert not is_passing(error.value)

@@ -26,7 +26,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tracking.store import is_passing, without_passwords
+from tracking.store import default_store, environment, is_passing, without_passwords
 from tracking.text import printable
 
 SIGNALS = tuple(
@@ -93,32 +93,43 @@ def run_command(
             nothing is recorded, that is quicker and safer than to raise amid imports.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with environment(default_store()), _standard_streams():
+        return _run_command(parser, run, argv, resume=resume, exits_at_once=exits_at_once)
+
+
+def _run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None,
+    *,
+    resume: str,
+    exits_at_once: bool,
+) -> int:
     then = f"; {resume}" if resume else ""
-    with _standard_streams():
-        try:
-            with _signals(_interrupted(resume), exits_at_once=exits_at_once):
-                code = _run(parser, run, argv)
-                _flush()
-        except OutputError as error:
-            _discard_output()
-            is_closed = isinstance(error.__cause__, BrokenPipeError)
-            # `| head` has had enough: nobody is surprised, unless work was stopped by it.
-            if resume or not is_closed:
-                _complain(f"stopped: can't write the output: {error}{then}")
+    try:
+        with _signals(_interrupted(resume), exits_at_once=exits_at_once):
+            code = _run(parser, run, argv)
+            _flush()
+    except OutputError as error:
+        _discard_output()
+        is_closed = isinstance(error.__cause__, BrokenPipeError)
+        # `| head` has had enough: nobody is surprised, unless work was stopped by it.
+        if resume or not is_closed:
+            _complain(f"stopped: can't write the output: {error}{then}")
+        return 1
+    except ValueError as error:
+        line = _line(error)
+        if is_passing(error):
+            _complain(f"stopped: {line}{then}" if resume else f"{parser.prog}: error: {line}")
             return 1
-        except ValueError as error:
-            line = _line(error)
-            if is_passing(error):
-                _complain(f"stopped: {line}{then}" if resume else f"{parser.prog}: error: {line}")
-                return 1
-            _complain(f"{parser.prog}: error: {line}")
-            return 2
-        except MemoryError:
-            _complain(f"stopped: this machine has not enough memory for it{then}")
-            return 1
-        except KeyboardInterrupt:
-            _complain(_interrupted(resume))
-            return INTERRUPTED
+        _complain(f"{parser.prog}: error: {line}")
+        return 2
+    except MemoryError:
+        _complain(f"stopped: this machine has not enough memory for it{then}")
+        return 1
+    except KeyboardInterrupt:
+        _complain(_interrupted(resume))
+        return INTERRUPTED
     return code
 
 

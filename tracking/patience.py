@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import mlflow
-import requests
-from mlflow.exceptions import MlflowException
+from tracking.store import AwayError, is_database_away, one_line, without_passwords
 
-from tracking.store import one_line, without_passwords
+if TYPE_CHECKING:
+    import mlflow
 
 Result = TypeVar("Result")
 
@@ -22,8 +22,21 @@ NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log
 """What a server may have done though its answer was lost: tried again by those who can tell."""
 
 
-class TrackingAwayError(Exception):
+class TrackingAwayError(AwayError):
     """The tracking server has not answered for as long as it was waited for."""
+
+
+def why_away(error: BaseException) -> str | None:
+    """Return that the tracking server is away, in a line, if that is what an error says."""
+    from mlflow import get_tracking_uri
+
+    if not is_away(error):
+        return None
+    where = without_passwords(get_tracking_uri())
+    line = f"the MLflow server {where} doesn't answer"
+    if is_locked(error):
+        line = f"MLflow's database {where} is locked by another process"
+    return f"{line}: {one_line(error)}"
 
 
 @dataclass(kw_only=True)
@@ -33,6 +46,10 @@ class Patience:
     seconds: float = 0
     should_stop: Callable[[], bool] = lambda: False
     """Asked several times a second while waiting: once true, there is no more patience."""
+    why_away: Callable[[BaseException], str | None] = why_away
+    """Says in a line that an error is one to wait out; None for others, which are raised."""
+    last_away: float = -math.inf
+    """When it was waited for last, by `time.monotonic`."""
 
     def insist(self, call: Callable[[], Result]) -> Result:
         """Call until the server answers.
@@ -44,16 +61,14 @@ class Patience:
         while True:
             try:
                 return call()
-            except (MlflowException, requests.RequestException) as error:
-                if not is_away(error):
+            except Exception as error:
+                line = self.why_away(error)
+                if line is None:
                     raise
-                if time.monotonic() + pause > deadline or not self._sleep(pause):
+                self.last_away = time.monotonic()
+                if self.last_away + pause > deadline or not self._sleep(pause):
                     self.seconds = 0
-                    where = without_passwords(mlflow.get_tracking_uri())
-                    line = f"the MLflow server {where} doesn't answer"
-                    if is_locked(error):
-                        line = f"MLflow's database {where} is locked by another process"
-                    raise TrackingAwayError(f"{line}: {one_line(error)}") from error
+                    raise TrackingAwayError(line) from error
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _sleep(self, seconds: float) -> bool:
@@ -82,14 +97,18 @@ class PatientClient:
 
 def is_away(error: BaseException) -> bool:
     """Return whether an error says that there is no answer, or that it can be had later."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException | requests.RequestException):
+        return False
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (requests.ConnectionError, requests.Timeout)):
+        if isinstance(seen, requests.ConnectionError | requests.Timeout):
             return True
         seen = seen.__cause__ or seen.__context__
-    text = str(error)
-    unavailable = any(f"failed with error code {code}" in text for code in (502, 503, 504))
-    return unavailable or is_locked(error)
+    unavailable = any(f"failed with error code {code}" in str(error) for code in (502, 503, 504))
+    return unavailable or is_database_away(error)
 
 
 def is_locked(error: BaseException) -> bool:

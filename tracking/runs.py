@@ -42,7 +42,7 @@ from mlflow.utils.mlflow_tags import (
 
 from tracking.patience import Patience, PatientClient
 from tracking.safety import DESCRIPTION, harmless
-from tracking.store import opening
+from tracking.store import check_location, default_location, opening
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,10 @@ class Tracker:
         with opening() as client:
             adopted = os.environ.get("MLFLOW_RUN_ID")
             if adopted:
-                found = client.get_experiment(client.get_run(adopted).info.experiment_id)
+                run = client.get_run(adopted).info
+                if run.lifecycle_stage != "active":
+                    raise ValueError(f"run {adopted}, of MLFLOW_RUN_ID, is deleted: unset that")
+                found = client.get_experiment(run.experiment_id)
                 if experiment is not None and experiment != found.name:
                     raise ValueError(
                         f"experiment {experiment!r} is not that of the run which `mlflow run` "
@@ -111,13 +114,14 @@ class Tracker:
             else:
                 name = experiment or default_experiment()
                 found = client.get_experiment_by_name(name) or client.get_experiment(
-                    client.create_experiment(name)
+                    client.create_experiment(name, default_location(name))
                 )
         if found.lifecycle_stage != "active":
             raise ValueError(
                 f"experiment {found.name!r} is deleted: restore it by `mlflow experiments restore "
                 f"--experiment-id {found.experiment_id}`, or choose another --experiment"
             )
+        check_location(found.name, found.artifact_location)
         host = {"host": platform.node(), "pid": str(os.getpid())}
         return cls(
             client=PatientClient(client, patience or Patience()),

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from tracking.files import open_own
 
@@ -34,6 +37,17 @@ _PASSING = (
 )
 
 
+_DATABASE_AWAY = re.compile(
+    r"server closed the connection|terminating connection|connection (?:is|was) (?:lost|closed)"
+    r"|SSL connection has been closed|consuming input failed|the connection is (?:lost|closed)"
+    r"|connection (?:failed|to server).*(?:refused|No such file|timeout|reset|unreachable)"
+    r"|the database system is (?:starting up|shutting down|in recovery|not yet accepting)"
+    r"|(?:too many clients|connection slots are reserved|could not fork new process)"
+    r"|(?:Lost connection to|Can't connect to) MySQL|MySQL server has gone away"
+    r"|TEMPORARILY_UNAVAILABLE|database is locked",
+    re.DOTALL | re.IGNORECASE,
+)
+
 # What MLflow's client says of its API, and of artifacts that come through the server.
 _REFUSED_USER = re.compile(r"\b(401|403) (?:!= \d+|Client Error: \w+ for url: \S*/api/)")
 _ASKED = re.compile(r"/api/[\d.]+/([\w/-]+)")
@@ -45,12 +59,131 @@ def is_refused_user(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Return whether it is disk or database that said no, for now, to what was asked for."""
-    return isinstance(error, NotNowError) or any(part in str(error) for part in _PASSING)
+    """Return whether it is a disk, a database or a server that said no, and may not do so later."""
+    return (
+        isinstance(error, NotNowError | AwayError)
+        or any(part in str(error) for part in _PASSING)
+        or (not isinstance(error, ValueError) and is_database_away(error))
+    )
 
 
 class NotNowError(ValueError):
     """A full disk, a database that is locked or read-only: no fault of what was asked for."""
+
+
+class AwayError(Exception):
+    """A server has not answered for as long as it was waited for."""
+
+
+def is_database_away(error: BaseException) -> bool:
+    """Return whether a database server, or what relays for it, says that it is away for now.
+
+    Drivers have no common code for it, and MLflow's server hands on a text.
+    """
+    return bool(_DATABASE_AWAY.search(str(error)))
+
+
+def tracking_uri() -> str:
+    """Return where runs are recorded, without importing MLflow for it."""
+    if "mlflow" in sys.modules:
+        import mlflow
+
+        with environment(default_store()):
+            return str(mlflow.get_tracking_uri())
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_store()["MLFLOW_TRACKING_URI"]
+
+
+def default_store() -> dict[str, str]:
+    """Return the environment that names this folder's `mlflow.db`, unless another store is named.
+
+    MLflow's own default has the folder's name in it as in a web address: `%`, `#` or `é` would
+    become another folder's.
+    """
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return {}
+    file = str(Path("mlflow.db").absolute())
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{'mlflow.db' if '?' in file else file}"}
+
+
+def default_location(experiment: str) -> str | None:
+    """Return where a new experiment's artifacts go, where MLflow's own way leads elsewhere.
+
+    It takes a folder's name for a web address, in which `%` and `#` stand for something else.
+    """
+    folder = Path("mlruns").absolute()
+    if sqlite_file(tracking_uri()) is None or not re.search("[%#?]", str(folder)):
+        return None
+    return f"{folder.as_uri()}/{quote(experiment, safe='')}"
+
+
+def check_location(experiment: str, location: str) -> None:
+    """Raise ValueError where a project was moved, and an experiment still names its old place.
+
+    Args:
+        experiment: its name.
+        location: where its artifacts are, as MLflow notes it once and for all.
+    """
+    database = sqlite_file(tracking_uri())
+    path = Path(unquote(location.removeprefix("file://")) if ":" in location else location)
+    if database is None or not path.is_absolute() or path.parent.name != "mlruns":
+        return
+    old, new = path.parent, database.absolute().parent / "mlruns"
+    if old.resolve() == new.resolve() or (old.parent.exists() and not (new / path.name).exists()):
+        return
+    is_gone = not old.parent.exists()
+    folder, there, here = (shlex.quote(str(each)) for each in (old.parent, old, new))
+    link = f"mkdir -p {folder} && ln -s {here} {there}"
+    advice = f"if it was moved, let the old place lead here: {link}" if is_gone else "it is a copy"
+    raise ValueError(
+        f"experiment {experiment!r} keeps its models in {str(old)!r}, but this project's are in "
+        f"{str(new)!r}: {advice}; or choose another --experiment"
+    )
+
+
+def check_tracking() -> None:
+    """Raise ValueError for an address that no runs can be recorded at; nothing is made or changed.
+
+    For a start that should be refused before anything is: MLflow itself takes a second to import.
+    """
+    uri = tracking_uri()
+    check_uri(uri)
+    check_database(uri, must_exist=False)
+
+
+def check_uri(uri: str) -> None:
+    """Raise ValueError for what is no address of a tracking store, and say what one looks like."""
+    shown = without_passwords(uri)
+    what = f"MLFLOW_TRACKING_URI is {shown!r}"
+    scheme, colon, rest = uri.partition("://")
+    if not colon:
+        is_server = re.match(r"[\w.-]+:\d+", uri)
+        if (":" in uri and not is_server) or uri == "databricks":
+            return  # a store that MLflow knows, or has something to say about
+        meant = f"http://{uri}" if is_server else f"sqlite:///{uri}"
+        raise ValueError(f"{what}, no address of a tracking store: say {meant}")
+    if scheme in ("http", "https"):
+        if "#" in uri:
+            server = f"{scheme}://{rest.partition('/')[0].partition('#')[0]}"
+            raise ValueError(f"{what}, the address of a page: say {without_passwords(server)}")
+    elif scheme.partition("+")[0] in ("postgres", "redis", "mongodb"):
+        raise ValueError(
+            f"{what}, which MLflow can't use: say http://HOST:PORT for a server, "
+            "sqlite:///mlflow.db for a file, or postgresql+psycopg://USER@HOST/DATABASE"
+        )
+
+
+def table_names(url: str) -> set[str]:
+    """Return the tables of a database; none where it is a file that isn't there."""
+    import sqlalchemy
+
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        return set()
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    try:
+        return set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
 
 
 def reading() -> AbstractContextManager[mlflow.MlflowClient]:
@@ -76,18 +209,21 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import mlflow
     import requests
     import sqlalchemy
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
 
-    uri = mlflow.get_tracking_uri()
-    with environment({key: value for key, value in _PATIENCE.items() if key not in os.environ}):
+    patience = {key: value for key, value in _PATIENCE.items() if key not in os.environ}
+    with environment(patience | default_store()):
+        uri = mlflow.get_tracking_uri()
         try:
+            check_uri(uri)
             check_database(uri, must_exist=must_exist)
             check_database(registry := mlflow.get_registry_uri(), must_exist=False)
             if not must_exist:
                 for database in (uri, registry):
                     make_whole(database, _make_tables)
             yield mlflow.MlflowClient()
-        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, CommandError) as error:
             if isinstance(error.__context__, requests.exceptions.RequestException):
                 line = f"the MLflow server {uri} doesn't answer"
             elif is_refused_user(error):
@@ -183,9 +319,14 @@ def check_database(uri: str, *, must_exist: bool) -> None:
     import sqlalchemy
 
     try:
-        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+        sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)  # its driver is there
         if not _is_to_be_made(uri, must_exist=must_exist):
-            sqlalchemy.inspect(engine).get_table_names()
+            tables = table_names(uri)
+            if "studies" in tables and "experiments" not in tables:
+                raise ValueError(
+                    f"{without_passwords(uri)} is a database of Optuna's studies, not MLflow's: "
+                    "MLFLOW_TRACKING_URI has to name another"
+                )
     except sqlalchemy.exc.ArgumentError:
         return  # no database: a server, or what MLflow itself has something to say about
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
