@@ -2,7 +2,8 @@
 
 Images are decoded once and kept in `data_dir/cache/<digest>`, under the digest of their content.
 After that they are mapped into memory, so that a start takes no decoding and all processes of a
-machine share one copy. What a caller or the data did wrong is a ValueError of one line.
+machine share one copy. Each process checks the digest when it opens them. What a caller or the data
+did wrong is a ValueError of one line.
 """
 
 import hashlib
@@ -10,16 +11,18 @@ import http.client
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
 import urllib.error
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +30,41 @@ import PIL
 import torch
 from torch import Tensor
 
-from cnn.images import IMAGE_SIZE, decode, find_images, resize
+from cnn.images import (
+    IMAGE_SIZE,
+    count_passed_over,
+    decode,
+    is_system_name,
+    note_on_passed_over,
+    resize,
+    walk,
+)
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 Scalar = TypeVar("Scalar", np.uint8, np.int64)
+# Rows of images with the pixels of an earlier one, each with the row of the first such image.
+Copies = list[list[int]]
 
 # One more whenever the same source would give other pixels than before.
 _CACHE_VERSION = 2
+# Below this many validation images, one image is more than a point of accuracy.
+MIN_VALIDATION = 100
+MAX_SHARE_OF_A_CLASS = 0.95
 _FILES_PER_TASK = 32
+# What folders of splits are called, but for fillers such as in `train_images`.
+_SPLITS = {
+    "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
+    "validation": {
+        *("val", "valid", "validation", "validate", "valset", "validationset"),
+        *("dev", "devset", "development", "eval", "evaluation", "evalset"),
+    },
+    "test": {"test", "testing", "tst", "testset", "testingset", "holdout", "heldout"},
+}
+_FILLERS = {
+    *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
+    *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
+}
 _NETWORK_TIMEOUT_SECONDS = 20.0
 _NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -94,6 +123,7 @@ class Dataset:
     digest: str  # 32 hex digits of the SHA-256 of pixels, labels, class names, given test split
     source: str  # a path or a function, for people
     given_test: bool = False  # the test split is the same for every seed
+    notes: tuple[str, ...] = ()  # by `load`: what people should know of the data, a line each
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +134,7 @@ class Pool:
     labels: Integers  # (M,)
     classes: tuple[str, ...]
     given_test: int  # how many of the last images are the test split; 0: the seed chooses it
+    copies: Copies | None = None  # None: nobody has looked for them yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +145,7 @@ class Source:
     address: str
     fingerprint: Callable[[], list[str]]
     read: Callable[[], Pool]
+    notes: tuple[str, ...] = ()
 
 
 def is_known(name: str) -> bool:
@@ -125,7 +157,9 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     """Return a data set by its name (see DATASETS) or by the path of a folder of images.
 
     A folder holds `train/<class>/*`, with `test/<class>/*` if there is a given test split, or
-    just `<class>/*`. Decoded images are kept in `data_dir`, where CIFAR-10 is downloaded to.
+    just `<class>/*`. Folders with names like `Training` or `seg_test` are splits, too; those for
+    validation are refused, and what systems leave behind is passed over. Decoded images are kept
+    in `data_dir`, where CIFAR-10 is downloaded to.
 
     A given test split is used as it is, whatever the seed, and the validation split is 10 % of the
     rest; without one, 20 % each go into validation and test. Both are drawn class by class.
@@ -134,15 +168,24 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     _check_seed(seed)
     source = _find_source(name, data_dir)
     cache = data_dir / "cache"
+    notes = source.notes
     try:
         key = _key(source)
         digest = _look_up(cache, key)
         pool = None if digest is None else _open(cache / digest)
         if digest is None or pool is None:
+            if digest is not None and os.path.lexists(cache / digest):
+                notes += (
+                    f"{str(cache / digest)!r} was damaged: its images were read again from "
+                    f"{source.address}",
+                )
             digest, pool = _fill(cache, key, source)
+        elif pool.copies is None:
+            pool = _with_copies(pool, cache / digest)
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
-    return split_pool(pool, digest, seed, name=source.name, source=source.address)
+    dataset = split_pool(pool, digest, seed, name=source.name, source=source.address)
+    return replace(dataset, notes=notes + _notes(dataset, pool))
 
 
 def open_cached(digest: str, data_dir: Path, seed: int) -> Dataset:
@@ -158,7 +201,7 @@ def open_cached(digest: str, data_dir: Path, seed: int) -> Dataset:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
     if pool is None:
         raise ValueError(f"no undamaged data set with the digest {digest!r} in {str(data_dir)!r}")
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = _read_meta(folder)
     return split_pool(pool, digest, seed, name=meta["name"], source=meta["source"])
 
 
@@ -212,6 +255,52 @@ def _share(count: int, *, percent: int) -> int:
     return max(1, (count * percent + 50) // 100)
 
 
+# What people should know of a split
+
+
+def _notes(dataset: Dataset, pool: Pool) -> tuple[str, ...]:
+    return (*_notes_of_copies(dataset, pool), *_notes_of_resolution(dataset))
+
+
+def _notes_of_copies(dataset: Dataset, pool: Pool) -> Iterator[str]:
+    """Tell of images that are in two splits: what is measured on them is memory."""
+    first = np.arange(len(pool.images))
+    for row, other in pool.copies or ():
+        first[row] = other
+    train, validation, test = (
+        first[split.rows.numpy()] for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    for name, part, others, where in (
+        ("validation", validation, train, "train"),
+        ("test", test, np.concatenate([train, validation]), "train or validation"),
+    ):
+        count = int(np.isin(part, others).sum())
+        if count:
+            yield (
+                f"{count:,} of {len(part):,} {name} images have the same pixels as an image in "
+                f"{where}: accuracy on them says nothing about new images"
+            )
+
+
+def _notes_of_resolution(dataset: Dataset) -> Iterator[str]:
+    """Tell of a validation split whose accuracy can't tell configurations apart."""
+    labels = dataset.validation.labels
+    size = len(labels)
+    if size < MIN_VALIDATION:
+        yield (
+            f"the validation split has {size} images, fewer than {MIN_VALIDATION}: one image is "
+            f"{100 / size:.1f} points of accuracy, so smaller differences between configurations "
+            "can't be seen"
+        )
+    largest = torch.bincount(labels).max().item()
+    if largest > MAX_SHARE_OF_A_CLASS * size:
+        name = dataset.classes[int(torch.bincount(labels).argmax())]
+        yield (
+            f"{largest:,} of {size:,} validation images are of class {name!r}: a network that "
+            f"always answers so has {100 * largest / size:.1f} % accuracy"
+        )
+
+
 # The cache
 
 
@@ -233,22 +322,45 @@ def _index(cache: Path, key: str) -> Path:
 
 
 def _open(folder: Path) -> Pool | None:
-    """Map what is kept in a folder of the cache into memory; None if it is not whole."""
+    """Map what is kept in a folder of the cache into memory; None if it is not what was written.
+
+    The folder's name is the digest of what is in it. To check that takes 0.15 s for the 184 MB of
+    CIFAR-10 (SHA-256 by the processor's own instructions, one thread).
+    """
     try:
-        return _map_pool(folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError, KeyError, TypeError):
+        pool = _map_pool(folder)
+        return pool if _digest(pool) == folder.name else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        raise
+    except Exception:  # a parser that trips over a damaged file may raise anything
         return None
 
 
 def _map_pool(folder: Path) -> Pool:
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = _read_meta(folder)
     shape = (meta["images"], IMAGE_SIZE, IMAGE_SIZE, 3)
     return Pool(
         images=_map(folder / "images.npy", np.uint8, shape),
         labels=_map(folder / "labels.npy", np.int64, shape[:1]),
         classes=tuple(meta["classes"]),
         given_test=meta["given_test"],
+        copies=meta.get("copies"),
     )
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
+    # Entries of earlier versions have no checksum, nor any copies.
+    if "checksum" in meta and meta.pop("checksum") != _checksum(meta):
+        raise ValueError(f"{str(folder / 'meta.json')!r} is not what was written")
+    return meta
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    # Of what the digest of the content leaves out, too: where it came from, and the copies.
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _map(file: Path, dtype: type[Scalar], shape: tuple[int, ...]) -> npt.NDArray[Scalar]:
@@ -283,6 +395,15 @@ def _digest(pool: Pool) -> str:
     return digest.hexdigest()[:32]
 
 
+def _find_copies(images: Bytes) -> Copies:
+    """Return the rows of images with the pixels of an earlier one, with the first such row."""
+    first: dict[bytes, int] = {}
+    firsts = [
+        first.setdefault(hashlib.sha256(image.data).digest(), i) for i, image in enumerate(images)
+    ]
+    return [[row, other] for row, other in enumerate(firsts) if row != other]
+
+
 def _write_pool(folder: Path, pool: Pool, source: Source) -> None:
     folder.mkdir()
     _write(folder / "images.npy", lambda stream: np.save(stream, pool.images))
@@ -293,8 +414,23 @@ def _write_pool(folder: Path, pool: Pool, source: Source) -> None:
         "classes": pool.classes,
         "images": len(pool.images),
         "given_test": pool.given_test,
+        "copies": _find_copies(pool.images),
     }
-    _write_json(folder / "meta.json", meta)
+    _write_json(folder / "meta.json", meta | {"checksum": _checksum(meta)})
+
+
+def _with_copies(pool: Pool, folder: Path) -> Pool:
+    """Note the copies of an entry of an earlier version, if it may be written to."""
+    copies = _find_copies(pool.images)
+    meta = _read_meta(folder) | {"copies": copies}
+    with (
+        suppress(PermissionError),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch,
+    ):
+        file = Path(scratch) / "meta.json"
+        _write_json(file, meta | {"checksum": _checksum(meta)})
+        file.replace(folder / file.name)
+    return replace(pool, copies=copies)
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
@@ -436,16 +572,19 @@ def _network_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(folder: Path) -> Source:
-    train, test = _layout(folder)
-    classes = _class_names(train)
+    passed_over: Counter[str] = Counter()
+    train, test, notes = _layout(folder, passed_over)
+    classes = _folders(train, passed_over if train != folder else None)
     # Training needs an image of each class, and so does each split that is drawn from the same.
-    files, labels = _labelled_files(train, classes, least=3 if test is None else 2)
+    least = 3 if test is None else 2
+    files, labels = _labelled_files(train, classes, least=least, passed_over=passed_over)
+    notes += _notes_of_inner_splits(train, files)
     test_labels: list[int] = []
     if test is not None:
-        differing = sorted(set(classes) ^ set(_class_names(test)))
+        differing = sorted(set(classes) ^ set(_folders(test, passed_over)))
         if differing:
             raise ValueError(f"train and test in {str(folder)!r} differ in classes: {differing}")
-        test_files, test_labels = _labelled_files(test, classes, least=1)
+        test_files, test_labels = _labelled_files(test, classes, least=1, passed_over=passed_over)
         files += test_files
     return Source(
         name=folder.name,
@@ -457,36 +596,93 @@ def _folder(folder: Path) -> Source:
             classes=tuple(classes),
             given_test=len(test_labels),
         ),
+        notes=notes + note_on_passed_over(passed_over),
     )
 
 
-def _layout(folder: Path) -> tuple[Path, Path | None]:
-    """Return the folder of the training images, or of all, and that of a given test split."""
-    parts = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
-    if "train" not in parts and "test" not in parts:
-        return folder, None
-    if "train" not in parts:
-        raise ValueError(f"{str(folder)!r} has a folder test, but none that is called train")
-    # Rather than learn without them, unnoticed.
-    unread = sorted(parts.keys() & {"val", "valid", "validation"})
-    if unread:
+def _layout(folder: Path, passed_over: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
+    """Return the folder of the training images, or of all, that of a given test split, and notes.
+
+    A folder whose name says train, validation or test (see `_role`) is a split, or the data set is
+    refused. With one exception: it is a class where its name says train, as that of a vehicle does,
+    it has no folders in it, and there are two other folders or more.
+    """
+    names = _folders(folder, passed_over)
+    roles = {name: role for name in names if (role := _role(name))}
+    if "invalid" in map(str.lower, names):  # two classes, as of tickets
+        roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
+    plain = {name: role for name, role in roles.items() if _role(name, plain=True)}
+    if "train" in plain.values():
+        roles = plain  # beside `train`, `train_old` is another folder
+    others = [name for name in names if name not in roles]
+    is_vehicle = set(roles.values()) == {"train"} and len(others) >= 2
+    if not roles or (is_vehicle and not any(_folders(folder / name) for name in roles)):
+        return folder, None, ()
+    of_role = {role: [name for name in roles if roles[name] == role] for role in _SPLITS}
+    objection = _objection(of_role)
+    if objection:
         raise ValueError(
-            f"{str(folder)!r} has a folder {unread[0]}, which would not be used (validation images "
-            "are drawn from train): move its images into train, or the folder away"
+            f"{str(folder)!r} has {objection}. A data set is train/CLASS/*, with test/CLASS/* if "
+            "there is a test split, or just CLASS/*: if one of these is a class, rename its folder"
         )
-    return parts["train"], parts.get("test")
+    notes = (f"not used, beside the splits: {', '.join(map(repr, others))}",) if others else ()
+    train, *test = (_unwrapped(folder / name) for name in of_role["train"] + of_role["test"])
+    return train, test[0] if test else None, notes
 
 
-def _class_names(folder: Path) -> list[str]:
-    entries = folder.iterdir()
-    return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+def _objection(of_role: dict[str, list[str]]) -> str:
+    """Return what is wrong with the folders of each split; '' if nothing is."""
+    for role, names in of_role.items():
+        if len(names) > 1:
+            return f"{len(names)} folders for {role}, {names}, where one is expected"
+    validation, test = of_role["validation"], of_role["test"]
+    if not of_role["train"]:
+        return f"a folder {(validation + test)[0]!r}, but none that is called train"
+    # Rather than learn without them, unnoticed.
+    if validation:
+        return (
+            f"a folder {validation[0]!r}, which would not be used (validation images are drawn "
+            "from train): move its images into train, or the folder away"
+        )
+    return ""
+
+
+def _role(name: str, *, plain: bool = False) -> str | None:
+    """Return of which split a folder's name says that it is: of `_SPLITS`, or None.
+
+    Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
+    Without `plain`, it may be the last of several words: `seg_train`.
+    """
+    words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
+    telling = [word for word in words if word not in _FILLERS and len(word) > 1]
+    candidates = ["".join(telling), *([] if plain else telling[-1:])]
+    return next((role for role in _SPLITS for word in candidates if word in _SPLITS[role]), None)
+
+
+def _unwrapped(split: Path) -> Path:
+    # Archives often hold `seg_train/seg_train/CLASS`.
+    return split / split.name if _folders(split) == [split.name] else split
+
+
+def _folders(folder: Path, passed_over: Counter[str] | None = None) -> list[str]:
+    """Return the names of the folders in one; count what is hidden, or a system's own."""
+    names = []
+    for entry in folder.iterdir():
+        if not is_system_name(entry.name):
+            names += [entry.name] if entry.is_dir() else []
+        elif passed_over is not None:
+            count_passed_over(entry.name, passed_over)
+    return sorted(names)
 
 
 def _labelled_files(
-    folder: Path, classes: list[str], *, least: int
-) -> tuple[list[Path], list[int]]:
+    folder: Path, classes: list[str], *, least: int, passed_over: Counter[str]
+) -> tuple[list[str], list[int]]:
     """Return the files in the folders of all classes, class by class, and their labels."""
-    found = [find_images(folder / name) for name in classes]
+    # As text: sixty thousand paths are made and asked for their state in half of the time.
+    found = [
+        [f"{folder}/{name}/{file}" for file in walk(folder / name, passed_over)] for name in classes
+    ]
     if not any(found):
         raise ValueError(
             f"no images in {str(folder)!r}: there must be a folder for each class, with its images"
@@ -503,22 +699,35 @@ def _labelled_files(
     return [file for files in found for file in files], labels
 
 
-def _fingerprint(file: Path) -> str:
+def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
+    """Tell of CLASS/train and CLASS/test, which are not told apart."""
+    depth = str(folder).count("/") + 2
+    inner = {parts[depth] for file in files if len(parts := file.split("/")) > depth + 1}
+    names = sorted(name for name in inner if _role(name, plain=True))
+    if len({_role(name) for name in names}) < 2:
+        return ()
+    return (
+        f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
+        "the splits are drawn anew",
+    )
+
+
+def _fingerprint(file: str) -> str:
     # Archives and copying set the time of the content (mtime) back, but can't set that of the
     # last change of any kind (ctime). The price: images that were copied are decoded again.
     try:
-        status = file.stat()
+        status = os.stat(file)  # noqa: PTH116 -- see _labelled_files
     except OSError as error:
-        raise ValueError(f"can't read {str(file)!r}: {error.strerror}") from error
+        raise ValueError(f"can't read {file!r}: {error.strerror}") from error
     return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 
-def _decode_all(files: Sequence[Path]) -> Bytes:
+def _decode_all(files: Sequence[str]) -> Bytes:
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
     def decode_from(start: int) -> None:
         for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
-            images[row] = decode(file)
+            images[row] = decode(Path(file))
 
     # Threads: Pillow holds no lock while it decodes and resizes, and nothing is sent around.
     with ThreadPoolExecutor(os.cpu_count()) as executor:

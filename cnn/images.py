@@ -6,6 +6,7 @@ Needs numpy and Pillow only, so that a prediction doesn't have to import torch t
 import io
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,47 +26,100 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**29
 
+_NAMES_SHOWN = 3
+
 # Images of more pixels than this are decoded one at a time, so that threads don't add up.
 _LARGE = 2**25
 _one_large_image = threading.Lock()
 
-# What file managers leave behind, beside the files whose name starts with a dot.
-_CLUTTER = {"thumbs.db", "desktop.ini"}
+# Files and folders that systems and file managers leave behind, in lower case, beside those whose
+# name starts with a dot: of Windows, macOS, Linux, Synology, QNAP and NetApp. Some hold thumbnails
+# or deleted images.
+_SYSTEM_NAMES = {
+    "thumbs.db",
+    "thumbs.db:encryptable",
+    "ehthumbs.db",
+    "ehthumbs_vista.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "found.000",
+    "icon\r",
+    "icon\uf00d",  # the same on a network drive
+    "__macosx",
+    "network trash folder",
+    "temporary items",
+    "lost+found",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "@recently-snapshot",
+    "~snapshot",
+}
+
+
+def is_system_name(name: str) -> bool:
+    """Return whether a file or folder of this name is passed over: hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def count_passed_over(name: str, passed_over: Counter[str]) -> None:
+    """Count a system's file or folder; those that macOS writes beside each file, as one name."""
+    passed_over["._*" if name.startswith("._") else name] += 1
 
 
 def find_images(folder: Path) -> list[Path]:
     """Return all files below `folder`, sorted by their path relative to it.
 
-    Leaves out hidden files and folders. Follows links, but enters each folder once, so that a
-    link to a folder above ends. Whether a file is an image, `decode` finds out. Raises ValueError
-    where a folder can't be listed.
+    Leaves out hidden files and folders, and those of systems. Follows links, but enters each folder
+    once, so that a link to a folder above ends. Whether a file is an image, `decode` finds out.
+    Raises ValueError where a folder can't be listed.
     """
     return [folder / name for name in walk(folder)]
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of what `find_images` returns, without keeping them."""
+def walk(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
+    """Yield the relative paths of what `find_images` returns, without keeping them.
+
+    What is left out is counted in `passed_over` by its name, a folder as one.
+    """
     try:
-        yield from _walk(folder, "", set())
+        yield from _walk(folder, "", set(), Counter() if passed_over is None else passed_over)
     except OSError as error:
         raise ValueError(f"can't list the folder {str(folder)!r}: {error}") from error
 
 
-def _walk(folder: Path, prefix: str, entered: set[tuple[int, int]]) -> Iterator[str]:
+def note_on_passed_over(passed_over: Counter[str]) -> tuple[str, ...]:
+    """Return a line on the system files and folders that were passed over, if there were any."""
+    if not passed_over:
+        return ()
+    names = [f"{name!r} ({count:,})" for name, count in passed_over.most_common(_NAMES_SHOWN)]
+    more = len(passed_over) - len(names)
+    others = f" and {more:,} other names" if more else ""
+    total = f"{passed_over.total():,} hidden or system files or folders"
+    return (f"passed over {total}: {', '.join(names)}{others}",)
+
+
+def _walk(
+    folder: Path, prefix: str, entered: set[tuple[int, int]], passed_over: Counter[str]
+) -> Iterator[str]:
     status = folder.stat()
     if (status.st_dev, status.st_ino) in entered:
         return
     entered.add((status.st_dev, status.st_ino))
+    names = []
     with os.scandir(folder) as scan:
-        names = sorted(
-            entry.name + "/" * _is_folder(entry)
-            for entry in scan
-            if not entry.name.startswith(".") and entry.name.lower() not in _CLUTTER
-        )
+        for entry in scan:
+            if is_system_name(entry.name):
+                count_passed_over(entry.name, passed_over)
+            else:
+                names.append(entry.name + "/" * _is_folder(entry))
+    names.sort()
     # With the slash, so that what comes out is in the order of whole paths: `b-c.png` before `b/`.
     for name in names:
         if name.endswith("/"):
-            yield from _walk(folder / name, prefix + name, entered)
+            yield from _walk(folder / name, prefix + name, entered, passed_over)
         else:
             yield prefix + name
 

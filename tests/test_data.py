@@ -638,7 +638,7 @@ def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
         ({"train/a": 5, "train/b": 2, "test/a": 1, "test/b": 0}, "has 0 images: at least 1"),
         ({"train/a": 5, "train/b": 5, "test/a": 1, "test/c": 1}, "differ in classes: ['b', 'c']"),
         ({"test/a": 5, "test/b": 5}, "none that is called train"),
-        ({"Train/a": 5, "Train/b": 5, "Val/a": 5}, "a folder val, which would not be used"),
+        ({"Train/a": 5, "Train/b": 5, "Val/a": 5}, "a folder 'Val', which would not be used"),
     ],
 )
 def test_folders_that_cannot_be_split_are_refused_by_name(tmp_path, data_dir, parts, complaint):
