@@ -15,7 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+from tracking.files import check_own, create, open_own, read_own
 from tracking.store import NotNowError, is_passing, one_line
+
+# Of a sidecar: the names of all classes and some counts of each.
+_LARGEST_SIDECAR = 2**26
 
 
 class Draft:
@@ -39,7 +43,9 @@ class Draft:
             self.stream.flush()
             progress = {"rows": self.rows + rows, "bytes": self.stream.tell(), "state": state}
             new = _new_sidecar(self.target)
-            new.write_text(json.dumps({"identity": self.identity, **progress}), "utf-8")
+            new.unlink(missing_ok=True)
+            with create(new) as stream:
+                stream.write(json.dumps({"identity": self.identity, **progress}).encode())
             new.replace(_sidecar(self.target))
         self.rows, self.state = self.rows + rows, state
 
@@ -104,8 +110,14 @@ def open_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
     Args:
         folder: in one that exists.
         files: all that may be written; those that were not, but are there from before, are removed.
+
+    Raises:
+        ValueError: a folder in it is a link, so that other files would be replaced than it seems.
     """
     folder = folder.resolve()
+    for inner in {(folder / name).parent for name in files} - {folder}:
+        if inner.is_symlink():
+            raise ValueError(f"{str(inner)!r} would be written to, and is a link: remove it")
     # On the same disk: in the folder itself, if it is there, as another may be mounted there.
     place = folder if folder.exists() else folder.parent
     with TemporaryDirectory(prefix=".draft-", dir=place) as scratch:
@@ -153,9 +165,26 @@ def draft_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def check_name(target: Path) -> None:
-    """Raise OSError if a file's name leaves no room for those of its drafts."""
-    _new_sidecar(target).exists()
+def whole_file(draft: Path) -> Path:
+    """Return where a format that can't be appended to makes the whole file of a draft."""
+    return draft.with_name(f"{draft.name}.whole")
+
+
+def draft_files(target: Path) -> list[Path]:
+    """Return all files that may be written beside a file, and removed."""
+    draft = draft_file(target)
+    return [_sidecar(target), _new_sidecar(target), whole_file(draft), draft]
+
+
+def check_drafts(target: Path) -> None:
+    """Raise unless the drafts of a file can be written beside it.
+
+    Raises:
+        ValueError: one of their names is that of something else: see `tracking.files.check_own`.
+        OSError: the file's name leaves no room for theirs, say.
+    """
+    for file in draft_files(target):
+        check_own(file)
 
 
 def _new_sidecar(target: Path) -> Path:
@@ -167,7 +196,7 @@ def _sidecar(target: Path) -> Path:
 
 
 def _remove(target: Path) -> None:
-    for file in (_sidecar(target), _new_sidecar(target), draft_file(target)):
+    for file in draft_files(target):
         file.unlink(missing_ok=True)
 
 
@@ -178,7 +207,7 @@ def _locked(target: Path) -> Iterator[BinaryIO]:
 
     file = draft_file(target)
     with writing():
-        stream = file.open("ab")
+        stream = open_own(file)
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +224,7 @@ def _found(target: Path, identity: Mapping[str, Any], *, resume: bool) -> dict[s
     """Return how far a draft is that is there, if it is to be resumed and holds as much."""
     nothing = {"rows": 0, "bytes": 0, "state": {}}
     try:
-        kept = json.loads(_sidecar(target).read_text("utf-8"))
+        kept = json.loads(read_own(_sidecar(target), most=_LARGEST_SIDECAR))
         if not resume:
             print(f"note: dropped {kept['rows']} rows that --resume would keep", file=sys.stderr)
             return nothing

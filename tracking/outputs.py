@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tracking.drafts import whole_file
+from tracking.files import create
 from tracking.text import escape_formulas
 
 if TYPE_CHECKING:
@@ -95,11 +97,11 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _opened(file: Path, mode: str = "rb") -> pa.NativeFile:
+def _opened(file: Path) -> pa.NativeFile:
     import pyarrow as pa
 
     # By the name's bytes: PyArrow takes no text that is no UTF-8.
-    return pa.OSFile(os.fsencode(file), mode)
+    return pa.OSFile(os.fsencode(file))
 
 
 class Csv:
@@ -236,12 +238,13 @@ class Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-        whole = draft.with_name(f"{draft.name}.parquet")
+        whole = whole_file(draft)
+        whole.unlink(missing_ok=True)  # of a process that was killed
         try:
             with (
                 pa.memory_map(os.fsencode(draft)) as stream,
                 pa.ipc.open_stream(stream) as batches,
-                _opened(whole, "wb") as sink,
+                create(whole) as sink,
                 pq.ParquetWriter(sink, batches.schema) as writer,
             ):
                 self._regroup(batches, writer)

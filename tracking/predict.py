@@ -24,7 +24,7 @@ from tracking.best import (
     described,
     model_uri,
 )
-from tracking.drafts import check_name, open_draft
+from tracking.drafts import check_drafts, draft_files, open_draft
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
@@ -424,7 +424,7 @@ def _run(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         column=options.column or None,
     )
-    _check_no_input([target], source.files())
+    _check_no_input([target, *draft_files(target)], source.files())
     if options.report:
         _check_reportable(predictor, source, options)
     print(why)
@@ -537,7 +537,13 @@ def _checked(path: Path, source: str) -> tuple[Format, Path]:
     out = format_of(path)
     try:
         target = path.resolve()  # a link stays one
-        check_name(target)
+        # Somebody else may have put a link there: it leads to no file of another kind.
+        if target.suffix.lower() != path.suffix.lower():
+            raise ValueError(
+                f"can't write --out: {str(path)!r} is a link to {str(target)!r}, "
+                f"which does not end in {path.suffix}"
+            )
+        check_drafts(target)
         _check_writable(target, source)
     except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
         raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
@@ -549,7 +555,7 @@ def _check_writable(target: Path, source: str) -> None:
         raise ValueError(f"can't write --out: there is no folder {str(target.parent)!r}")
     if target.exists() and not target.is_file():
         raise ValueError(f"can't write --out: {str(target)!r} is there, and is no regular file")
-    _check_no_input([target], [source, source.removeprefix("@")])
+    _check_no_input([target, *draft_files(target)], [source, source.removeprefix("@")])
     for place in (target.parent, target):
         # The mode too: for root everything is writable, also what was made read-only on purpose.
         if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):

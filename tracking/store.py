@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracking.files import open_own
+
 if TYPE_CHECKING:
     import mlflow
 
@@ -116,6 +118,7 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
 
     Raises:
         OSError: it can't be made there.
+        ValueError: what has the draft's name is no draft: see `tracking.files.check_own`.
     """
     file = sqlite_file(url)
     if file is None or file.exists():
@@ -125,7 +128,7 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
     import sqlalchemy
 
     draft = file.with_name(f"{file.name}.draft")
-    with draft.open("ab") as stream:
+    with open_own(draft, is_shared=True) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         if not file.exists():
             stream.truncate(0)  # what a process that was killed left of it
