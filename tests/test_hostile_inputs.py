@@ -6,8 +6,16 @@ What is loaded may take 2 GB and 60 s before it is refused; the tests allow less
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import stat
-from collections.abc import Callable
+import struct
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +23,7 @@ import pytest
 from PIL import Image
 from test_outputs import predictor_of, use
 
-from tracking import files
+from tracking import arrays, files
 from tracking.drafts import open_folder
 from tracking.predict import main
 from tracking.store import make_whole
@@ -190,3 +198,222 @@ def test_a_lock_is_opened_as_it_is_and_a_pipe_is_not_waited_for(desk: Path) -> N
         turn(turn.__name__)
         with pytest.raises(ValueError, match="would be written to, and is a"):
             files.open_own(Path(turn.__name__), is_shared=True)
+
+
+# What is read: bounds on time and memory
+
+
+@contextmanager
+def bounded(*, seconds: float = 20.0, megabytes: int = 500) -> Iterator[None]:
+    """Raise where a block takes longer, or more memory on top of what the process has."""
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + megabytes * 2**20
+    handler = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_the_bounds_hold() -> None:
+    with pytest.raises(MemoryError), bounded(megabytes=100):
+        bytearray(2**28)
+    with pytest.raises(TimeoutError), bounded(seconds=0.01):
+        time.sleep(5)
+
+
+def npy(header: str, content: bytes = b"", *, version: bytes = b"\1\0") -> bytes:
+    """Return an array as NumPy writes it, whatever its header says."""
+    size = struct.pack("<H" if version == b"\1\0" else "<I", len(header))
+    return b"\x93NUMPY" + version + size + header.encode("latin1") + content
+
+
+def header(shape: object, descr: object = "|u1", *, fortran: bool = False) -> str:
+    return f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n"
+
+
+LAST_IMAGES = npy(header("(2, 32, 32, 3)"), bytes(2 * 32 * 32 * 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (npy(header("(1000000000000, 32, 32, 3)")), " 3,072,000,000,000,000 bytes"),
+        (npy(header(f"({10**30}, 32, 32, 3)")), "2,000,000,000,000,000,000,000,000,000,000 bytes"),
+        (npy(header("(9, 32, 32, 3)")), "9, 32, 32, 3), 27,648 bytes, and there are 0"),
+        (npy(header(f"({2**63}, {2**63}, 1)")), "is refused: its images are"),
+        (npy(header("(1, 65536, 8, 3)")), "and sides of 65,535 at most"),
+        (npy(header("(2, -32, 32, 3)")), "its shape has a negative size: (2, -32, 32, 3)"),
+        (npy(header("(-1, -32, 32, 3)")), "its shape has a negative size"),
+        (npy(header("(2, 3.5, 32, 3)")), "its header is damaged"),
+        (npy(header("(2,)", "|O")), "it holds Python objects"),
+        (npy(header("(2,)", [("a", "|O")])), "it holds Python objects"),
+        (npy(header("(1, 32, 32, 3)", "<U500000000")), "holds <U500000000 (1, 32, 32, 3)"),
+        (npy(header("(1, 32, 32, 3)", ("|u1", (10**9,)))), "images must be uint8"),
+        (npy(header("(2,)", "<U1000000000")), "its header is damaged"),
+        (npy(header("(" + "1, " * 1000 + ")")), "holds uint8 (1, 1, "),
+        (npy(f"{'-' * 4000}1"), "its header is damaged"),
+        (npy(f"{'(' * 4000}1"), "its header is damaged"),
+        (npy("{'descr': '\\d'}"), "its header is damaged"),
+        (npy("x" * 60_000), "its header is larger than 4,096 bytes"),
+        (npy("x" * 60_000, version=b"\2\0"), "its header is larger than 4,096 bytes"),
+        (npy("", version=b"\3\0"), "it is no NumPy array"),
+        (npy(""), "its header is damaged"),
+        (LAST_IMAGES[:7], "it is no NumPy array"),
+        (LAST_IMAGES[:9], "its header is damaged"),
+        (b"\x93NUMPY\2\0\xff\xff\xff\xff", "its header is larger"),
+        (b"\x80\x04\x95", "it is no NumPy array"),
+        (LAST_IMAGES[:-1], "6,144 bytes, and there are 6,143"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_an_array_that_says_what_is_not_so_is_refused(
+    content: bytes, complaint: str, ending: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if ending == ".npz":
+        zipped({"images.npy": content})
+    else:
+        Path("x.npy").write_bytes(content)
+    with bounded():
+        error = fails([f"x{ending}"], capsys)
+    assert f"x{ending}'" in error
+    assert complaint in error
+
+
+def zipped(entries: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile("x.npz", "w", method) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def bomb(megabytes: int, said: int) -> bytes:
+    """Return deflated zeros with the head of an array, and a ZIP entry that says what it is."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = packer.compress(npy(header(f"({said}, 1000, 1000, 1)")))
+    for _ in range(megabytes):
+        packed += packer.compress(bytes(2**20))
+    return packed + packer.flush()
+
+
+def write_bomb(megabytes: int, *, said: int, file_size: int, labels: bytes | None = None) -> None:
+    """Write an archive whose first entry stands for so many megabytes."""
+    packed = bomb(megabytes, said)
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        archive.writestr("images.npy", packed)
+        if labels is not None:
+            archive.writestr("labels.npy", labels)
+        entry = archive.getinfo("images.npy")
+        entry.compress_type, entry.file_size, entry.CRC = zipfile.ZIP_DEFLATED, file_size, 0
+
+
+def test_a_bomb_is_refused_by_what_it_says(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bomb(8, said=9000, file_size=9 * 10**9 + 200)
+    with bounded():
+        error = fails(["x.npz"], capsys)
+    assert (
+        "is refused: its arrays take 9,000,000,000 bytes unpacked, more than 2,000,000,0" in error
+    )
+
+
+def test_a_bomb_that_says_it_is_none_is_unpacked_no_further_than_it_says(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bomb(300, said=3, file_size=3 * 10**6 + 200)
+    with bounded(megabytes=100):
+        main(["x.npz"])
+    write_bomb(1, said=1500, file_size=15 * 10**8 + 200)
+    with bounded(megabytes=2000):  # mapped, and not written to
+        assert "can't read the array 'x.npz': " in fails(["x.npz"], capsys)
+
+
+def test_what_numpy_does_not_write_is_refused(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(complaint: str) -> None:
+        with bounded():
+            assert complaint in fails(["x.npz"], capsys)
+
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        zipped({"images.npy": LAST_IMAGES}, method)
+        refused("'images' in it is compressed otherwise than NumPy does it")
+    zipped({"images.npy": LAST_IMAGES})
+    whole = Path("x.npz").read_bytes()
+    central = whole.index(b"PK\1\2")
+
+    def patched(offset: int, value: bytes) -> None:
+        where = central + offset
+        Path("x.npz").write_bytes(whole[:where] + value + whole[where + len(value) :])
+
+    patched(8, b"\1")
+    refused("'images' in it is encrypted")
+    patched(8, b"\x20")
+    refused("can't read the array 'x.npz': compressed patched data")
+    patched(6, b"\xff")
+    refused("can't read the array 'x.npz': zip file version")
+    patched(42, b"\xff\xff\xff\x7f")
+    refused("can't read the array 'x.npz'")
+    patched(10, b"\x63")
+    refused("'images' in it is compressed otherwise")
+    patched(16, b"\0\0\0\0")
+    refused("can't read the array 'x.npz': Bad CRC-32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Duplicate name"
+        with zipfile.ZipFile("x.npz", "w") as twice:
+            twice.writestr("images.npy", LAST_IMAGES)
+            twice.writestr("images.npy", b"")
+    refused("it holds 'images' twice")
+    zipped({f"{k}": b"" for k in range(3000)})
+    refused("'x.npz' holds no array 'images', but '0', '1', ")
+    monkeypatch.setattr(arrays, "_LARGEST_DIRECTORY", 2**17)
+    refused("can't read the array 'x.npz': its directory is larger than 131,072 bytes")
+
+
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        (npy(header("(2,)", "<U500000000")), "labels of 500,000,000 letters are refused"),
+        (npy(header("(2,)", "<U20000"), bytes(160_000)), "labels of 20,000 letters are refused"),
+        (npy(header("(1000000000000,)", "<U0")), "2 images need as many labels, not an array"),
+        (npy(header("(2,)", "<U1"), b"\xff" * 8), "it holds a text with a letter 0xffffffff"),
+        (npy(header("(2,)", "<f8"), bytes(16)), "labels must be class names or integers"),
+        (npy(header("(2,)", "<i8"), b"\xff" * 16), "label -1 is not in 0 to 2"),
+        (npy(header("(2,)", "<u8"), b"\xff" * 16), "label 18446744073709551615 is not in 0 to 2"),
+        (npy(header("(2,)", "<U2"), b"\x1b\0\0\0\n\0\0\0" * 2), r"label '\\x1b\\n' is no class"),
+    ],
+)
+def test_labels_that_are_none_are_refused(
+    labels: bytes, complaint: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zipped({"images.npy": LAST_IMAGES, "labels.npy": labels})
+    with bounded():
+        assert complaint in fails(["x.npz"], capsys)
+
+
+def test_labels_are_looked_at_before_any_image_is_unpacked(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bomb(1, said=1500, file_size=15 * 10**8 + 200, labels=npy(header("(2,)", "<i8")))
+    with bounded(megabytes=100):
+        fails(["x.npz"], capsys)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.parquet"])
+def test_what_is_no_regular_file_is_not_read(
+    name: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_a_pipe(name)
+    with bounded(seconds=5):
+        assert "it is no regular file" in fails([name], capsys)
+    Path(name).unlink()
+    Path(name).symlink_to("/dev/zero")
+    with bounded(seconds=5):
+        assert "it is no regular file" in fails([name], capsys)

@@ -75,6 +75,8 @@ class Table:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         self.file = file
+        if not file.is_file():  # opening a named pipe would wait for ever
+            raise ValueError(f"can't read the Parquet file {str(file)!r}: it is no regular file")
         try:
             with _opened(file) as stream, pq.ParquetFile(stream) as opened:
                 schema, about = opened.schema_arrow, opened.metadata

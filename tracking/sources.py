@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.ahead import ahead, num_cores
+from tracking.arrays import check_labels, is_one_image, read_arrays
 from tracking.inputs import Item, Paths, Table, listed_paths, read_list
+from tracking.text import listed, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 
 ARRAYS = (".npy", ".npz")
 TABLES = (".parquet", ".pq")
-CHANNELS = (1, 3)
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 # What a thread decodes at a time, and how many bytes of encoded images are read ahead at most.
 _BLOCK = 32
 _BYTES_AHEAD = 2**26
+
+# Of an array of labels: each of them is 40 kB at most.
+_LABELS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,14 +336,9 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
 
     from cnn.images import resize
 
-    images, given = _load(file)
-    if not _holds_images(images):
-        raise ValueError(
-            f"{str(file)!r} holds {images.dtype} {images.shape}: images must be uint8 and "
-            "(N, H, W, C), (N, H, W) or (H, W, C), with C 1 or 3, and none of them 0"
-        )
-    if images.ndim == 3 and images.shape[2] in CHANNELS:
-        images = images[np.newaxis]  # one image (H, W, C)
+    images, given = read_arrays(file)
+    if is_one_image(images.shape):
+        images = images[np.newaxis]
     try:
         labels = None if given is None else class_names(given, classes, size=len(images))
     except ValueError as error:
@@ -367,11 +366,6 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
     )
 
 
-def _holds_images(array: npt.NDArray[Any]) -> bool:
-    known = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in CHANNELS)
-    return array.dtype == "uint8" and known and 0 not in array.shape
-
-
 def _part(images: npt.NDArray[Any], part: slice) -> npt.NDArray[Any]:
     """Return some of the images. A file is mapped anew: what was read of it stays with a map."""
     import numpy as np
@@ -384,28 +378,6 @@ def _part(images: npt.NDArray[Any], part: slice) -> npt.NDArray[Any]:
     return images[part]
 
 
-def _load(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Return the images of a file, mapped into memory if it is an `.npy`, and their labels."""
-    import zipfile
-    import zlib
-
-    import numpy as np
-
-    try:
-        if file.suffix.lower() == ".npy":
-            return np.lib.format.open_memmap(file, mode="r"), None
-        with file.open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded, None  # an .npy by another name
-            arrays = {name: loaded[name] for name in ("images", "labels") if name in loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"can't read the array {str(file)!r}: {error}") from error
-    if "images" not in arrays:
-        raise ValueError(f"{str(file)!r} holds no array 'images', but {_listed(loaded.files)}")
-    return arrays["images"], arrays.get("labels")
-
-
 def class_names(labels: Labels, classes: Sequence[str], *, size: int) -> list[str | None]:
     """Return labels as class names: they are that already (or None), or positions in `classes`.
 
@@ -414,21 +386,22 @@ def class_names(labels: Labels, classes: Sequence[str], *, size: int) -> list[st
     import numpy as np
 
     array: npt.NDArray[Any] = np.asarray(labels)
-    if array.shape != (size,):
-        raise ValueError(f"{size} images need as many labels, not an array {array.shape}")
+    check_labels(array.shape, array.dtype, size=size)
+    names: dict[Any, str | None] = {name: name for name in classes} | {None: None}
     if array.dtype.kind in "iu":
         wrong = array[(array < 0) | (array >= len(classes))]
         if len(wrong):
             raise ValueError(f"label {wrong[0]} is not in 0 to {len(classes) - 1}")
-        return [classes[label] for label in array]
-    if size and array.dtype.kind not in "UO":
-        raise ValueError(f"labels must be class names or integers, not {array.dtype}")
-    names: list[str | None] = array.tolist()
-    known = {*classes, None}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"label {unknown[0]!r} is no class of the model: {_listed(classes)}")
-    return names
+        names = dict(enumerate(classes))
+    found: list[str | None] = []
+    for start in range(0, size, _LABELS_AT_ONCE):
+        given = array[start : start + _LABELS_AT_ONCE].tolist()
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            name = shortened(str(unknown[0]), 100)
+            raise ValueError(f"label {name!r} is no class of the model: {listed(classes)}")
+        found += [names[name] for name in given]
+    return found
 
 
 # Splits of data sets
@@ -519,11 +492,5 @@ def _known(
         return labels, ()
     return labels, (
         f"{others.total()} of {len(names)} images count as unlabelled, because the model has no "
-        f"class {_listed(others)}",
+        f"class {listed(others)}",
     )
-
-
-def _listed(names: Sequence[str] | Counter[str], limit: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in list(names)[:limit])
-    more = len(names) - limit
-    return (shown or "nothing") + (f" and {more} more" if more > 0 else "")

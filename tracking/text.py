@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 # told from what was there.
 _FORMULA = "^[=+\\-@＝＋－＠\t\r\n']"
 
-_LONGEST_NAME = 24
+# In a figure, and in a list of names.
+_LONGEST_NAME, _LONGEST_LISTED = 24, 80
 
 
 def printable(text: str) -> str:
@@ -32,6 +34,18 @@ def shortened(name: str, longest: int = _LONGEST_NAME) -> str:
     text = printable(name)
     half = longest // 2
     return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Return names in quotes, as many as a line takes: some of them at most."""
+    shown: list[str] = []
+    more = 0
+    for name in names:
+        if len(shown) < limit:
+            shown.append(repr(shortened(name, _LONGEST_LISTED)))
+        else:
+            more += 1
+    return (", ".join(shown) or "nothing") + (f" and {more} more" if more else "")
 
 
 def escaped(text: str) -> str:
