@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 
-from tracking.figures import printable
+from tracking.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

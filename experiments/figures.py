@@ -24,7 +24,7 @@ from experiments.figure_data import (
     varied_parameters,
 )
 from experiments.results import Results
-from tracking.figures import printable, shortened
+from tracking.text import printable, shortened
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -16,9 +16,8 @@ from markupsafe import Markup
 
 from experiments.drawing import SmallFigures, key, sheet
 from experiments.sections import FIGURES, TABLES, Gallery, Report
-from tracking.figures import printable
 from tracking.outputs import Csv
-from tracking.report import escaped
+from tracking.text import escaped, printable
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cnn import data
 from cnn.images import decode
 from tracking import inputs, sources
 from tracking.ahead import ahead
-from tracking.sources import Chunk, Source, open_source
+from tracking.sources import Chunk, KnownData, Source, dataset_of, open_source
 
 CLASSES = ("red", "green", "blue")
 
@@ -245,6 +246,47 @@ def test_the_fingerprint_is_that_of_the_images(photos: list[str], kind: str) -> 
     Path(photos[-1]).unlink()
     make(photos[:-1])
     assert source(text).fingerprint != before
+
+
+# Which data set it is of
+
+
+def test_a_split_is_of_its_data_set(digits_cache: Path) -> None:
+    digest = data.load("digits", data_dir=digits_cache, seed=0).digest
+    assert dataset_of("digits:test", digits_cache) == KnownData(name="digits", digests=(digest,))
+    with pytest.raises(ValueError, match="unknown data set 'dogits'"):
+        dataset_of("dogits:test", digits_cache)
+
+
+def test_a_folder_is_of_the_data_set_that_it_lies_in(photos: list[str]) -> None:
+    known = KnownData(
+        name="photos", digests=(data.load("photos", data_dir=Path("d"), seed=0).digest,)
+    )
+    Path("link").symlink_to("photos/red")
+    for text in (
+        "photos",
+        "photos/",
+        "photos/red",
+        photos[0],
+        f"../{Path.cwd().name}/photos",
+        "link",
+    ):
+        assert dataset_of(text, Path("d")) == known, text
+    Path("else").mkdir()
+    np.save("photos/a.npy", pixels(photos))
+    for text in ("else", ".", "photos/a.npy", "@photos", "-"):
+        assert dataset_of(text, Path("d")) is None, text
+    assert dataset_of("photos", Path("other")) is None
+
+
+def test_of_a_folder_that_has_changed_the_latest_digest_comes_first(photos: list[str]) -> None:
+    first = data.load("photos", data_dir=Path("d"), seed=0).digest
+    for file in Path("d/cache/index").iterdir():
+        os.utime(file, (1, 1))
+    Path("d/cache/index/damaged.json").write_text("{")
+    Path(photos[0]).unlink()
+    second = data.load("photos", data_dir=Path("d"), seed=0).digest
+    assert dataset_of("photos", Path("d")) == KnownData(name="photos", digests=(second, first))
 
 
 # Ahead

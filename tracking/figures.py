@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tracking.text import shortened
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,7 +21,6 @@ DOTS_PER_INCH = 120
 
 # Of the confusion matrix: with how many classes its cells have numbers, and every class a name.
 _MOST_NUMBERS, _MOST_NAMES = 30, 120
-_LONGEST_NAME = 24
 _LARGEST_INCHES = 20.0
 
 _BLUE, _GREY = "#0072B2", "#666666"
@@ -83,20 +84,6 @@ def _name_classes(axes: Axes, measures: Measures) -> None:
     axes.set_yticks(positions, names, fontsize=fontsize, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-
-
-def shortened(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Return a class name as it fits a figure: on one line, and without its middle if it's long."""
-    text = printable(name)
-    half = longest // 2
-    return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
-
-
-def printable(text: str) -> str:
-    """Return a text with an escape for each line end and whatever else has no sign of its own."""
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
-    )
 
 
 def draw_reliability(measures: Measures, file: Path) -> None:

@@ -14,16 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tracking.text import escape_formulas
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa  # type: ignore[import-untyped]
 
     from tracking.sources import Chunk
-
-# A spreadsheet takes a cell that starts so for a formula. The apostrophe is among them so that what
-# is put before can be told from what was there.
-_FORMULA = "^[=+\\-@\t\r\n']"
 
 _ROW_GROUP = 65536
 
@@ -120,7 +118,7 @@ class Csv:
 
         for index, column in enumerate(table.columns):
             if pa.types.is_string(column.type):
-                table = table.set_column(index, table.schema.names[index], harmless(column))
+                table = table.set_column(index, table.schema.names[index], escape_formulas(column))
         return self._written(table, header=False)
 
     def _written(self, table: pa.Table, *, header: bool) -> bytes:
@@ -166,14 +164,6 @@ class Csv:
             null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, **columns
         )
         return pyarrow.csv.open_csv(_opened(file), parse_options=parse, convert_options=convert)
-
-
-def harmless(texts: pa.Array | pa.ChunkedArray) -> Any:
-    """Return texts of which a spreadsheet takes none for a formula."""
-    from pyarrow import compute
-
-    risky = compute.match_substring_regex(texts, _FORMULA)
-    return compute.if_else(risky, compute.binary_join_element_wise("'", texts, ""), texts)
 
 
 class JsonLines:

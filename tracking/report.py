@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.best import Parser, command, described
 from tracking.drafts import open_folder, writing
-from tracking.figures import FIGURES, printable
+from tracking.figures import FIGURES
 from tracking.measures import BINS, Counter, Measures
-from tracking.outputs import Csv, format_of, harmless
+from tracking.outputs import Csv, format_of
 from tracking.store import NotNowError, one_line, reading
+from tracking.text import escape_formulas, escaped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,7 +184,7 @@ def _contents(measures: Measures, subject: Subject) -> Iterator[tuple[str, bytes
     yield "report.json", numbers.encode()
     yield "per_class.csv", _csv(pa.Table.from_pandas(measures.per_class(), preserve_index=False))
     classes = pa.array(measures.classes, pa.string())
-    heads = ["true class", *harmless(classes).to_pylist()]
+    heads = ["true class", *escape_formulas(classes).to_pylist()]
     yield "confusion.csv", _csv(pa.table([classes, *measures.confusion.T], heads))
 
 
@@ -276,11 +277,6 @@ def _class_cells(row: Mapping[Any, Any]) -> list[str]:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def escaped(text: str) -> str:
-    """Return a text that is no Markdown and no HTML, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", printable(text))
 
 
 def _percent(share: float) -> str:

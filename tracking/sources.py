@@ -12,6 +12,7 @@ user did wrong is a ValueError of one line; an image that can't be read is a row
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,6 +85,63 @@ def check(text: str) -> None:
             )
     elif not os.path.lexists(text):
         _split_named(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownData:
+    """A data set that runs on this machine may have been trained on."""
+
+    name: str
+    """As their param `dataset` has it."""
+    digests: tuple[str, ...]
+    """As their param `dataset_digest` has it: the present one first, then earlier ones."""
+
+
+def dataset_of(text: str, data_dir: Path) -> KnownData | None:
+    """Return the data set that what a user named is of, as far as that can be told quickly.
+
+    `NAME:SPLIT` is of NAME. A folder or a file is of the innermost folder around it that `cnn.data`
+    has read before, as the cache in `data_dir` remembers it. Of others (lists, arrays, tables,
+    folders that were never trained on), nothing is known.
+
+    Raises:
+        ValueError: there is no such data set, or it can't be read.
+    """
+    if is_list(text):
+        return None
+    if not os.path.lexists(text):
+        from cnn import data
+
+        dataset = data.load(_split_named(text)[0], data_dir=data_dir, seed=0)
+        return KnownData(name=dataset.name, digests=(dataset.digest,))
+    place = Path(text).resolve()
+    if not place.is_dir() and place.suffix.lower() in (*ARRAYS, *TABLES):
+        return None  # it may lie among the images, and be made of others
+    digests = _digests_by_folder(data_dir)
+    for folder in map(str, (place, *place.parents)):
+        if folder in digests:
+            return KnownData(name=Path(folder).name, digests=digests[folder])
+    return None
+
+
+def _digests_by_folder(data_dir: Path) -> dict[str, tuple[str, ...]]:
+    """Return the folders that `cnn.data` has read, each with its digests, the latest first."""
+    found: dict[str, dict[str, None]] = {}
+    index = sorted((data_dir / "cache" / "index").glob("*.json"), key=_age)
+    for file in index:
+        try:
+            entry = json.loads(file.read_text("utf-8"))
+            found.setdefault(str(entry["source"]), {})[str(entry["digest"])] = None
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: `cnn.data` will mend it
+    return {folder: tuple(digests) for folder, digests in found.items()}
+
+
+def _age(file: Path) -> float:
+    try:
+        return -file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def open_source(
