@@ -36,6 +36,7 @@ from cnn.training import TrainConfig, check_batch_size
 from experiments.heartbeat import Heartbeat, agree, open_storage
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
+from experiments.ranking import best_first
 from experiments.settings import Settings
 from experiments.space import make_pruner
 from tracking.store import (
@@ -707,12 +708,7 @@ def trials_table(study: Study) -> pd.DataFrame:
         }
         for trial in trials
     ]
-    table = pd.DataFrame(rows, columns=TRIALS_COLUMNS)
-    # Complete ones first; ties as `tracking.best_run` settles them.
-    ranked = table.assign(last=table["outcome"] != "complete").sort_values(
-        ["last", "val_accuracy", "val_loss", "trial"], ascending=[True, False, True, True]
-    )
-    return ranked[TRIALS_COLUMNS].reset_index(drop=True)
+    return best_first(pd.DataFrame(rows, columns=TRIALS_COLUMNS)).reset_index(drop=True)
 
 
 def log_data(run: Run, data: Dataset) -> None:

@@ -650,7 +650,10 @@ def test_a_bad_source_is_one_line(
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--experiment", "study", "--run-id", "0"], "--experiment, --run-id and --model exclude"),
-        (["--run-id", "0", "--loss", "mse"], "--study, --loss and --where choose a run: not with"),
+        (
+            ["--run-id", "0", "--loss", "mse"],
+            "--dataset, --study, --loss and --where choose a run: not",
+        ),
         (
             ["--experiment", "study", "--column", "image"],
             "--column is for Parquet files: 'a.npy' is none",
