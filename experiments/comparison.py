@@ -525,6 +525,12 @@ class _Histories:
         """Return what there is to say of a trial that is over."""
         run_id = trial.user_attrs.get("run_id", "")
         metrics = self._read(run_id)
+        # What Optuna knows of it, too, is there though somebody has deleted the run.
+        values = trial.intermediate_values
+        kept = {
+            "val_accuracy": values[max(values)] if values else math.nan,
+            "val_loss": trial.user_attrs.get("val_loss", math.nan),
+        }
         seconds, rates = metrics["seconds"], metrics["images_per_second"]
         row = {
             "trial": trial.number,
@@ -537,7 +543,8 @@ class _Histories:
             "run_id": run_id,
         }
         for name in ("val_accuracy", "val_loss", *(n for n in self._NAMES if n.startswith("test"))):
-            row[name] = metrics[name][max(metrics[name])] if metrics[name] else math.nan
+            known = metrics[name]
+            row[name] = known[max(known)] if known else kept.get(name, math.nan)
         return row
 
     def curve(self, stage: str, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from experiments.ranking import best_first
 from experiments.results import Results
 
 if TYPE_CHECKING:
@@ -24,12 +25,10 @@ def losses_of(results: Results) -> list[str]:
 def best_settings(results: Results) -> pd.DataFrame:
     """Return the row of `results.trials` with the best setting of each loss that has one.
 
-    The best is the complete trial of the highest validation accuracy, the earliest of several.
+    The best is the first complete trial of `best_first`: the one whose setting is confirmed.
     """
     complete = results.trials[results.trials["outcome"] == "complete"]
-    ordered = complete.dropna(subset="val_accuracy").sort_values(
-        ["val_accuracy", "trial"], ascending=[False, True]
-    )
+    ordered = best_first(complete.dropna(subset="val_accuracy"))
     return ordered.drop_duplicates("loss").set_index("loss", drop=False)
 
 

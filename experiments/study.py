@@ -34,6 +34,7 @@ from experiments.heartbeat import Heartbeat
 from experiments.identity import check_same, differences, environment
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
+from experiments.ranking import best_first
 from experiments.settings import Settings
 from experiments.space import make_pruner
 from experiments.storage import (
@@ -801,12 +802,7 @@ def trials_table(study: Study) -> pd.DataFrame:
         }
         for trial in trials
     ]
-    table = pd.DataFrame(rows, columns=TRIALS_COLUMNS)
-    # Complete ones first; ties as `tracking.best_run` settles them.
-    ranked = table.assign(last=table["outcome"] != "complete").sort_values(
-        ["last", "val_accuracy", "val_loss", "trial"], ascending=[True, False, True, True]
-    )
-    return ranked[TRIALS_COLUMNS].reset_index(drop=True)
+    return best_first(pd.DataFrame(rows, columns=TRIALS_COLUMNS)).reset_index(drop=True)
 
 
 def log_data(run: Run, data: Dataset) -> None:

@@ -36,6 +36,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
+from experiments.ranking import best_first
 from experiments.results import Results
 
 Floats = npt.NDArray[np.float64]
@@ -153,9 +154,7 @@ def _loss(loss: str, trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, A
 
 def _setting(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, Any]:
     """Return the setting that is repeated, else that of the best trial, else nothing."""
-    best = trials[trials["outcome"] == "complete"].sort_values(
-        ["val_accuracy", "trial"], ascending=[False, True]
-    )
+    best = best_first(trials[trials["outcome"] == "complete"])
     for row in (repeats if len(repeats) else best).head(1).to_dict("records"):
         return {name: row[name] for name in ("learning_rate", "batch_size")}
     return {}

@@ -173,8 +173,18 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     if table is None or not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
         return 1
-    best = complete.iloc[0]
+    gone, there = _deleted(complete)
+    best = there.iloc[0] if len(there) else complete.iloc[0]
+    if len(gone):
+        trials = zip(gone["trial"], gone["val_accuracy"], strict=True)
+        shown = ", ".join(f"{trial} ({accuracy:.2%})" for trial, accuracy in trials)
+        print(f"note: passed over, as run or model was deleted: trial {shown}", file=sys.stderr)
     line = f"  registered:        {registered}\n" if registered else ""
+    label = (
+        f"python -m tracking.predict {shlex.quote(data_name + ':test')} --run-id {best['run_id']}"
+        if len(there)
+        else "no complete trial has a model any more"
+    )
     print(
         f"best: trial {best['trial']}, loss {best['loss']}, learning rate "
         f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
@@ -182,10 +192,23 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         f"{line}"
         f"  compare the runs:  {command.ui_command()}\n"
         f"                     then {command.ui_address(started.experiment_id)}\n"
-        f"  label images:      python -m tracking.predict {shlex.quote(data_name + ':test')} "
-        f"--run-id {best['run_id']}"
+        f"  label images:      {label}"
     )
     return 0
+
+
+def _deleted(complete: Any) -> tuple[Any, Any]:
+    """Return the best trials whose runs or models were deleted since, and those after them."""
+    from tracking.best import first_with_model
+    from tracking.store import reading
+
+    try:
+        with reading() as client:
+            run_id = first_with_model(client, complete["run_id"])
+    except ValueError:  # away by now: all was recorded before
+        return complete.iloc[:0], complete
+    is_there = (complete["run_id"] == run_id).cummax()
+    return complete[~is_there], complete[is_there]
 
 
 if __name__ == "__main__":

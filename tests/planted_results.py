@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from experiments.ranking import best_first
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 
 # (best accuracy, learning rate that it is at, where training diverges) of each loss.
@@ -74,7 +75,7 @@ def planted_results(
         found = pd.DataFrame(trial_rows, columns=list(TRIAL_COLUMNS))
         found = found[found["loss"] == loss]
         if repeats and len(found):
-            best = found.sort_values(["val_accuracy", "trial"], ascending=[False, True]).iloc[0]
+            best = best_first(found).iloc[0]
             for repeat in range(repeats):
                 setting = {
                     "learning_rate": float(best["learning_rate"]),

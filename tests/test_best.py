@@ -8,16 +8,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+from mlflow.tracking._tracking_service.utils import _get_store
 from tracking_helpers import add_model_entry, new_store, record
 
 from tracking import best
-from tracking.best import best_run, choose, main, model_uri
+from tracking.best import (
+    Entry,
+    best_first,
+    best_run,
+    choose,
+    first_with_model,
+    main,
+    model_uri,
+)
 from tracking.runs import Run, Tracker
 from tracking.store import one_line, reading, without_passwords
 
@@ -126,6 +135,7 @@ def test_it_agrees_with_a_plain_search_through_all_runs(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(best, "_PAGE", 4)  # several pages
+    monkeypatch.setattr(best, "_NEXT_PAGE", 4)
     random = np.random.default_rng(0)
     usable = {}
     for start in range(1, 25):
@@ -159,8 +169,6 @@ def test_no_more_pages_are_read_than_it_takes(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(best, "_PAGE", 2)
-    for accuracy in (0.1, 0.2, 0.3, 0.4, 0.5):
-        record(tracker, accuracy=accuracy)
     pages = []
     search_runs = mlflow.MlflowClient.search_runs
 
@@ -169,8 +177,16 @@ def test_no_more_pages_are_read_than_it_takes(
         return pages[-1]
 
     monkeypatch.setattr(mlflow.MlflowClient, "search_runs", counted)
-    assert "best of more than 2 finished runs" in str(choose("study"))
-    assert len(pages) == 1
+    searches = []
+    for accuracies in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6, 0.7)):
+        for accuracy in accuracies:
+            record(tracker, accuracy=accuracy)
+        pages.clear()
+        assert "best of more than 2 finished runs" in str(choose("study"))
+        searches.append([len(page) for page in pages])
+    # Whatever it takes to find which runs can be compared: of these, a page.
+    assert searches[0] == searches[1]
+    assert max(searches[0]) == 2
 
 
 def test_it_says_which_run_and_why(tracker: Tracker) -> None:
@@ -193,13 +209,316 @@ def test_without_a_name_it_is_the_experiment_of_the_environment(
     assert best_run().info.run_name == "named"
 
 
+# Equal ones
+
+
+def entry(
+    start: int, *, value: float = 1.0, loss: str | None = "mse", val_loss: float | None = 0.5
+) -> Entry:
+    return Entry(value=value, loss=loss, val_loss=val_loss, start=start)
+
+
+@pytest.mark.parametrize(
+    ("entries", "order"),
+    [
+        ([entry(0, value=0.5), entry(1, value=0.9)], [1, 0]),
+        ([entry(0, val_loss=0.3), entry(1, val_loss=0.2)], [1, 0]),
+        ([entry(0, val_loss=0.3), entry(1, val_loss=0.2, loss="l1")], [0, 1]),
+        ([entry(1, val_loss=0.3), entry(0, val_loss=0.4, loss="l1")], [1, 0]),
+        # The loss that was first is so with all its runs, in the order of their val/loss.
+        ([entry(0, val_loss=0.3), entry(1, loss="l1"), entry(2, val_loss=0.2)], [2, 0, 1]),
+        ([entry(0, val_loss=None), entry(1, val_loss=math.nan), entry(2)], [2, 0, 1]),
+        ([entry(0, value=math.nan), entry(1, value=0.1)], [1, 0]),
+        ([entry(1), entry(0)], [1, 0]),
+        ([], []),
+    ],
+)
+def test_the_order_settles_by_val_loss_only_what_is_of_one_loss(
+    entries: list[Entry], order: list[int]
+) -> None:
+    assert best_first(entries) == order
+
+
+def test_the_order_of_one_loss_is_the_same_beside_others() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        entries = [
+            entry(
+                start,
+                value=random.integers(2) / 2,
+                loss=str(random.choice(["l1", "mse", "bce"])),
+                val_loss=random.integers(3) / 2,
+            )
+            for start in random.permutation(8)
+        ]
+        in_all = [entries[i] for i in best_first(entries)]
+        alone = [each for each in entries if each.loss == "mse"]
+        assert [e for e in in_all if e.loss == "mse"] == [alone[i] for i in best_first(alone)]
+
+
+def test_equal_runs_of_different_losses_are_not_settled_by_val_loss(tracker: Tracker) -> None:
+    first = tried(tracker, 0.9, loss="l1", val_loss=0.5)
+    tried(tracker, 0.9, loss="mse", val_loss=0.01)
+    assert best_id() == first
+    assert str(choose("study")).endswith("; of 2 equal ones, it was started first")
+
+
+def test_of_the_loss_that_was_first_the_lowest_val_loss_is_best(tracker: Tracker) -> None:
+    tried(tracker, 0.9, loss="l1", val_loss=0.5)
+    tried(tracker, 0.9, loss="mse", val_loss=0.01)
+    lower = tried(tracker, 0.9, loss="l1", val_loss=0.4)
+    assert best_id() == lower == best_run("study", loss="l1").info.run_id
+    assert str(choose("study")).endswith(
+        "; of 3 equal ones, one of loss 'l1' was started first, and of the 2 with that loss, its "
+        "val/loss, 0.4, is the lowest"
+    )
+
+
+def test_equal_runs_are_settled_though_they_fill_more_than_a_page(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 2)
+    monkeypatch.setattr(best, "_NEXT_PAGE", 2)
+    for val_loss in (0.5, 0.4, 0.3):
+        tried(tracker, 0.9, val_loss=val_loss)
+    lowest = tried(tracker, 0.9, val_loss=0.2)
+    tried(tracker, 0.8, val_loss=0.1)
+    assert best_id() == lowest
+
+
+def test_it_notes_that_losses_of_different_kinds_are_not_comparable(tracker: Tracker) -> None:
+    tried(tracker, 0.9, loss="l1")
+    assert choose("study", metric="val/loss").notes() == []
+    tried(tracker, 0.9, loss="mse")
+    (note,) = choose("study", metric="val/loss").notes()
+    assert note == "val/loss of different losses can't be compared: --loss NAME chooses one"
+
+
+# Data sets and their splits
+
+DIGESTS = {"digits": "d1" * 16, "photos": "ab" * 16}
+
+
+def on(
+    tracker: Tracker,
+    dataset: str,
+    accuracy: float,
+    *,
+    seed: int = 0,
+    stage: str | None = None,
+    digest: str | None = None,
+) -> str:
+    """Record a run on a data set, as sweeps do, and, with a stage, comparisons."""
+    run_id = record(tracker, f"{dataset} {seed} {accuracy}", accuracy=accuracy)
+    run = Run(tracker.client, run_id, tracker.experiment_id)
+    digest = digest or DIGESTS[dataset]
+    run.log_params({"dataset": dataset, "dataset_digest": digest, "seed": seed})
+    if stage:
+        run.set_tags({"stage": stage})
+    return run_id
+
+
+def chosen(**options: str | list[str]) -> str:
+    return str(choose("study", **options).run.info.run_name)  # type: ignore[arg-type]
+
+
+def test_runs_on_another_data_set_are_not_ranked_but_named(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.99)
+    on(tracker, "digits", 0.98)
+    run_id = on(tracker, "photos", 0.5)
+    on(tracker, "photos", 0.4)
+    choice = choose("study")
+    assert str(choice) == (
+        "best of 2 finished runs of experiment 'study' on 'photos' by val/accuracy = 0.5: "
+        f"run photos 0 0.5 ({run_id})"
+    )
+    assert choice.notes() == [
+        "not among them: 2 runs on 'digits' (digest d1d1d1d1): accuracies on other images can't be "
+        "compared; --dataset digits chooses those"
+    ]
+
+
+def test_of_one_data_set_there_is_nothing_to_note(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.9)
+    choice = choose("study")
+    assert "best of 1 finished run of experiment 'study' on 'digits' by" in str(choice)
+    assert choice.notes() == []
+
+
+@pytest.mark.parametrize("dataset", ["digits", DIGESTS["digits"], "d1d1d1d1", "some/digits/"])
+def test_a_data_set_is_chosen_by_name_folder_or_digest(tracker: Tracker, dataset: str) -> None:
+    on(tracker, "digits", 0.6)
+    on(tracker, "photos", 0.5)
+    choice = choose("study", dataset=dataset)
+    assert choice.run.info.run_name == "digits 0 0.6"
+    assert choice.notes() == []
+
+
+def test_a_folder_can_be_called_like_a_digest(tracker: Tracker) -> None:
+    on(tracker, "20260131", 0.6, digest="cd" * 16)
+    on(tracker, "photos", 0.5)
+    assert chosen(dataset="20260131") == "20260131 0 0.6"
+
+
+def test_of_a_data_set_that_has_changed_the_latest_state_is_chosen(tracker: Tracker) -> None:
+    on(tracker, "photos", 0.9, digest="cd" * 16)
+    on(tracker, "photos", 0.5)
+    assert chosen() == chosen(dataset="photos") == "photos 0 0.5"
+    (note,) = choose("study").notes()
+    assert "1 run on 'photos' (digest cdcdcdcd)" in note
+    assert f"--dataset {'cd' * 16} chooses" in note
+    assert chosen(dataset="cd" * 16) == "photos 0 0.9"
+
+
+def test_a_data_set_that_no_run_is_on_is_told_from_those_that_are(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.9)
+    with pytest.raises(ValueError, match="dataset 'photo' has a model; .* data sets 'digits'$"):
+        choose("study", dataset="photo")
+
+
+@pytest.mark.parametrize(
+    ("prefer", "name"),
+    [
+        ([DIGESTS["digits"], "photos"], "digits 0 0.6"),
+        (["cd" * 16, "digits"], "digits 0 0.6"),
+        (["unknown"], "photos 0 0.5"),
+    ],
+)
+def test_a_data_set_that_is_preferred_is_chosen_if_there_is_one(
+    tracker: Tracker, prefer: list[str], name: str
+) -> None:
+    on(tracker, "digits", 0.6)
+    on(tracker, "photos", 0.5)
+    assert chosen(prefer=prefer) == name
+
+
+def test_repeats_on_other_seeds_are_not_ranked_with_the_search(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.7, seed=7, stage="search")
+    on(tracker, "digits", 0.8, seed=7, stage="search")
+    for seed in (8, 9):
+        on(tracker, "digits", 0.9, seed=seed, stage="confirm")
+    choice = choose("study")
+    assert choice.run.info.run_name == "digits 7 0.8"
+    assert "best of 2 finished runs of experiment 'study' on 'digits', split by seed 7, by" in str(
+        choice
+    )
+    assert choice.notes() == [
+        "not among them: 2 runs on 'digits' split by other seeds: accuracies on other images can't "
+        "be compared; --where \"params.seed = '9'\" chooses those"
+    ]
+    assert chosen(where="params.seed = '9'") == "digits 9 0.9"
+
+
+def test_of_two_sweeps_on_other_splits_the_later_one_is_ranked(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.9, seed=0)
+    on(tracker, "digits", 0.7, seed=1)
+    assert chosen() == "digits 1 0.7"
+
+
+def test_a_metric_that_only_repeats_have_is_ranked_among_those(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.7, seed=7, stage="search")
+    repeat = on(tracker, "digits", 0.9, seed=8, stage="confirm")
+    Run(tracker.client, repeat, tracker.experiment_id).log_metrics({"test/accuracy": 0.6}, step=1)
+    assert chosen(metric="test/accuracy") == "digits 8 0.9"
+
+
+def test_runs_that_name_no_data_set_are_ranked_apart(tracker: Tracker) -> None:
+    record(tracker, "by hand", accuracy=0.99)
+    on(tracker, "digits", 0.5)
+    choice = choose("study")
+    assert choice.run.info.run_name == "digits 0 0.5"
+    (note,) = choice.notes()
+    assert "1 run that name no data set" in note
+    assert chosen(where="params.dataset_digest IS NULL") == "by hand"
+
+
+def test_a_data_set_whose_models_were_all_deleted_is_passed_over(tracker: Tracker) -> None:
+    on(tracker, "digits", 0.5)
+    gone = tracker.client.get_run(on(tracker, "photos", 0.9))
+    tracker.client.delete_logged_model(gone.outputs.model_outputs[0].model_id)
+    assert chosen() == "digits 0 0.5"
+    with pytest.raises(ValueError, match="no finished run with dataset 'photos' with a model"):
+        choose("study", prefer=["photos"])
+
+
+def test_many_runs_on_another_data_set_are_counted_up_to_a_page(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_PAGE", 2)
+    for accuracy in (0.1, 0.2, 0.3):
+        on(tracker, "digits", accuracy)
+    on(tracker, "photos", 0.5)
+    assert "more than 2 runs on 'digits'" in choose("study").notes()[0]
+
+
+def test_best_run_warns_of_runs_on_other_data_sets_unless_one_is_asked_for(
+    tracker: Tracker,
+) -> None:
+    on(tracker, "digits", 0.9)
+    on(tracker, "photos", 0.5)
+    message = "on 'photos'; not among those .* 1 run on 'digits' .*; dataset= chooses"
+    with pytest.warns(UserWarning, match=message) as caught:
+        best_run("study")
+    assert caught[0].filename == __file__
+    assert best_run("study", dataset="digits").info.run_name == "digits 0 0.9"
+
+
+def test_the_command_counts_the_others_and_a_flag_chooses_them(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on(tracker, "digits", 0.9)
+    on(tracker, "photos", 0.5)
+    why, note, _, row = printed(capsys).splitlines()
+    assert "'photos'" in why
+    assert note.startswith("note: not among them: 1 run on 'digits'")
+    assert "photos 0 0.5" in row
+    why, _, row = printed(capsys, "--dataset", "digits").splitlines()
+    assert "digits 0 0.9" in row
+
+
+# Runs that are gone
+
+
+def delete(tracker: Tracker, run_id: str) -> None:
+    tracker.client.delete_run(run_id)
+
+
+def delete_for_good(tracker: Tracker, run_id: str) -> None:
+    """Do what `mlflow gc` does."""
+    tracker.client.delete_run(run_id)
+    _get_store()._hard_delete_run(run_id)  # type: ignore[no-untyped-call]
+
+
+def delete_model(tracker: Tracker, run_id: str) -> None:
+    run = tracker.client.get_run(run_id)
+    tracker.client.delete_logged_model(run.outputs.model_outputs[0].model_id)
+
+
+@pytest.mark.parametrize("deleted", [delete, delete_for_good, delete_model])
+def test_the_first_run_that_is_there_with_its_model(
+    tracker: Tracker, deleted: Callable[[Tracker, str], None]
+) -> None:
+    gone, there, _ = (record(tracker) for _ in range(3))
+    without_model = record(tracker, has_model=False)
+    deleted(tracker, gone)
+    run_ids = [None, gone, without_model, there]
+    assert first_with_model(tracker.client, run_ids) == there
+    assert first_with_model(tracker.client, [gone]) is None
+
+
 # Among some of the runs
 
 
 def tried(
-    tracker: Tracker, accuracy: float, *, study: str = "a", loss: str = "mse", batch_size: int = 64
+    tracker: Tracker,
+    accuracy: float,
+    *,
+    study: str = "a",
+    loss: str = "mse",
+    batch_size: int = 64,
+    val_loss: float = 0.25,
 ) -> str:
-    run_id = record(tracker, f"{loss} {batch_size}", accuracy=accuracy, loss=0.25)
+    run_id = record(tracker, f"{loss} {batch_size}", accuracy=accuracy, loss=val_loss)
     run = Run(tracker.client, run_id, tracker.experiment_id)
     run.log_params({"loss": loss, "batch_size": batch_size, "learning_rate": 0.03125})
     run.set_tags({"study": study, "trial": "7"})
@@ -279,7 +598,12 @@ def test_a_run_whose_model_was_deleted_is_passed_over(tracker: Tracker) -> None:
     ("losses", "why"),
     [
         ((0.3, 0.2, 0.4), "; of 3 equal ones, its val/loss, 0.2, is the lowest"),
-        ((0.2, 0.2, 0.4), "; of 3 equal ones, it was started first"),
+        (
+            (0.4, 0.2, 0.2),
+            "; of 3 equal ones, its val/loss, 0.2, is the lowest, and of 2 with that, it was "
+            "started first",
+        ),
+        ((0.2, 0.2), "; of 2 equal ones, it was started first"),
         ((None, None), "; of 2 equal ones, it was started first"),
     ],
 )
@@ -305,8 +629,9 @@ def test_as_many_runners_up_are_found_as_are_asked_for(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(best, "_PAGE", 2)
+    monkeypatch.setattr(best, "_NEXT_PAGE", 2)
     runs = {accuracy: record(tracker, accuracy=accuracy) for accuracy in (0.1, 0.5, 0.3, 0.4, 0.2)}
-    ranked = [run.info.run_id for run in choose("study", top=4).ranked]
+    ranked = [run.info.run_id for run in choose("study", top=4).ranked[:4]]
     assert ranked == [runs[accuracy] for accuracy in (0.5, 0.4, 0.3, 0.2)]
 
 
@@ -355,6 +680,24 @@ def test_csv_is_read_back_with_all_digits(
     assert row["run_id"] == run_id
     assert row["model"] == model_uri(tracker.client.get_run(run_id))
     assert err.startswith("best of 1 finished run")
+
+
+def test_names_that_a_terminal_or_a_spreadsheet_would_obey_are_escaped(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = "=1+1\x1b[2J\nbest of 9\x9b"
+    run_id = record(tracker, forged, accuracy=0.9)
+    why, header, row = printed(capsys).splitlines()
+    assert main(["--experiment", "study", "--format", "csv"]) == 0
+    as_csv, why_again = capsys.readouterr()
+    as_json = printed(capsys, "--format", "json")
+    assert r"=1+1\x1b[2J\nbest of 9\x9b" in why
+    for text in (why, header, row, why_again, as_csv, as_json):
+        assert text.replace("\n", "").isprintable()
+    assert json.loads(as_json)[0]["run"] == forged
+    (record_,) = csv.DictReader(io.StringIO(as_csv))
+    assert record_["run"] == r"'=1+1\x1b[2J\nbest of 9\x9b"
+    assert record_["run_id"] == run_id
 
 
 def test_json_is_read_back_with_null_for_what_is_no_number(
@@ -488,7 +831,7 @@ def test_where_all_are_nan_none_is_best(tracker: Tracker) -> None:
 
 
 def test_a_metric_that_mlflow_cannot_parse_is_one_clear_line(tracker: Tracker) -> None:
-    with pytest.raises(ValueError, match="Invalid order_by clause") as info:
+    with pytest.raises(ValueError, match="Invalid clause") as info:
         best_run("study", metric="a`b")
     one_line_of(info)
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 from fake_pool import FakePool, Script, diverges, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.tracking._tracking_service.utils import _get_store
 from small_sweep import small_settings
 from tracking_helpers import new_store
 
@@ -25,9 +27,12 @@ from experiments.comparison import (
     compare,
     load_results,
 )
+from experiments.figure_data import best_settings
 from experiments.interrupts import Interrupts
+from experiments.jobs import EpochEnded
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.study import TrialProgressed
+from experiments.summary import summarise
 from tracking.predict import load_run
 
 LOSSES = ("mse", "cross_entropy")
@@ -147,6 +152,33 @@ def test_the_best_setting_of_each_loss_is_trained_again_on_fresh_seeds(whole: Wh
     for column in ("learning_rate", "batch_size"):
         tried = table.groupby("loss")[column].apply(set).to_dict()
         assert tried == {loss: {value} for loss, value in best[column].items()}
+
+
+def test_of_equal_settings_the_one_that_is_confirmed_is_the_best_in_every_table(
+    plan: Plan, data: Dataset
+) -> None:
+    def script(job: int, config: TrainConfig) -> Iterator[Event]:
+        for event in trains(lambda *_: 0.5)(job, config):
+            if isinstance(event, EpochEnded):
+                event.metrics["val/loss"] = 1.0 - job / 10
+            yield event
+
+    run(plan, data, script, stop_when=before_the_confirmation)
+    record = optuna.load_study(study_name="c", storage=plan.settings.storage)
+    winners = {each["loss"]: each["learning_rate"] for each in record.user_attrs["winners"]}
+
+    def check() -> None:
+        found = results(plan)
+        assert best_settings(found)["learning_rate"].to_dict() == winners
+        assert best_settings(found)["trial"].to_list() == [1, 1]
+        table = summarise(found, found.repeats).set_index("loss")
+        assert table["learning_rate"].to_dict() == winners
+
+    check()
+    for run_id in best_settings(results(plan))["run_id"]:  # as `mlflow gc` does
+        MlflowClient().delete_run(run_id)
+        _get_store()._hard_delete_run(run_id)
+    check()
 
 
 def test_the_test_split_is_measured_with_the_recorded_model(whole: Whole, data: Dataset) -> None:

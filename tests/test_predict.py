@@ -23,7 +23,7 @@ import tracking
 from cnn import data
 from tracking import labelling, predict
 from tracking.predict import Predictor, load_best, load_model, load_run, main
-from tracking.runs import Tracker
+from tracking.runs import Run, Tracker
 
 ROOT = Path(__file__).parents[1]
 SEED = 3
@@ -650,7 +650,10 @@ def test_a_bad_source_is_one_line(
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--experiment", "study", "--run-id", "0"], "--experiment, --run-id and --model exclude"),
-        (["--run-id", "0", "--loss", "mse"], "--study, --loss and --where choose a run: not with"),
+        (
+            ["--run-id", "0", "--loss", "mse"],
+            "--dataset, --study, --loss and --where choose a run: not",
+        ),
         (
             ["--experiment", "study", "--column", "image"],
             "--column is for Parquet files: 'a.npy' is none",
@@ -832,3 +835,66 @@ def test_as_a_command_it_labels_and_says_nothing_on_standard_error(desk: Path) -
     done = python("-m", "tracking.predict", "a.npy", "--experiment", "study")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(read_csv()) == 2
+
+
+# Of which data set the model is
+
+
+@pytest.fixture
+def of_two(tmp_path: Path) -> Iterator[Tracker]:
+    """An experiment with runs on the digits and, later, on a folder of colours."""
+    with new_store(tmp_path):
+        paint(Path("colours"), each=3)
+        tracker = Tracker.open("two")
+        for name in ("digits", "colours"):
+            loaded = data.load(name, data_dir=Path("data"), seed=0)
+            run_id = record(tracker, f"of {name}")
+            run = Run(tracker.client, run_id, tracker.experiment_id)
+            run.log_params({"dataset": name, "dataset_digest": loaded.digest, "seed": 0})
+        yield tracker
+
+
+def chosen_for(source: str, *options: str) -> str:
+    """Return the line on why a model is chosen for a source; the model itself is not loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "load_model", lambda uri: uri)
+        parsed = predict.build_parser().parse_args([source, "--experiment", "two", *options])
+        return predict._chosen(parsed)[1]
+
+
+def test_the_model_is_of_the_data_set_that_the_source_is_of(of_two: Tracker) -> None:
+    for source, name in (
+        ("digits:test", "digits"),
+        ("colours", "colours"),
+        ("colours:test", "colours"),
+        ("colours/red", "colours"),
+    ):
+        why = chosen_for(source)
+        assert f"experiment 'two' on '{name}' by" in why
+        assert f"run of {name} (" in why
+        assert "\n" not in why
+    Path("colours").rename("moved")
+    Path("elsewhere").mkdir()
+    shutil.move("moved", "elsewhere/colours")
+    assert "run of colours (" in chosen_for("elsewhere/colours")
+
+
+def test_for_a_source_of_no_known_data_set_it_is_said_which_the_model_is_of(
+    of_two: Tracker,
+) -> None:
+    paint(Path("photos"), each=1)
+    why, note = chosen_for("photos").splitlines()
+    assert "experiment 'two' on 'colours' by" in why
+    assert note.startswith("note: not among them: 1 run on 'digits'")
+    assert note.endswith("--dataset digits chooses those")
+    assert "on 'digits' by" in chosen_for("photos", "--dataset", "digits")
+    assert "on 'digits' by" in chosen_for("colours:test", "--dataset", "digits")
+
+
+def test_load_best_warns_of_runs_on_other_data_sets(
+    of_two: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "load_model", lambda uri: uri)
+    with pytest.warns(UserWarning, match="on 'colours'; not among") as caught:
+        load_best("two")
+    assert caught[0].filename == __file__

@@ -607,7 +607,7 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
         tied.metrics["val/loss"] = 10.0 - job
         return iter([tied, weights(job)])
 
-    settings = replace(settings, trials=4, epochs=1)
+    settings = replace(settings, losses=("mse",), trials=4, epochs=1)
     run_sweep(settings, data, script)
     table = trials_table(open_study(settings, data))
     assert table["trial"].tolist() == [3, 2, 0, 1]

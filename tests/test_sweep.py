@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_pool import diverges, script_of_ten, use_pool
+from mlflow import MlflowClient
+from mlflow.tracking._tracking_service.utils import _get_store
 from PIL import Image
 
 from cnn.losses import LOSSES
@@ -19,6 +21,7 @@ from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
 from experiments.sweep import build_parser, main
 from tracking.ahead import num_cores
+from tracking.best import model_uri
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]
@@ -97,6 +100,29 @@ def test_the_same_command_again_does_nothing_and_says_so(
     assert "2 already finished" in out
     assert "nothing is left to do" in out
     assert "best: trial 0" in out
+
+
+def test_a_best_trial_whose_run_was_deleted_for_good_is_passed_over_and_said_to_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [*SMALL, "--workers", "1", "--pruner", "none"]
+    main(argv)
+    (run_id,) = re.findall(r"--run-id (\w+)", capsys.readouterr().out)
+    MlflowClient().delete_run(run_id)
+    _get_store()._hard_delete_run(run_id)  # as `mlflow gc` does
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "best: trial 1, " in out
+    assert "note: passed over, as run or model was deleted: trial 0 (90.00%)" in err
+    (other,) = re.findall(r"--run-id (\w+)", out)
+    assert model_uri(MlflowClient().get_run(other))
+    MlflowClient().delete_run(other)
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "best: trial 0, " in out
+    assert "no complete trial has a model any more" in out
+    assert "--run-id" not in out
+    assert "deleted: trial 0 (90.00%), 1 (89.00%)" in err
 
 
 def test_a_sweep_without_a_complete_trial_says_so(

@@ -9,34 +9,100 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.cli import Parser, run_command
 from tracking.store import one_line, reading
+from tracking.text import escape_formula, printable
 
 if TYPE_CHECKING:
     import mlflow
     import pandas as pd
     from mlflow.entities import Run
+    from mlflow.store.entities import PagedList
+
+    from tracking.patience import PatientClient
 
 DEFAULT_METRIC = "val/accuracy"
 
 # One page holds all runs of most sweeps, so that their number can be told; more are not counted.
 _PAGE = 100
+# Databases sort anew for each page, which takes longer than to read it.
+_NEXT_PAGE = 1000
 _FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED'"
 _NAMES_SHOWN = 8
+_REPEATS = "confirm"
+"""The tag `stage` of a comparison's repeats."""
+_DATASETS = 20
+"""So many data sets of an experiment are known at most: each costs a search."""
+_LEAST = "-1.7976931348623157e308"
+"""Below it is no number: a condition that every metric fulfils which is there and not NaN."""
+
+
+# The order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the order of runs, or of an Optuna study's trials, is made of."""
+
+    value: float
+    """What is best: the higher the better."""
+    loss: str | None
+    """The name of the loss."""
+    val_loss: float | None
+    start: int
+    """When it was started, or the trial's number."""
+
+
+def best_first(entries: Sequence[Entry]) -> list[int]:
+    """Return the positions of entries, the best first. This is the one order of runs and trials.
+
+    Equal values are settled by `val/loss` only among runs of the same loss, as those of different
+    losses are in different units. So of the losses that came to the same value, the one whose run
+    was started first is first, with all its runs: the lowest `val/loss`, then the earliest start.
+    Thus the order of the runs of one loss is the same whether other losses are beside it or not.
+    """
+    first: dict[tuple[float, str | None], int] = {}
+    for entry in entries:
+        key = entry.value, entry.loss
+        first[key] = min(first.get(key, entry.start), entry.start)
+
+    def rank(position: int) -> tuple[object, ...]:
+        entry = entries[position]
+        value = (1, 0.0) if math.isnan(entry.value) else (0, -entry.value)
+        loss = (1, 0.0) if _is_no_number(entry.val_loss) else (0, entry.val_loss)
+        of_loss = first[entry.value, entry.loss], entry.loss or ""
+        return value, of_loss, loss, entry.start
+
+    return sorted(range(len(entries)), key=rank)
+
+
+def _is_no_number(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+# The choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
     """Which runs are chosen from. What is None or empty excludes none."""
 
+    dataset: str | None = None
+    """The name of a data set."""
+    digest: str | None = None
+    """The first digits of a data set's digest."""
     study: str | None = None
     """The name of an Optuna study."""
     loss: str | None = None
@@ -47,18 +113,89 @@ class Filters:
         given = [f"{key} {value!r}" for key, value in self._given().items()]
         return " and ".join([*given, self.where] if self.where else given)
 
-    def clause(self) -> str:
-        """Return what MLflow is asked for, beside what holds for every choice."""
+    def clause(self, *others: str) -> str:
+        """Return what MLflow is asked for: what holds for every choice, these, and `others`."""
         from tracking.runs import quoted
 
-        keys = {"study": "tags.study", "loss": "params.loss"}
-        parts = [f"{keys[key]} = {quoted(value)}" for key, value in self._given().items()]
+        keys = {
+            "dataset": "params.dataset = {}",
+            "digest": "params.dataset_digest LIKE {}",
+            "study": "tags.study = {}",
+            "loss": "params.loss = {}",
+        }
+        given = self._given()
+        if self.digest:
+            given["digest"] += "%"
+        parts = [keys[key].format(quoted(value)) for key, value in given.items()]
         # Last, and there is neither `or` nor a bracket: whatever it is, it can only exclude more.
-        return " and ".join([_FINISHED, *parts, *([self.where] if self.where else [])])
+        return " and ".join([_FINISHED, *parts, *others, *([self.where] if self.where else [])])
 
     def _given(self) -> dict[str, str]:
-        values = {"study": self.study, "loss": self.loss}
+        values = {
+            "dataset": self.dataset,
+            "digest": self.digest,
+            "study": self.study,
+            "loss": self.loss,
+        }
         return {key: value for key, value in values.items() if value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A data set, and the seed that splits it. Only accuracies of the same can be compared.
+
+    None is what a run does not say.
+    """
+
+    dataset: str | None
+    digest: str | None
+    seed: str | None
+
+    @classmethod
+    def of(cls, run: Run) -> Split:
+        """Return the one that a run was validated on."""
+        params = run.data.params
+        return cls(
+            dataset=params.get("dataset"),
+            digest=params.get("dataset_digest"),
+            seed=params.get("seed"),
+        )
+
+    def clauses(self) -> list[str]:
+        """Return what MLflow is asked for to find the runs that were validated on it."""
+        return [_is("params.dataset_digest", self.digest), _is("params.seed", self.seed)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """Finished runs that were passed over, as they were validated on other images."""
+
+    count: int
+    """How many there are, or were counted."""
+    more: bool
+    """Whether there are more."""
+    split: Split
+    """That of the newest one."""
+    is_same_data: bool
+    """Whether only the seed of the split is another."""
+
+    def __str__(self) -> str:
+        count = f"more than {self.count}" if self.more else f"{self.count}"
+        runs = "run" if count == "1" else "runs"
+        data = f"on {self.split.dataset!r}" if self.split.dataset else "that name no data set"
+        if self.is_same_data:
+            return f"{count} {runs} {data} split by other seeds"
+        digest = f" (digest {self.split.digest[:8]})" if self.split.digest else ""
+        return f"{count} {runs} {data}{digest}"
+
+    def flag(self, *, other_than: str | None) -> str:
+        """Return what to type for the newest of these, not on a data set of that name."""
+        dataset, digest = self.split.dataset, self.split.digest
+        if self.is_same_data:
+            return f'--where "{_is("params.seed", self.split.seed)}"'
+        if digest is None:
+            return f'--where "{_is("params.dataset_digest", None)}"'
+        return f"--dataset {shlex.quote(dataset if dataset and dataset != other_than else digest)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +209,8 @@ class Choice:
     filters: Filters
     more: bool
     """Whether others were not looked at: they are no better."""
+    others: tuple[Others, ...] = ()
+    """Those that were validated on other images than these."""
 
     @property
     def run(self) -> Run:
@@ -86,44 +225,103 @@ class Choice:
     def __str__(self) -> str:
         count = f"more than {self.candidates}" if self.more else f"{self.candidates}"
         runs = "run" if count == "1" else "runs"
-        among = f" with {self.filters}" if str(self.filters) else ""
+        among = (
+            f" with {filters}"
+            if (filters := str(replace(self.filters, dataset=None, digest=None)))
+            else ""
+        )
+        split = Split.of(self.run)
+        data = f" on {split.dataset!r}" if split.dataset else ""
+        if data and any(others.is_same_data for others in self.others):
+            data += f", split by seed {split.seed},"
         return (
-            f"best of {count} finished {runs} of experiment {self.experiment!r}{among} by "
+            f"best of {count} finished {runs} of experiment {self.experiment!r}{among}{data} by "
             f"{self.metric} = {self.run.data.metrics[self.metric]:.4g}: {described(self.run)}"
             f"{self._tie()}"
         )
 
+    def notes(self) -> list[str]:
+        """Return what a user should know of it, a line each."""
+        notes = []
+        if self.others:
+            name = Split.of(self.run).dataset
+            flags = dict.fromkeys(others.flag(other_than=name) for others in self.others)
+            notes.append(
+                f"not among them: {', '.join(map(str, self.others))}: accuracies on other images "
+                f"can't be compared; {' or '.join(flags)} chooses those"
+            )
+        losses = {run.data.params.get("loss") for run in self.ranked}
+        if self.metric.endswith("loss") and len(losses) > 1:
+            notes.append(
+                f"{self.metric} of different losses can't be compared: --loss NAME chooses one"
+            )
+        return notes
+
     def _tie(self) -> str:
         """Return how a tie was settled, if there was one."""
-        best, *others = self.ranked
-        value = best.data.metrics[self.metric]
-        equal = [run for run in others if run.data.metrics[self.metric] == value]
-        if not equal:
+        value = self.run.data.metrics[self.metric]
+        equal = [run for run in self.ranked if run.data.metrics[self.metric] == value]
+        loss = self.run.data.params.get("loss")
+        of_loss = [run for run in equal if run.data.params.get("loss") == loss]
+        if len(equal) == 1:
             return ""
-        losses = [run.data.metrics.get("val/loss", math.nan) for run in (best, *equal)]
-        lower = math.isfinite(losses[0]) and all(
-            math.isnan(loss) or loss > losses[0] for loss in losses[1:]
+        if len(of_loss) == len(equal):
+            return f"; of {len(equal)} equal ones, {_settled(of_loss)}"
+        if len(of_loss) == 1:
+            return f"; of {len(equal)} equal ones, it was started first"
+        return (
+            f"; of {len(equal)} equal ones, one of loss {loss!r} was started first, and of the "
+            f"{len(of_loss)} with that loss, {_settled(of_loss)}"
         )
-        by = f"its val/loss, {losses[0]:.4g}, is the lowest" if lower else "it was started first"
-        return f"; of {len(equal) + 1} equal ones, {by}"
+
+
+def _settled(runs: Sequence[Run]) -> str:
+    """Return why the first of equal runs with the same loss is before the others."""
+    lowest, *others = [run.data.metrics.get("val/loss", math.nan) for run in runs]
+    if math.isnan(lowest) or all(loss == lowest for loss in others):
+        return "it was started first"
+    text = f"its val/loss, {lowest:.4g}, is the lowest"
+    num_lowest = 1 + others.count(lowest)
+    return (
+        text if num_lowest == 1 else f"{text}, and of {num_lowest} with that, it was started first"
+    )
 
 
 def best_run(
     experiment: str | None = None,
     *,
     metric: str = DEFAULT_METRIC,
+    dataset: str | None = None,
     study: str | None = None,
     loss: str | None = None,
     where: str | None = None,
 ) -> Run:
-    """Return the best finished run of an experiment, one that has a model: see `choose`."""
-    return choose(experiment, metric=metric, study=study, loss=loss, where=where).run
+    """Return the best finished run of an experiment, one that has a model: see `choose`.
+
+    It warns where there are runs on other data sets, which it was not compared with.
+    """
+    choice = choose(experiment, metric=metric, dataset=dataset, study=study, loss=loss, where=where)
+    warn_of_others(choice)
+    return choice.run
+
+
+def warn_of_others(choice: Choice) -> None:
+    """Warn a caller's caller of runs on other data sets, if there are any."""
+    others = [str(others) for others in choice.others if not others.is_same_data]
+    if others:
+        warnings.warn(
+            f"this run is on {Split.of(choice.run).dataset!r}; not among those it was chosen from: "
+            f"{', '.join(others)}; dataset= chooses",
+            stacklevel=3,
+        )
 
 
 def choose(
     experiment: str | None = None,
     *,
     metric: str = DEFAULT_METRIC,
+    dataset: str | None = None,
+    prefer: Sequence[str] = (),
     study: str | None = None,
     loss: str | None = None,
     where: str | None = None,
@@ -131,14 +329,22 @@ def choose(
 ) -> Choice:
     """Choose the best finished run of an experiment, among those that have a model.
 
-    Best is the highest last value of the metric; the lowest, where its name ends in `loss`. Among
-    equals it is the lowest `val/loss`, then the earliest start. Runs that were pruned, diverged,
-    failed or are not over are never chosen, nor is one whose metric is NaN, or whose model was
-    deleted.
+    Only runs that were validated on the same images are compared, that is, on the same data set
+    (`dataset_digest`), split by the same seed. Where the runs asked for are on several, it is
+    the data set of the run that was started last, and of its splits that of the run that was
+    started last, the repeats of a comparison left out: they are single ones, on other seeds.
+
+    Best is the highest last value of the metric; the lowest, where its name ends in `loss`. Equal
+    ones are settled by `best_first`. Runs that were pruned, diverged, failed or are not over are
+    never chosen, nor is one whose metric is NaN, or whose model was deleted.
 
     Args:
         experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
         metric: what is best.
+        dataset: only runs on the data set of this name (a path's last part), or of the digest that
+            begins so, with 8 digits or more.
+        prefer: names and digests of data sets. Of the data sets that there are, the first of
+            these is chosen rather than the latest.
         study: only runs of the study with this name.
         loss: only runs with this loss.
         where: only runs for which this holds, in MLflow's search syntax, say
@@ -156,25 +362,192 @@ def choose(
         name = default_experiment() if experiment is None else experiment
         experiment_id = _find_experiment(client, name)
         _check_where(client, experiment_id, filters.where)
-        ranked: list[Run] = []
-        for page, is_last in _pages(client, experiment_id, filters.clause(), _order(metric)):
-            for run in page:
-                if not _has(run, metric) or not _models(run):
-                    continue
-                # Asked of no more than it takes: a deleted model is still listed by its run.
-                if len(ranked) >= top or _is_there(client, _models(run)[-1]):
-                    ranked.append(run)
-            if len(ranked) >= top or is_last:
+        if dataset:
+            filters = replace(filters, **_dataset_filter(client, experiment_id, dataset))
+        runs = _Runs(client, experiment_id, metric, filters)
+        datasets = runs.of_each_dataset()
+        preferred = _preferred(datasets, prefer)
+        if preferred is not None:
+            filters = replace(filters, dataset=Split.of(preferred).dataset)
+            datasets = [preferred]
+        for newest in datasets:
+            split = runs.split_of_dataset(newest)
+            ranked, more = runs.ranked(split, top)
+            if ranked:
+                return Choice(
+                    ranked=tuple(ranked),
+                    experiment=name,
+                    metric=metric,
+                    filters=filters,
+                    more=more,
+                    others=tuple(runs.others(split, datasets)),
+                )
+        raise ValueError(_why_none(client, experiment_id, name, metric, filters))
+
+
+def _dataset_filter(
+    client: mlflow.MlflowClient, experiment_id: str, dataset: str
+) -> dict[str, str]:
+    """Return which of `Filters` is meant by a data set's name, its folder's path, or its digest."""
+    is_path = os.sep in dataset or dataset in (".", "..")
+    name = Path(dataset).resolve().name if is_path else dataset
+    if re.fullmatch("[0-9a-f]{8,}", name):  # a folder can be called so, too: 20260131
+        named = client.search_runs([experiment_id], _is("params.dataset", name), max_results=1)
+        return {"dataset": name} if named else {"digest": name}
+    return {"dataset": name}
+
+
+def _preferred(datasets: Sequence[Run], prefer: Sequence[str]) -> Run | None:
+    """Return the first run, of one each of all data sets, of the first that is preferred."""
+    for wanted in prefer:
+        for run in datasets:
+            if wanted in (Split.of(run).digest, Split.of(run).dataset):
+                return run
+    return None
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The finished runs of an experiment that have the metric, and are not excluded."""
+
+    client: mlflow.MlflowClient
+    experiment_id: str
+    metric: str
+    filters: Filters
+
+    def of_each_dataset(self) -> list[Run]:
+        """Return the newest run of each data set, the newest first."""
+        known: list[str] = []
+        found = self._newest("params.dataset_digest IS NULL")
+        while len(known) < _DATASETS:
+            others = [f"params.dataset_digest != {_quoted(digest)}" for digest in known]
+            newest = self._newest(*(others or ["params.dataset_digest IS NOT NULL"]))
+            if not newest:
                 break
-        if not ranked:
-            raise ValueError(_why_none(client, experiment_id, name, metric, filters))
-        return Choice(
-            ranked=tuple(ranked),
-            experiment=name,
-            metric=metric,
-            filters=filters,
-            more=not is_last,
+            found += newest
+            known.append(newest[0].data.params["dataset_digest"])
+        return sorted(found, key=lambda run: -int(run.info.start_time))
+
+    def split_of_dataset(self, run: Run) -> Split:
+        """Return the split of a run's data set that the newest run is on which is no repeat."""
+        same_data = Split.of(run).clauses()[0]
+        newest = [
+            *self._newest(same_data, "tags.stage IS NULL"),
+            *self._newest(same_data, f"tags.stage != {_quoted(_REPEATS)}"),
+        ]
+        return Split.of(max(newest, key=lambda run: int(run.info.start_time), default=run))
+
+    def ranked(self, split: Split, top: int) -> tuple[list[Run], bool]:
+        """Return runs on a split, the best first, and whether others were not looked at.
+
+        As many as are on a page, or as it takes for the first `top` to be in their order and to
+        have a model that is there.
+        """
+        is_there = cache(lambda run_id: _is_there(self.client, run_id))
+        read: list[Run] = []
+        for page, is_last in self._pages(*split.clauses()):
+            read += [run for run in page if _has(run, self.metric) and _models(run)]
+            ordered = [read[position] for position in best_first([self._entry(r) for r in read])]
+            ranked: list[Run] = []
+            for run in ordered:
+                # Asked of no more than it takes: a deleted model is still listed by its run.
+                if len(ranked) >= top or is_there(_models(run)[-1]):
+                    ranked.append(run)
+            # Those that are equal to the last one may go on on the next page.
+            if is_last or (len(ranked) >= top and not self._equal(ranked[top - 1], page[-1])):
+                break
+        return ranked, not is_last
+
+    def others(self, split: Split, datasets: Sequence[Run]) -> Iterator[Others]:
+        """Count the runs on other splits of the same data set, and on other data sets."""
+        same_data, same_seed = split.clauses()
+        if split.seed is not None:
+            yield from self._counted([same_data, same_seed.replace(" = ", " != ")], same_data=True)
+            yield from self._counted([same_data, "params.seed IS NULL"], same_data=True)
+        for run in datasets:
+            other = Split.of(run)
+            if other.digest != split.digest:
+                yield from self._counted([other.clauses()[0]], same_data=False)
+
+    def _counted(self, clauses: Sequence[str], *, same_data: bool) -> Iterator[Others]:
+        page = self._search(clauses, _PAGE)
+        if page:
+            yield Others(
+                count=len(page),
+                more=bool(page.token),
+                split=Split.of(page[0]),
+                is_same_data=same_data,
+            )
+
+    def _entry(self, run: Run) -> Entry:
+        value = run.data.metrics[self.metric]
+        return Entry(
+            value=-value if self.metric.endswith("loss") else value,
+            loss=run.data.params.get("loss"),
+            val_loss=run.data.metrics.get("val/loss"),
+            start=run.info.start_time,
         )
+
+    def _equal(self, run: Run, other: Run) -> bool:
+        return bool(run.data.metrics[self.metric] == other.data.metrics.get(self.metric))
+
+    def _newest(self, *clauses: str) -> list[Run]:
+        """Return the run that was started last for which these hold, if there is one."""
+        return list(self._search(clauses, 1))
+
+    def _pages(self, *clauses: str) -> Iterator[tuple[list[Run], bool]]:
+        """Yield the runs, the best first, page by page, each with whether it is the last."""
+        # A run whose metric is NaN, or that has none, comes last in either direction.
+        direction = "ASC" if self.metric.endswith("loss") else "DESC"
+        order = [f"metrics.`{self.metric}` {direction}", "attributes.start_time ASC"]
+        size, token = _PAGE, None
+        while True:
+            page = self._search(clauses, size, order, token)
+            size, token = _NEXT_PAGE, page.token
+            yield list(page), not token
+
+    def _search(
+        self,
+        clauses: Sequence[str],
+        size: int,
+        order: Sequence[str] = ("attributes.start_time DESC",),
+        token: str | None = None,
+    ) -> PagedList[Run]:
+        from mlflow.entities import ViewType
+
+        clause = self.filters.clause(f"metrics.`{self.metric}` >= {_LEAST}", *clauses)
+        return self.client.search_runs(
+            [self.experiment_id], clause, ViewType.ACTIVE_ONLY, size, list(order), token
+        )
+
+
+def _is(key: str, value: str | None) -> str:
+    return f"{key} IS NULL" if value is None else f"{key} = {_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    from tracking.runs import quoted
+
+    return quoted(text)
+
+
+def first_with_model(
+    client: mlflow.MlflowClient | PatientClient, run_ids: Iterable[str | None]
+) -> str | None:
+    """Return the first of these runs that is there with its model: neither of them was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    for run_id in filter(None, run_ids):
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                continue
+            raise
+        models = _models(run)
+        if run.info.lifecycle_stage == "active" and models and _is_there(client, models[-1]):
+            return run_id
+    return None
 
 
 def model_uri(run: Run) -> str:
@@ -188,7 +561,7 @@ def model_uri(run: Run) -> str:
 
 def described(run: Run) -> str:
     """Return how people are told of a run: `run <name> (<id>)`."""
-    return f"run {run.info.run_name} ({run.info.run_id})"
+    return f"run {printable(run.info.run_name)} ({run.info.run_id})"
 
 
 def _find_experiment(client: mlflow.MlflowClient, name: str) -> str:
@@ -222,22 +595,7 @@ def _check_where(client: mlflow.MlflowClient, experiment_id: str, where: str) ->
         ) from error
 
 
-def _pages(
-    client: mlflow.MlflowClient, experiment_id: str, clause: str, order: list[str]
-) -> Iterator[tuple[list[Run], bool]]:
-    """Yield the runs found, page by page, each with whether it is the last."""
-    from mlflow.entities import ViewType
-
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], clause, ViewType.ACTIVE_ONLY, _PAGE, order, token
-        )
-        token = page.token
-        yield list(page), not token
-
-
-def _is_there(client: mlflow.MlflowClient, model_id: str) -> bool:
+def _is_there(client: mlflow.MlflowClient | PatientClient, model_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -247,13 +605,6 @@ def _is_there(client: mlflow.MlflowClient, model_id: str) -> bool:
             return False
         raise
     return True
-
-
-def _order(metric: str) -> list[str]:
-    # A run whose metric is NaN, or that has none, comes last in either direction.
-    direction = "ASC" if metric.endswith("loss") else "DESC"
-    ranks = {metric: direction} if metric == "val/loss" else {metric: direction, "val/loss": "ASC"}
-    return [f"metrics.`{key}` {way}" for key, way in ranks.items()] + ["attributes.start_time ASC"]
 
 
 def _models(run: Run) -> list[str]:
@@ -285,7 +636,7 @@ def _why_none(
     outcomes = Counter(run.data.tags.get("outcome", run.info.status.lower()) for run in runs)
     there = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     return (
-        f"experiment {name!r} has no finished run with a model and a number as {metric} "
+        f"experiment {name!r} has no finished run{among} with a model and a number as {metric} "
         f"(runs: {there or 'none'}){_advice(name)}"
     )
 
@@ -294,8 +645,10 @@ def _what_there_is(runs: Sequence[Run]) -> str:
     """Return what the runs are that filters have all excluded."""
     losses = {run.data.params["loss"] for run in runs if "loss" in run.data.params}
     studies = {run.data.tags["study"] for run in runs if "study" in run.data.tags}
+    datasets = {run.data.params["dataset"] for run in runs if "dataset" in run.data.params}
     parts = [f"losses {listed(losses)}"] if losses else []
     parts += [f"studies {listed(studies)}"] if studies else []
+    parts += [f"data sets {listed(datasets)}"] if datasets else []
     return f" has a model; those that have: {'; '.join(parts) or len(runs)}"
 
 
@@ -316,6 +669,12 @@ def listed(names: Iterable[str]) -> str:
 def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the flags that say which runs to choose from: see `choice_filters`."""
     parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="choose among the runs on this data set only: its name, its folder, or the first 8 "
+        "digits or more of its digest (default: that of the run that was started last)",
+    )
+    parser.add_argument(
         "--study", metavar="NAME", help="choose among the runs of this Optuna study only"
     )
     parser.add_argument("--loss", metavar="NAME", help="choose among the runs with this loss only")
@@ -327,9 +686,14 @@ def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     )
 
 
-def choice_filters(options: argparse.Namespace) -> dict[str, str | None]:
+def choice_filters(options: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as `choose` takes it."""
-    return {"study": options.study, "loss": options.loss, "where": options.where}
+    return {
+        "dataset": options.dataset,
+        "study": options.study,
+        "loss": options.loss,
+        "where": options.where,
+    }
 
 
 def table(choice: Choice, top: int) -> list[dict[str, Any]]:
@@ -373,11 +737,19 @@ def _as_table(rows: Sequence[dict[str, Any]]) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    return str(_frame(rows).to_csv(index=False, lineterminator="\n"))
+    # Names are whatever somebody has typed: neither a terminal nor a spreadsheet is to obey them.
+    harmless = [
+        {
+            key: escape_formula(printable(value)) if isinstance(value, str) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
+    return str(_frame(harmless).to_csv(index=False, lineterminator="\n"))
 
 
 def _as_json(rows: Sequence[dict[str, Any]]) -> str:
@@ -386,7 +758,9 @@ def _as_json(rows: Sequence[dict[str, Any]]) -> str:
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in rows
     ]
-    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    # JSON lets some control characters through that a terminal obeys, U+009B say.
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -409,7 +783,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m tracking.best",
         description="Print the best finished run of an MLflow experiment, why it is the best, and "
         "its runners-up. Pruned, diverged and failed runs, and runs without a model, are not among "
-        "them. Ties: the lower val/loss, then the earlier run.",
+        "them, nor are runs on other data sets, or on other splits of the same, as accuracies on "
+        "other images can't be compared; those are counted. Ties: the loss that was started first, "
+        "then its lower val/loss, then the earlier run.",
         epilog="exit codes: 0 done; 1 a disk is full, a database locked or read-only; 2 bad input, "
         "or no such run",
         allow_abbrev=False,
@@ -454,7 +830,8 @@ def _run(options: argparse.Namespace) -> None:
         top=options.top,
         **choice_filters(options),
     )
-    print(choice, file=sys.stdout if options.format == "table" else sys.stderr)
+    about = sys.stdout if options.format == "table" else sys.stderr
+    print(choice, *choice.notes(), sep="\nnote: ", file=about)
     print(FORMATS[options.format](table(choice, options.top)), end="")
 
 

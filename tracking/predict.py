@@ -22,6 +22,7 @@ from tracking.best import (
     choose,
     described,
     model_uri,
+    warn_of_others,
 )
 from tracking.cli import Parser, run_command
 from tracking.drafts import check_drafts, draft_files, open_draft
@@ -29,7 +30,7 @@ from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
-from tracking.sources import Chunk, Source, check, class_names, open_source
+from tracking.sources import Chunk, Source, check, class_names, dataset_of, open_source
 from tracking.store import environment, one_line, reading, refusal, without_passwords
 
 if TYPE_CHECKING:
@@ -159,15 +160,21 @@ def load_best(
     experiment: str | None = None,
     *,
     metric: str = DEFAULT_METRIC,
+    dataset: str | None = None,
     study: str | None = None,
     loss: str | None = None,
     where: str | None = None,
 ) -> Predictor:
     """Load the model of the best finished run of an experiment.
 
+    It is of one data set, as only runs on the same images can be compared: without `dataset`, of
+    that of the run that was started last. It warns where there are runs on others.
+    `metadata["dataset"]` of what is returned says which it is.
+
     Args:
         experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
         metric: what is best.
+        dataset: only runs on this data set: its name, or the first 8 digits or more of its digest.
         study: only runs of the study with this name.
         loss: only runs with this loss.
         where: only runs for which this holds: see `tracking.best.choose`.
@@ -175,7 +182,8 @@ def load_best(
     Raises:
         ValueError: there is no such run, the store can't be opened, or the model can't be loaded.
     """
-    choice = choose(experiment, metric=metric, study=study, loss=loss, where=where)
+    choice = choose(experiment, metric=metric, dataset=dataset, study=study, loss=loss, where=where)
+    warn_of_others(choice)
     return load_model(model_uri(choice.run))
 
 
@@ -352,7 +360,8 @@ def build_parser() -> argparse.ArgumentParser:
         "reports/NAME/, where NAME is that of the source, say digits-test",
     )
     model = parser.add_argument_group(
-        "model", "at most one of --experiment (with --study, --loss, --where), --run-id, --model"
+        "model",
+        "at most one of --experiment (with --dataset, --study, --loss, --where), --run-id, --model",
     )
     model.add_argument(
         "--experiment",
@@ -403,7 +412,9 @@ def _run(options: argparse.Namespace) -> int:
     if sum(map(bool, (options.experiment, options.run_id, options.model))) > 1:
         raise ValueError("--experiment, --run-id and --model exclude each other: give one")
     if (options.run_id or options.model) and any(choice_filters(options).values()):
-        raise ValueError("--study, --loss and --where choose a run: not with --run-id or --model")
+        raise ValueError(
+            "--dataset, --study, --loss and --where choose a run: not with --run-id or --model"
+        )
     if options.log and not options.report:
         raise ValueError("--log logs a report: it needs --report DIR")
     check(options.source)
@@ -520,10 +531,18 @@ def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
         with reading() as client:
             run = client.get_run(options.run_id)
         return load_model(model_uri(run)), described(run)
+    filters = choice_filters(options)
+    known = None if filters["dataset"] else dataset_of(options.source, options.data_dir)
+    # A folder that was trained on elsewhere is found by its name.
+    name = known.name if known else Path(options.source).absolute().name
     choice = choose(
-        options.experiment or None, metric=options.metric, top=1, **choice_filters(options)
+        options.experiment or None,
+        metric=options.metric,
+        prefer=(*(known.digests if known else ()), name),
+        top=1,
+        **filters,
     )
-    return load_model(model_uri(choice.run)), str(choice)
+    return load_model(model_uri(choice.run)), "\nnote: ".join([str(choice), *choice.notes()])
 
 
 def _checked(path: Path, source: str) -> tuple[Format, Path]:
