@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 
 class CNN(nn.Module):
@@ -64,3 +69,111 @@ def build_cnn(num_classes: int, *, seed: int) -> CNN:
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the GPUs as well
         return CNN(num_classes).to(memory_format=torch.channels_last)
+
+
+def network_digest(network: nn.Module, *, image_shape: tuple[int, int, int] = (32, 32, 3)) -> str:
+    """Return 32 hex digits that change when a network does: to be taken as it is built.
+
+    They are over what a forward pass calls of PyTorch, in training mode and in evaluation mode,
+    with the shapes and constants of each call; and over names, shapes and types of the weights,
+    which of them are trained, and the contents of the buffers. The weights' values are left out.
+
+    The calls are those of the network's source (`conv2d`, `batch_norm`, `/`), not the operators
+    that PyTorch makes of them for a device. So the digest is the same on every device, and stays
+    the same from one version of PyTorch to the next, as long as its layers make the same calls.
+
+    Args:
+        network: takes images (N, H, W, C) uint8; it stays as it is, on any device.
+        image_shape: of an image, (H, W, C).
+    """
+    network = copy.deepcopy(network).cpu()
+    calls = _Calls(network)
+    size = 2 * image_shape[0] * image_shape[1] * image_shape[2]
+    images = (torch.arange(size) % 251).to(torch.uint8).reshape(2, *image_shape)
+    calls.name(images, "images")
+    # Dropout draws from the global generator.
+    with torch.random.fork_rng(devices=()), torch.enable_grad():
+        for is_training in (True, False):
+            network.train(is_training)
+            with calls:
+                outputs = network(images)
+            calls.lines.append(f"training {is_training}: {calls.described(outputs)}")
+    return hashlib.sha256("\n".join(calls.lines).encode()).hexdigest()[:32]
+
+
+class _Calls(TorchFunctionMode):
+    """Notes what is called of PyTorch, a line each: tensors by name, all else by value."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.names: dict[int, str] = {}
+        self.kept: list[Tensor] = []  # a tensor that is gone would leave its id to another
+        for name, weight in network.named_parameters(remove_duplicate=False):
+            shown = f"{_kind(weight)} trained {weight.requires_grad}"
+            self.lines.append(f"weight {name}: {self.names.get(id(weight), shown)}")
+            self.name(weight, f"weight {name}")
+        for name, buffer in network.named_buffers(remove_duplicate=False):
+            self.lines.append(f"buffer {name}: {_kind(buffer)} {_content(buffer)}")
+            self.name(buffer, f"buffer {name}")
+
+    def name(self, tensor: Tensor, name: str) -> None:
+        self.names[id(tensor)] = name
+        self.kept.append(tensor)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        called = f"{_function_name(func)} {self.described(args)} {self.described(kwargs)}"
+        result = func(*args, **kwargs)
+        # None is what an assignment to a slice returns. A size or a type is no part of the network
+        # but where it becomes an argument.
+        parts = result if isinstance(result, tuple | list) else [result]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if result is None or tensors:
+            self.lines.append(f"{called} -> {[_kind(tensor) for tensor in tensors]}")
+        for number, tensor in enumerate(tensors):
+            self.name(tensor, f"result {len(self.lines)}.{number}")
+        return result
+
+    def described(self, value: Any) -> str:
+        """Return an argument or a result as text that is the same in every process."""
+        if isinstance(value, Tensor):
+            return self.names.get(id(value)) or f"constant {_kind(value)} {_content(value)}"
+        if isinstance(value, np.ndarray | np.generic):
+            return (
+                f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+            )
+        if isinstance(value, tuple | list):
+            return f"({', '.join(map(self.described, value))})"
+        if isinstance(value, Mapping):
+            return self.described([(name, value[name]) for name in sorted(value)])
+        if isinstance(value, slice):
+            return f"slice{self.described((value.start, value.stop, value.step))}"
+        if callable(value):
+            return _function_name(value)
+        shows_all = bool | int | float | complex | str | torch.dtype | torch.device | torch.layout
+        if value is None or value is ... or isinstance(value, shows_all | torch.memory_format):
+            return repr(value)
+        return type(value).__qualname__  # its repr might tell where in memory it lies
+
+
+def _function_name(function: Callable[..., Any]) -> str:
+    module = getattr(function, "__module__", None)
+    return resolve_name(function) or f"{module}.{getattr(function, '__qualname__', None)}"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _content(tensor: Tensor) -> str:
+    if tensor.requires_grad:  # of weights, so of their initial values
+        return "of weights"
+    content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(content.tobytes()).hexdigest()
