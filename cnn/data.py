@@ -23,7 +23,6 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 import torch
 from torch import Tensor
 
@@ -216,6 +215,8 @@ def _share(count: int, *, percent: int) -> int:
 
 
 def _key(source: Source) -> str:
+    import PIL  # training from memory does without
+
     # Pillow's version, because prediction will decode with the one that is installed.
     parts = [f"{_CACHE_VERSION}", PIL.__version__, source.name, *source.fingerprint()]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
