@@ -26,7 +26,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 import torch
 from torch import Tensor
 
@@ -305,6 +304,8 @@ def _notes_of_resolution(dataset: Dataset) -> Iterator[str]:
 
 
 def _key(source: Source) -> str:
+    import PIL  # training from memory does without
+
     # Pillow's version, because prediction will decode with the one that is installed.
     parts = [f"{_CACHE_VERSION}", PIL.__version__, source.name, *source.fingerprint()]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]

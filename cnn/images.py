@@ -1,7 +1,10 @@
 """Image files and arrays to 32×32 RGB pixels: the one way of decoding, for training and prediction.
 
-Needs numpy and Pillow only, so that a prediction doesn't have to import torch to read its images.
+Needs numpy and Pillow only, so that a prediction doesn't have to import torch to read its images;
+and Pillow only where it decodes, so that training from memory does without.
 """
+
+from __future__ import annotations
 
 import io
 import os
@@ -10,10 +13,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SIZE = 32
 
@@ -139,6 +145,8 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
     first frame. Raises ValueError, which names the file, for what is no readable image, or has more
     than MAX_PIXELS or MAX_BYTES.
     """
+    from PIL import Image, UnidentifiedImageError
+
     name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
     encoded = source if isinstance(source, bytes) else _read(source)
     if not encoded:
@@ -173,6 +181,8 @@ def _read(file: Path) -> bytes:
 
 def _room_for(image: Image.Image) -> AbstractContextManager[object]:
     """Refuse an image that is too large, before it is decoded; let large ones wait for another."""
+    from PIL import Image
+
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise Image.DecompressionBombError
@@ -180,6 +190,8 @@ def _room_for(image: Image.Image) -> AbstractContextManager[object]:
 
 
 def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    from PIL import ImageOps
+
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
@@ -194,6 +206,8 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     # Pillow's own conversion clips at 255 instead of scaling.
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
@@ -204,6 +218,8 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _squash(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
 
 
@@ -217,6 +233,8 @@ def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     Takes uint8 arrays (N, H, W), (N, H, W, 1) or (N, H, W, 3); where nothing is to be changed,
     the array itself comes back. Raises ValueError for others.
     """
+    from PIL import Image
+
     allowed = "uint8 and (N, H, W), (N, H, W, 1) or (N, H, W, 3), H and W ≥ 1"
     grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1)
     colour = images.ndim == 4 and images.shape[3] == 3

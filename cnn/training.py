@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.optim.sgd import sgd
 
 from cnn.data import Dataset, Split
 from cnn.losses import Loss, get_loss
-from cnn.model import CNN, build_cnn
+from cnn.model import build_cnn
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -132,7 +132,7 @@ class TrainConfig:
     epochs: int = 8
     """Passes over the training split, ≥ 1."""
     seed: int = 0
-    """Of the initial weights and the order of the images, in 0 .. 2³² − 1."""
+    """Of initial weights, the order of the images and dropout, in 0 .. 2³² − 1."""
     optimizer: str = "sgd"
     """A name of `OPTIMIZERS`; `sgd` is with Nesterov momentum."""
     momentum: float = 0.9
@@ -179,13 +179,14 @@ class Evaluation:
 class Checkpoint:
     """All that it takes to go on after an epoch as if nothing had happened, bit for bit.
 
-    The order of the images and the learning rate follow from the configuration and the epoch.
+    The order of the images, the learning rate and what dropout draws follow from the configuration
+    and the epoch.
     """
 
     epoch: int
     """The last that is in it."""
     model: Mapping[str, Tensor]
-    """The network's `state_dict`, float32."""
+    """The network's `state_dict`: weights in float32, and its buffers."""
     optimizer: Mapping[str, Tensor]
     """The optimizer's state, by name."""
 
@@ -212,8 +213,11 @@ class Epoch:
     """Training images a second of training time, validation left out."""
     diverged: bool
     """A loss, of training or validation, or a weight is not finite: this is the last epoch."""
-    model: CNN = field(repr=False, compare=False)
-    """The network itself, float32; it goes on changing if the iteration goes on."""
+    model: nn.Module = field(repr=False, compare=False)
+    """The network itself, float32 and in evaluation mode: what was validated, and is to be stored.
+
+    It goes on changing if the iteration goes on.
+    """
     optimizer: Mapping[str, Tensor] = field(repr=False, compare=False)
     """The optimizer's state, likewise."""
 
@@ -261,6 +265,7 @@ def train(
     model = build_cnn(len(data.classes), seed=config.seed).to(device)
     num_batches = math.ceil(len(training) / config.batch_size)
     stepper = _Stepper(model, loss, config, steps=config.epochs * num_batches)
+    never_finite = _not_finite(model)
     first = 1
     if after is not None:
         first = after.epoch + 1
@@ -268,11 +273,12 @@ def train(
     for number in range(first, config.epochs + 1):
         start = time.perf_counter()
         order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
-        trained, num_images = _train_epoch(stepper, training, order, config.batch_size)
+        with _drawing_from(_epoch_seeds(config.seed, number)[1], device):
+            trained, num_images = _train_epoch(stepper, training, order, config.batch_size)
         trained_at = time.perf_counter()
         validated = evaluate(model, validation, loss)
         losses_are_finite = math.isfinite(trained.loss) and math.isfinite(validated.loss)
-        diverged = not (losses_are_finite and _is_finite(model))
+        diverged = not (losses_are_finite and _not_finite(model) <= never_finite)
         yield Epoch(
             number=number,
             train_loss=trained.loss,
@@ -292,10 +298,13 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, loss: Loss) -> Evaluation:
-    """Return a network's mean loss and accuracy on a split, which is on the network's device."""
+    """Return a network's mean loss and accuracy on a split, which is on the network's device.
+
+    It is evaluated as a stored model predicts: in evaluation mode, whatever mode it is in.
+    """
     everything = torch.arange(len(split), device=split.rows.device)
     batches = _Batches(everything, EVALUATION_BATCH_SIZE)
-    with _repeatable():
+    with _repeatable(), _in_evaluation_mode(model):
         for indices in batches:
             images, labels = split.batch(indices)
             outputs = model(images).float()
@@ -308,8 +317,8 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> Tensor:
 
     Drawn on the CPU, so that it is the same on every device, whatever was drawn before.
     """
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(mixed >> 1)))
+    generator = torch.Generator().manual_seed(_epoch_seeds(seed, epoch)[0])
+    return torch.randperm(num_images, generator=generator)
 
 
 def check_batch_size(batch_size: int, data: Dataset) -> None:
@@ -361,18 +370,25 @@ class _Stepper:
     (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1.)
     """
 
-    def __init__(self, model: CNN, loss: Loss, config: TrainConfig, *, steps: int) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, config: TrainConfig, *, steps: int) -> None:
         self.model, self.loss, self.config = model, loss, config
         self.learning_rate = 0.0
         self.schedule = SCHEDULES[config.schedule]
         self.steps, self.step = steps, 0
         dtype = PRECISIONS[config.precision]
-        self.network = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-        self.weights = _in_one_vector(model)
-        self.copied = self.weights if self.network is model else _in_one_vector(self.network)
+        weights = _trained(model)
+        self.weights = _in_one_vector(weights)
         self.weights.grad = torch.zeros_like(self.weights)
-        self.parameters = list(self.network.parameters())
-        self.gradients = _views(self.weights.grad, self.parameters)
+        if dtype == torch.float32:
+            self.network, self.copied, self.parameters = model, self.weights, weights
+        else:
+            self.network, self.copied = _copy_of(model, dtype), self.weights.to(dtype)
+            self.parameters = _trained(self.network)
+            views = _views(self.copied, weights)
+            for weight, parameter, view in zip(weights, self.parameters, views, strict=True):
+                if parameter is not weight:
+                    parameter.data = view
+        self.gradients = _views(self.weights.grad, weights)
         self.update, shapes = OPTIMIZERS[config.optimizer]
         self.state = {
             name: torch.zeros_like(self.weights if shape == "weights" else self.weights[0])
@@ -385,7 +401,26 @@ class _Stepper:
         self.model.load_state_dict(checkpoint.model)
         for name, value in self.state.items():
             value.copy_(checkpoint.optimizer[name])
-        self.copied.copy_(self.weights)
+        if self.copied is not self.weights:
+            self.copied.copy_(self.weights)
+        for own, copied in self._copied_buffers():
+            copied.copy_(own)
+
+    def begin_epoch(self) -> None:
+        """Have the network learn: dropout drops, and batch normalisation takes the batch's."""
+        self.model.train()
+        self.network.train()
+
+    def end_epoch(self) -> None:
+        """Have the model be what the epoch's steps made of it, as it predicts."""
+        for own, copied in self._copied_buffers():
+            # What the steps left alone is not rounded.
+            own.copy_(torch.where(own.to(copied.dtype) == copied, own, copied.to(own.dtype)))
+        self.model.eval()
+
+    def _copied_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        pairs = zip(self.model.buffers(), self.network.buffers(), strict=True)
+        return ((own, copied) for own, copied in pairs if own is not copied)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take a step on a batch, and return its loss () and outputs (N, K) before the step."""
@@ -404,10 +439,31 @@ class _Stepper:
         return loss.detach(), outputs.detach()
 
 
+def _trained(network: nn.Module) -> list[Tensor]:
+    return [weight for weight in network.parameters() if weight.requires_grad]
+
+
+def _copy_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a network in a lower precision, which shares its batch normalisation.
+
+    PyTorch normalises batches of lower precision by weights and statistics in float32, and running
+    means would not hear of small changes in any other. (Micikevicius et al. 2018, section 3.)
+    """
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    shared = {id(module): module for module in model.modules() if isinstance(module, norms)}
+    network = copy.deepcopy(model, dict(shared))
+    for module in network.modules():
+        if id(module) not in shared:
+            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    return network
+
+
 @torch.no_grad()
-def _in_one_vector(network: CNN) -> Tensor:
-    """Move all weights of a network into one vector, of which they become views."""
-    parameters = list(network.parameters())
+def _in_one_vector(parameters: Sequence[Tensor]) -> Tensor:
+    """Move weights into one vector, of which they become views."""
     vector = torch.empty(
         sum(parameter.numel() for parameter in parameters),
         dtype=parameters[0].dtype,
@@ -420,10 +476,12 @@ def _in_one_vector(network: CNN) -> Tensor:
 
 def _views(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return parts of a vector in the shapes and memory formats of parameters, which fill it."""
-    ends = itertools.accumulate(parameter.numel() for parameter in parameters)
+    # Of a parameter that is a part of a larger tensor, "empty_like" has strides without gaps.
+    like = [torch.empty_like(parameter, device="meta") for parameter in parameters]
+    ends = itertools.accumulate(each.numel() for each in like)
     return [
-        vector.as_strided(parameter.shape, parameter.stride(), end - parameter.numel())
-        for parameter, end in zip(parameters, ends, strict=True)
+        vector.as_strided(each.shape, each.stride(), end - each.numel())
+        for each, end in zip(like, ends, strict=True)
     ]
 
 
@@ -470,6 +528,7 @@ def _train_epoch(
     Training whose loss is not finite any more ends before the last of them.
     """
     batches = _Batches(order, batch_size)
+    stepper.begin_epoch()
     with _repeatable():
         for step, indices in enumerate(batches, 1):
             images, labels = training.batch(indices)
@@ -478,6 +537,7 @@ def _train_epoch(
             # On a GPU, to look would be to wait for it: an epoch there is over soon.
             if order.device.type == "cpu" and step % CHECK_EVERY == 0 and not batches.are_finite():
                 break
+    stepper.end_epoch()
     return batches.evaluation(), batches.num_images
 
 
@@ -489,8 +549,39 @@ def _repeatable() -> AbstractContextManager[None]:
     return flags
 
 
-def _is_finite(model: nn.Module) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in model.parameters())
+@contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Have what draws from PyTorch's generators draw from a seed; then they are as they were."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
+    """Return the seeds of an epoch's order and of what its steps draw, in 0 .. 2⁶³ − 1."""
+    order, steps = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
+    return int(order >> 1), int(steps >> 1)
+
+
+def _not_finite(model: nn.Module) -> set[str]:
+    """Return the names of weights and buffers that are not finite, as a mask may always be."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name for name, tensor in tensors if not bool(tensor.isfinite().all())}
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:

@@ -24,10 +24,12 @@ from cnn.training import (
     TrainConfig,
     check_batch_size,
     epoch_order,
+    evaluate,
     resolve_device,
     resolve_precision,
     train,
 )
+from experiments.jobs import train_job
 
 # Of the data set that the tests train on.
 TRAINING_IMAGES, VALIDATION_IMAGES = 130, 40
@@ -773,3 +775,235 @@ def test_going_on_leaves_the_checkpoint_as_it_was(coloured_noise):
     assert again.train_loss == once_more.train_loss
     for name, value in before.model.items():
         assert torch.equal(checkpoint.model[name], value)
+
+
+# Networks other than the CNN: what is recorded is of what is stored
+
+
+class Regularised(nn.Module):
+    """A network that trains in another way than it predicts, with a statistic of its own."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.25)
+        self.head = nn.Linear(8 * 16, num_classes)
+        self.register_buffer("mean_pixel", torch.zeros(3))
+        self.register_buffer("third", torch.tensor(1 / 3))  # which bfloat16 rounds
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def forward(self, images):
+        pixels = images.permute(0, 3, 1, 2).to(self.head.weight.dtype) / 127.5 - 1
+        if self.training:
+            self.mean_pixel.lerp_(pixels.detach().mean((0, 2, 3)), 0.5)
+        pixels = (pixels - self.mean_pixel[:, None, None]) * self.third
+        features = self.dropout(self.norm(self.convolution(pixels)).relu())
+        return self.head(F.max_pool2d(features, 8).flatten(1))
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Have `train` build another network."""
+
+    def use(network):
+        def build(num_classes, *, seed):
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(seed)
+                return network(num_classes).to(memory_format=torch.channels_last)
+
+        monkeypatch.setattr(training, "build_cnn", build)
+
+    return use
+
+
+def state(epoch):
+    return copy.deepcopy(epoch.model.state_dict())
+
+
+def same_state(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@every_precision
+def test_what_is_recorded_is_that_of_the_stored_model(coloured_noise, use, precision):
+    use(Regularised)
+    validation = coloured_noise.validation
+    config = make_config(precision=precision, learning_rate=1e-3, epochs=1)
+    last, end = train_job(0, config, coloured_noise, checkpoint=None, keep=lambda _: None)
+    stored = Regularised(3).eval()
+    stored.load_state_dict({name: torch.from_numpy(each) for name, each in end.weights.items()})
+    with torch.no_grad():
+        outputs = torch.cat([stored(image[None]) for image in validation.images])
+    right = outputs.argmax(1) == validation.labels
+    loss = F.cross_entropy(outputs, validation.labels).item()
+    assert last.metrics["val/accuracy"] == pytest.approx(right.float().mean().item())
+    assert last.metrics["val/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@every_precision
+def test_each_epochs_model_is_handed_out_as_it_predicts(coloured_noise, use, precision):
+    use(Regularised)
+    loss = LOSSES["cross_entropy"]
+    for epoch in train(make_config(precision=precision), coloured_noise):
+        assert not any(module.training for module in epoch.model.modules())
+        stored = Regularised(3)
+        stored.load_state_dict(epoch.checkpoint().model)
+        again = evaluate(stored, coloured_noise.validation, loss)
+        assert (again.loss, again.accuracy) == (epoch.val_loss, epoch.val_accuracy)
+
+
+def test_evaluation_is_of_the_model_as_it_predicts_and_leaves_its_mode(coloured_noise):
+    model = Regularised(3)
+    model.norm.eval()
+    before = [module.training for module in model.modules()]
+    one, other = (
+        evaluate(model, coloured_noise.validation, LOSSES["cross_entropy"]) for _ in range(2)
+    )
+    assert one == other
+    assert [module.training for module in model.modules()] == before
+    assert evaluate(model.eval(), coloured_noise.validation, LOSSES["cross_entropy"]) == one
+
+
+def test_statistics_are_those_of_a_slow_obvious_loop(coloured_noise, use):
+    use(Regularised)
+    config = make_config(epochs=1)
+    (epoch,) = train(config, coloured_noise)
+    network = training.build_cnn(3, seed=config.seed).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, nesterov=True)
+    order = epoch_order(TRAINING_IMAGES, seed=config.seed, epoch=1)
+    torch.manual_seed(training._epoch_seeds(config.seed, 1)[1])
+    for step, indices in enumerate(order.split(config.batch_size)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * SCHEDULES["one_cycle"]((step + 0.5) / 9)
+        optimizer.zero_grad()
+        images, labels = coloured_noise.train.batch(indices)
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    for name, expected in network.state_dict().items():
+        torch.testing.assert_close(epoch.model.state_dict()[name], expected, msg=name)
+
+
+def test_bfloat16_keeps_its_statistics_in_float32(coloured_noise, use):
+    use(Regularised)
+    (exact,) = train(make_config(epochs=1), coloured_noise)
+    (rough,) = train(make_config(epochs=1, precision="bfloat16"), coloured_noise)
+    assert rough.model.norm.num_batches_tracked == 9
+    for name in ("running_mean", "running_var"):
+        one, other = getattr(exact.model.norm, name), getattr(rough.model.norm, name)
+        assert other.dtype == torch.float32
+        assert not torch.equal(other.bfloat16().float(), other)
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.002)
+
+
+def test_bfloat16_brings_back_what_it_changed_and_rounds_nothing_else(coloured_noise, use):
+    use(Regularised)
+    (exact,) = train(make_config(epochs=1), coloured_noise)
+    (rough,) = train(make_config(epochs=1, precision="bfloat16"), coloured_noise)
+    assert exact.model.mean_pixel.abs().min() > 0.01
+    torch.testing.assert_close(rough.model.mean_pixel, exact.model.mean_pixel, rtol=0.1, atol=0.02)
+    assert torch.equal(rough.model.third, torch.tensor(1 / 3))
+    assert {value.dtype for value in rough.model.state_dict().values()} == {
+        torch.float32,
+        torch.int64,
+    }
+
+
+@every_precision
+def test_dropout_repeats_bit_for_bit_and_depends_on_nobody(coloured_noise, use, precision):
+    use(Regularised)
+    config, other = make_config(precision=precision), make_config(learning_rate=1e-3, seed=9)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    epochs = list(train(config, coloured_noise))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    beside = list(zip(train(other, coloured_noise), train(config, coloured_noise), strict=True))
+    assert curve(epoch for _, epoch in beside) == curve(epochs)
+    assert same_state(state(beside[-1][1]), state(epochs[-1]))
+
+
+def test_dropout_drops_others_in_every_epoch_and_with_every_seed(coloured_noise, use):
+    dropped = []
+
+    class Noted(nn.Dropout):
+        def forward(self, features):
+            kept = super().forward(features)
+            if self.training:
+                dropped.append((kept == 0).flatten().tolist())
+            return kept
+
+    class Dropping(Regularised):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.norm, self.dropout = nn.Identity(), Noted()
+            nn.init.constant_(self.convolution.bias, 100)  # no zeros but those of dropout
+
+    use(Dropping)
+    for seed in (0, 1):
+        config = make_config(epochs=2, seed=seed, batch_size=TRAINING_IMAGES, learning_rate=1e-6)
+        list(train(config, coloured_noise))
+    assert len(dropped) == 4
+    assert len({tuple(each) for each in dropped}) == 4
+
+
+@every_precision
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_any_network_goes_on_from_a_checkpoint_bit_for_bit(coloured_noise, use, precision, epoch):
+    use(Regularised)
+    config = make_config(precision=precision)
+    checkpoints, rows = [], []
+    for each in train(config, coloured_noise):
+        checkpoints.append(copy.deepcopy(each.checkpoint()))
+        rows += curve([each])
+    torch.manual_seed(5)
+    rest = list(train(config, coloured_noise, after=checkpoints[epoch - 1]))
+    assert curve(rest) == rows[epoch:]
+    assert same_state(state(rest[-1]), checkpoints[-1].model)
+
+
+def test_statistics_that_are_not_finite_are_divergence_but_a_mask_is_not(coloured_noise, use):
+    class Overflowing(Regularised):
+        def forward(self, images):
+            outputs = super().forward(images)
+            if self.training:
+                self.norm.running_var = torch.full((8,), torch.inf)  # outputs stay finite
+            return outputs
+
+    use(Regularised)
+    assert [epoch.diverged for epoch in train(make_config(), coloured_noise)] == [False] * 3
+    use(Overflowing)
+    (epoch,) = train(make_config(), coloured_noise)
+    assert math.isfinite(epoch.val_loss)
+    assert epoch.diverged
+
+
+@every_precision
+def test_weights_that_are_tied_or_frozen_or_a_part_of_others(coloured_noise, use, precision):
+    class Odd(Regularised):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+            self.convolution.weight.requires_grad = False
+            self.head.weight = nn.Parameter(torch.randn(8 * 16, num_classes)[:, :].mul(0.1).T)
+            self.scale = nn.Parameter(torch.ones(6)[::2])
+
+        def forward(self, images):
+            return self.scale * self.other(self.one(super().forward(images)))
+
+    use(Odd)
+    start = training.build_cnn(3, seed=0)
+    config = make_config(precision=precision, weight_decay=0.1, epochs=1)
+    (epoch,) = train(config, coloured_noise)
+    assert torch.equal(epoch.model.convolution.weight, start.convolution.weight)
+    assert not torch.equal(epoch.model.one.weight, start.one.weight)
+    assert torch.equal(epoch.model.other.weight, epoch.model.one.weight)
+    assert (epoch.model.scale != 1).all()
+    places = [
+        range(weight.data_ptr(), weight.data_ptr() + 4 * weight.numel())
+        for weight in epoch.model.parameters()
+        if weight.requires_grad
+    ]
+    places.sort(key=lambda place: place.start)
+    assert all(one.stop == other.start for one, other in itertools.pairwise(places))
