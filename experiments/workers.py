@@ -25,8 +25,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.checkpoints import Checkpoints
 from experiments.jobs import (
-    Checkpoints,
     Event,
     JobEnded,
     JobFailed,

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_workers import config, wait_for_end
 from real_workers import data as data
 from real_workers import data_dir as data_dir
 
 from cnn.data import Dataset
 from cnn.training import train
-from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed
+from experiments import workers
+from experiments.checkpoints import Checkpoints
+from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed
 from experiments.workers import ProcessPool, visible_gpus
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,16 +176,20 @@ def losses(events: list[Event]) -> list[tuple[int, float, float]]:
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK cut short", b"x" * 10_000])
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(
-    pool: ProcessPool, data: Dataset, data_dir: Path, content: bytes
+    pool: ProcessPool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(seed=6)
+    pool.submit(1, training)
+    undisturbed = wait_for_end(pool)
     file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
-    file.parent.mkdir(exist_ok=True)
+    content = bytearray(file.read_bytes())
+    content[200_000:204_096] = bytes(255 - byte for byte in content[200_000:204_096])
     file.write_bytes(content)
     pool.submit(1, training)
-    assert len(losses(wait_for_end(pool))) == 2
+    lost, *events = wait_for_end(pool)
+    assert isinstance(lost, CheckpointLost)
+    assert losses(events) == losses(undisturbed)
 
 
 def test_a_finished_training_is_told_from_its_checkpoint(pool: ProcessPool) -> None:
@@ -203,14 +210,16 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
 ) -> None:
     training = config(seed=8)
     file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
-    draft = file.with_suffix(".draft")
-    draft.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
+    file.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
     pool.submit(1, training)
-    *epochs, ended = wait_for_end(pool)
+    unusable, unkept, *epochs, ended = wait_for_end(pool)
     assert isinstance(ended, JobEnded)
     assert len(epochs) == 2
-    assert not file.exists()
-    draft.rmdir()
+    assert isinstance(unusable, CheckpointLost)
+    assert isinstance(unkept, CheckpointLost)
+    assert "can't be kept" in unkept.reason
+    pool.forget(training)  # which is no error
+    file.rmdir()
 
 
 def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(
