@@ -253,13 +253,75 @@ def environment(pid: int) -> dict[str, str]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_each_worker_sees_one_gpu_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    with ProcessPool(3, gpus=visible_gpus()) as pool:
+    with ProcessPool(3, gpus=["5", "7"]) as pool:
         assert seen_by(pool) == ["5", "7", "5"]
     with ProcessPool(1) as pool:
         assert seen_by(pool) == ["5,7"]
 
 
-@pytest.mark.parametrize("hidden", ["", "-1", " "])
-def test_gpus_that_are_hidden_are_not_seen(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has eight GPUs, as far as NVIDIA's library says; PyTorch does the rest."""
+    monkeypatch.setattr(workers, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 8)
+    uuids = [f"{number}a-bc" for number in range(8)]
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: [f"GPU-{u}" for u in uuids])
+    # Of parts of a GPU, PyTorch asks CUDA, which gives a process one.
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, list("01234567")),
+        ("5,7", ["5", "7"]),
+        (" 3 , 1", ["3", "1"]),
+        ("0,-1,1", ["0"]),
+        ("2,8,3", ["2"]),
+        ("2,x,3", ["2"]),
+        ("1,,2", ["1"]),
+        ("", []),
+        (" ", []),
+        ("-1", []),
+        ("none", []),
+        ("NoDevFiles", []),
+        ("8", []),
+        ("0,1,0", []),
+        ("GPU-3a,GPU-1a", ["GPU-3a", "GPU-1a"]),
+        ("GPU-3a,GPU-9", ["GPU-3a"]),
+        ("MIG-1,MIG-2,0", ["MIG-1", "MIG-2"]),
+    ],
+)
+@pytest.mark.usefixtures("eight_gpus")
+def test_gpus_are_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, seen: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == seen
+
+
+@pytest.mark.parametrize("named", [None, "0", "0,1", "all", "MIG-1"])
+def test_without_a_driver_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.setattr(workers, "_has_cuda", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("named", [None, "0", "0,1", "0,-1,1", "none", "99", "", "0,0"])
+def test_as_many_gpus_are_seen_as_cuda_itself_counts(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    script = "import torch; print(torch._C._cuda_getDeviceCount())"
+    counted = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert len(visible_gpus()) == int(counted.stdout)
