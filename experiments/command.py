@@ -293,8 +293,7 @@ def _on_this_machine(options: argparse.Namespace) -> Iterator[tuple[Pool, int, s
     # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
     gpus = visible_gpus() if options.device in ("auto", "cuda") else []
     num_workers = _num_workers(options.workers, options.device, len(gpus))
-    num_threads = max(1, num_cores() // num_workers)
-    with ProcessPool(num_workers, num_threads=num_threads, gpus=gpus) as pool:
+    with ProcessPool(num_workers, num_threads=_num_threads(num_workers), gpus=gpus) as pool:
         yield pool, num_workers, None
 
 
@@ -398,6 +397,18 @@ def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
     if num_gpus or device.startswith("cuda"):
         return max(1, num_gpus)
     return num_cores()
+
+
+def _num_threads(num_workers: int) -> int:
+    """Return how many threads a worker has: one, unless the user says otherwise.
+
+    Threads of several workers, or sweeps, that share a core wait for each other most of the time.
+    So OMP_NUM_THREADS, which many machines set for all programs, is not taken beyond the cores.
+    """
+    asked = (os.environ.get("OMP_NUM_THREADS") or "1").partition(",")[0].strip()
+    if not (asked.isdecimal() and int(asked) >= 1):
+        raise ValueError(f"OMP_NUM_THREADS must be an integer ≥ 1, not {asked!r}")
+    return min(int(asked), max(1, num_cores() // num_workers))
 
 
 def _check_positive(flag: str, number: int | None) -> None:

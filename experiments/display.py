@@ -17,6 +17,7 @@ from experiments.study import (
     TrialMoved,
     TrialProgressed,
     TrialStarted,
+    TrialUnprotected,
 )
 
 
@@ -74,6 +75,9 @@ class Display(AbstractContextManager["Display"]):
                 self.console.print(
                     f"{description}  goes on elsewhere: {event.reason}", markup=False
                 )
+            case TrialUnprotected():
+                description = _description(event.trial, self.configs[event.trial])
+                self.console.print(f"{description}  {event.reason}", markup=False)
             case TrialEnded():
                 self._show_end(event)
 

@@ -6,23 +6,19 @@ checkpoint as if it had never been cut off.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import pickle
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from experiments.checkpoints import CheckpointError, key_of, pack, unpack
 
 if TYPE_CHECKING:
     import numpy as np
 
     from cnn.data import Dataset
-    from cnn.training import Checkpoint, TrainConfig
+    from cnn.training import TrainConfig
 
 ALLOCATOR = {
     # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
@@ -30,8 +26,6 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-DRAFT = ".draft"
-"""The suffix of a checkpoint that is being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +74,28 @@ class JobMoved:
     """In one line."""
 
 
-Event = EpochEnded | JobEnded | JobFailed | JobMoved
+@dataclass(frozen=True, kw_only=True)
+class CheckpointLost:
+    """A job has no checkpoint, by no fault of its own: it is trained for all that."""
+
+    job: int
+    reason: str
+    """In one line."""
+
+    @classmethod
+    def unusable(cls, error: CheckpointError, job: int) -> CheckpointLost:
+        """Return that the one that there is can't be used."""
+        reason = f"its checkpoint can't be used ({error}): it starts again from its first epoch"
+        return cls(job=job, reason=reason)
+
+    @classmethod
+    def unkept(cls, error: OSError, job: int) -> CheckpointLost:
+        """Return that none can be kept; a full disk is no reason to lose the job, too."""
+        reason = f"its checkpoint can't be kept ({error}): cut off, it would start again"
+        return cls(job=job, reason=reason)
+
+
+Event = EpochEnded | JobEnded | JobFailed | JobMoved | CheckpointLost
 
 
 class Pool(Protocol):
@@ -109,49 +124,6 @@ class Pool(Protocol):
         """Return what happened, once something has, or nothing after `timeout` seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """Where the checkpoints of trainings on a data set are kept.
-
-    Each under a digest of all that the training depends on: whoever trains the same goes on from
-    it, and ends with the same.
-    """
-
-    digest: str
-    """Of the data set."""
-    data_dir: Path
-
-    def file(self, config: TrainConfig) -> Path:
-        """Return where that of a training is."""
-        depends_on = [self.digest, version("torch"), config.as_params()]
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-        return self.data_dir / "checkpoints" / f"{key}.pt"
-
-    def read(self, config: TrainConfig) -> bytes | None:
-        """Return that of a training, if there is one."""
-        try:
-            return self.file(config).read_bytes()
-        except OSError:  # none is no loss but of time
-            return None
-
-    def write(self, config: TrainConfig, content: bytes) -> None:
-        """Keep that of a training, whole or not at all."""
-        file = self.file(config)
-        draft = file.with_suffix(DRAFT)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(content)
-            draft.replace(file)
-        except OSError as error:  # a full disk is no reason to lose the trial, too
-            print(f"note: no checkpoint can be kept: {error}", file=sys.stderr)
-
-    def remove(self, config: TrainConfig) -> None:
-        """Remove that of a training that is over."""
-        file = self.file(config)
-        for each in (file, file.with_suffix(DRAFT)):
-            each.unlink(missing_ok=True)
-
-
 def environment(num_threads: int) -> dict[str, str]:
     """Return what the environment of a worker needs before it starts, beside what is there."""
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads)) | ALLOCATOR
@@ -173,7 +145,7 @@ def train_job(
     checkpoint: bytes | None,
     keep: Callable[[bytes], None],
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[EpochEnded | JobEnded]:
+) -> Iterator[EpochEnded | JobEnded | CheckpointLost]:
     """Train, from a checkpoint on if there is one, and yield what comes of it.
 
     Epochs that are in the checkpoint are told again, with the metrics that they had: how many of
@@ -183,13 +155,21 @@ def train_job(
         job: its number, which is that of its events.
         config: what to train.
         data: on what.
-        checkpoint: what `keep` was handed last, if this training was cut off.
-        keep: is handed a checkpoint before an epoch is told.
+        checkpoint: what `keep` was handed last, if this training was cut off. One that is not as
+            it was then is none.
+        keep: is handed a checkpoint before an epoch is told. It may raise OSError.
         should_stop: is asked after each epoch.
     """
     from cnn.training import train
 
-    past, start = _unpack(checkpoint)
+    key = key_of(data.digest, config)
+    past: list[dict[str, float]] = []
+    start, is_kept = None, True
+    if checkpoint is not None:
+        try:
+            past, start = unpack(checkpoint, key, config, len(data.classes))
+        except CheckpointError as error:
+            yield CheckpointLost.unusable(error, job)
     for number, metrics in enumerate(past, 1):
         yield EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
     state = None if start is None else start.model
@@ -197,33 +177,14 @@ def train_job(
         state = epoch.model.state_dict()
         past.append(epoch.metrics())
         if not epoch.diverged:
-            keep(_pack(past, epoch.checkpoint()))
+            try:
+                keep(pack(past, epoch.checkpoint(), key))
+            except OSError as error:
+                if is_kept:  # once is enough
+                    yield CheckpointLost.unkept(error, job)
+                is_kept = False
         yield EpochEnded(job=job, number=epoch.number, metrics=past[-1], diverged=epoch.diverged)
         if should_stop():
             break
     assert state is not None
     yield JobEnded(job=job, weights={name: value.cpu().numpy() for name, value in state.items()})
-
-
-def _pack(past: list[dict[str, float]], checkpoint: Checkpoint) -> bytes:
-    import torch
-
-    content = io.BytesIO()
-    torch.save({"past": past, **vars(checkpoint)}, content)
-    return content.getvalue()
-
-
-def _unpack(content: bytes | None) -> tuple[list[dict[str, float]], Checkpoint | None]:
-    """Return the metrics of the epochs in a checkpoint, and it, if it is a whole one."""
-    import torch
-
-    from cnn.training import Checkpoint
-
-    if content is None:
-        return [], None
-    try:
-        parts = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError):  # cut short by a power cut
-        return [], None
-    past = parts.pop("past")
-    return past, Checkpoint(**parts)

@@ -25,8 +25,9 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import cnn
 import experiments
+from experiments.checkpoints import Checkpoints
 from experiments.jobs import (
-    Checkpoints,
+    CheckpointLost,
     EpochEnded,
     Event,
     JobEnded,
@@ -168,6 +169,8 @@ class _Job:
     """Epochs that were told."""
     lost_at: int = -1
     """Its progress when a worker was lost with it."""
+    is_kept: bool = True
+    """Whether its checkpoints could be, so far."""
 
 
 @dataclass(eq=False)
@@ -367,8 +370,7 @@ class RayPool:
             worker.calls.append(worker.actor.step.remote(worker.turn))
         if event is None or self._jobs.get(job.number) is not job:  # it was stopped
             return []
-        if step.checkpoint is not None:
-            self._checkpoints.write(job.config, step.checkpoint)
+        events = self._keep(job, step.checkpoint)
         if isinstance(event, EpochEnded):
             job.progress = event.number
         elif isinstance(event, JobEnded):
@@ -376,10 +378,20 @@ class RayPool:
             # As they come they are read-only, which PyTorch does not like.
             weights = {name: values.copy() for name, values in event.weights.items()}
             event = replace(event, weights=weights)
-        else:
+        elif isinstance(event, JobFailed):
             # Whatever it is that raised, what comes next is not to be trained in the same process.
             self._remove(worker)
-        return [event]
+        return [*events, event]
+
+    def _keep(self, job: _Job, checkpoint: bytes | None) -> Sequence[Event]:
+        if checkpoint is None:
+            return []
+        try:
+            self._checkpoints.write(job.config, checkpoint)
+        except OSError as error:
+            was_kept, job.is_kept = job.is_kept, False  # once is enough
+            return [CheckpointLost.unkept(error, job.number)] if was_kept else []
+        return []
 
     def _welcome(self, worker: _Worker, place: Place) -> None:
         """Take note of a worker that is ready, though it may be none that can be used.

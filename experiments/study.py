@@ -33,7 +33,15 @@ from cnn.training import TrainConfig, check_batch_size
 from experiments.heartbeat import Heartbeat
 from experiments.identity import check_same, differences, environment
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
+from experiments.jobs import (
+    CheckpointLost,
+    EpochEnded,
+    Event,
+    JobEnded,
+    JobFailed,
+    JobMoved,
+    Pool,
+)
 from experiments.ranking import best_first
 from experiments.settings import Settings
 from experiments.space import make_pruner
@@ -153,6 +161,14 @@ class TrialMoved:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialUnprotected:
+    """A trial has no checkpoint that can be used: it is trained for all that."""
+
+    trial: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepEnded:
     """Nothing runs any more, and all is recorded."""
 
@@ -176,6 +192,7 @@ SweepEvent = (
     | TrialStarted
     | TrialProgressed
     | TrialMoved
+    | TrialUnprotected
     | TrialEnded
     | BestRegistered
     | SweepEnded
@@ -582,6 +599,9 @@ class _Sweep:
             case JobMoved():
                 running.run.set_tags({"moved": event.reason})
                 yield TrialMoved(trial=event.job, reason=event.reason)
+            case CheckpointLost():
+                running.run.set_tags({"checkpoint_lost": event.reason})
+                yield TrialUnprotected(trial=event.job, reason=event.reason)
             case JobFailed():
                 if event.details:
                     running.run.log_text(event.details, "traceback.txt")

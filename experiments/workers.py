@@ -10,6 +10,7 @@ to be set before it starts, and PyTorch's threads do not survive a fork.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import queue
@@ -25,8 +26,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.checkpoints import Checkpoints
 from experiments.jobs import (
-    Checkpoints,
     Event,
     JobEnded,
     JobFailed,
@@ -212,15 +213,32 @@ class _Worker:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES names them.
+    """Return the GPUs of this process that are there, as CUDA_VISIBLE_DEVICES names them.
 
-    Without PyTorch, which takes a second to import: a device file may be there without a driver.
+    CUDA takes names from the left, up to the first that is none of a GPU's: those are as many as
+    PyTorch counts. (CUDA C++ programming guide, "CUDA environment variables".)
     """
+    if not _has_cuda():  # PyTorch takes a second to import
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for each in named.split(",") if (name := each.strip()) not in ("", "-1")]
-    files = Path("/dev").glob("nvidia[0-9]*")
-    return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
+    if named is None:
+        return [str(number) for number in range(count)]
+    names = [name.strip() for name in named.split(",")]
+    if count and names[0].startswith("MIG-"):
+        # Of the parts of a GPU a process uses and counts the first: each worker has its own.
+        return list(itertools.takewhile(lambda name: name.startswith("MIG-"), names))
+    return names[:count]
+
+
+def _has_cuda() -> bool:
+    """Return whether a driver of CUDA's is installed."""
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return False
 
 
 def main(argv: Sequence[str]) -> None:

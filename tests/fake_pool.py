@@ -11,7 +11,7 @@ import pytest
 import experiments.workers
 from cnn.model import build_cnn
 from cnn.training import TrainConfig
-from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed
 
 Script = Callable[[int, TrainConfig], Iterable[Event]]
 
@@ -56,7 +56,7 @@ class FakePool:
     def wait(self, timeout: float) -> list[Event]:
         events = [self.jobs[job].popleft() for job in list(self.jobs)]
         for event in events:
-            if not isinstance(event, (EpochEnded, JobMoved)):
+            if isinstance(event, (JobEnded, JobFailed)):
                 del self.jobs[event.job]
         return events
 

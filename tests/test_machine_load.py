@@ -44,3 +44,19 @@ def test_a_run_that_is_taken_up_again_goes_on_with_the_next_step(
         clock[0] += 11
         load.log_if_due()
     assert steps(run, "system/cpu_utilization_percentage") == [1, 2]
+
+
+def test_what_a_machine_can_not_tell_is_left_out(
+    run: Run, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: str) -> None:
+        raise OSError("Permission denied")
+
+    monkeypatch.setattr("psutil.net_io_counters", lambda: None)  # where there is no device
+    monkeypatch.setattr("psutil.disk_usage", broken)
+    load = MachineLoad(run)
+    clock[0] = 11
+    load.log_if_due()
+    metrics = MlflowClient().get_run(run.run_id).data.metrics
+    assert "system/cpu_utilization_percentage" in metrics
+    assert not [name for name in metrics if "disk" in name or "network" in name]

@@ -26,7 +26,7 @@ from cnn.data import Dataset
 from cnn.training import TrainConfig
 from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
-from experiments.jobs import Event, JobMoved
+from experiments.jobs import CheckpointLost, Event, JobMoved
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,
@@ -36,6 +36,7 @@ from experiments.study import (
     TrialMoved,
     TrialProgressed,
     TrialStarted,
+    TrialUnprotected,
     open_study,
     sweep,
     trials_table,
@@ -302,6 +303,23 @@ def test_a_trial_that_moved_to_another_worker_says_so_and_is_recorded_once(
     (run,) = trial_runs().values()
     assert run.data.tags["moved"] == reason
     assert run.data.tags["outcome"] == "complete"
+    assert list(history(run, "val/accuracy")) == [1, 2, 3]
+
+
+def test_a_trial_whose_checkpoint_was_damaged_says_so_and_is_recorded_once(
+    settings: Settings, data: Dataset
+) -> None:
+    reason = "its checkpoint can't be used (its digest does not fit)"
+
+    def begins_again(job: int, config: TrainConfig) -> Iterator[Event]:
+        yield from list(trains(good)(job, config))[:2]
+        yield CheckpointLost(job=job, reason=reason)
+        yield from trains(good)(job, config)
+
+    events = run_sweep(replace(settings, trials=1), data, begins_again)
+    assert TrialUnprotected(trial=0, reason=reason) in events
+    (run,) = trial_runs().values()
+    assert run.data.tags["checkpoint_lost"] == reason
     assert list(history(run, "val/accuracy")) == [1, 2, 3]
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_workers import config, wait_for_end
 from real_workers import data as data
 from real_workers import data_dir as data_dir
 
 from cnn.data import Dataset
 from cnn.training import train
-from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed
+from experiments import workers
+from experiments.checkpoints import Checkpoints
+from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed
 from experiments.workers import ProcessPool, visible_gpus
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,16 +176,20 @@ def losses(events: list[Event]) -> list[tuple[int, float, float]]:
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK cut short", b"x" * 10_000])
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(
-    pool: ProcessPool, data: Dataset, data_dir: Path, content: bytes
+    pool: ProcessPool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(seed=6)
+    pool.submit(1, training)
+    undisturbed = wait_for_end(pool)
     file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
-    file.parent.mkdir(exist_ok=True)
+    content = bytearray(file.read_bytes())
+    content[200_000:204_096] = bytes(255 - byte for byte in content[200_000:204_096])
     file.write_bytes(content)
     pool.submit(1, training)
-    assert len(losses(wait_for_end(pool))) == 2
+    lost, *events = wait_for_end(pool)
+    assert isinstance(lost, CheckpointLost)
+    assert losses(events) == losses(undisturbed)
 
 
 def test_a_finished_training_is_told_from_its_checkpoint(pool: ProcessPool) -> None:
@@ -203,14 +210,16 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
 ) -> None:
     training = config(seed=8)
     file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
-    draft = file.with_suffix(".draft")
-    draft.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
+    file.mkdir(parents=True)  # as a full disk would, it keeps the file from being written
     pool.submit(1, training)
-    *epochs, ended = wait_for_end(pool)
+    unusable, unkept, *epochs, ended = wait_for_end(pool)
     assert isinstance(ended, JobEnded)
     assert len(epochs) == 2
-    assert not file.exists()
-    draft.rmdir()
+    assert isinstance(unusable, CheckpointLost)
+    assert isinstance(unkept, CheckpointLost)
+    assert "can't be kept" in unkept.reason
+    pool.forget(training)  # which is no error
+    file.rmdir()
 
 
 def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(
@@ -244,13 +253,75 @@ def environment(pid: int) -> dict[str, str]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_each_worker_sees_one_gpu_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    with ProcessPool(3, gpus=visible_gpus()) as pool:
+    with ProcessPool(3, gpus=["5", "7"]) as pool:
         assert seen_by(pool) == ["5", "7", "5"]
     with ProcessPool(1) as pool:
         assert seen_by(pool) == ["5,7"]
 
 
-@pytest.mark.parametrize("hidden", ["", "-1", " "])
-def test_gpus_that_are_hidden_are_not_seen(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has eight GPUs, as far as NVIDIA's library says; PyTorch does the rest."""
+    monkeypatch.setattr(workers, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 8)
+    uuids = [f"{number}a-bc" for number in range(8)]
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: [f"GPU-{u}" for u in uuids])
+    # Of parts of a GPU, PyTorch asks CUDA, which gives a process one.
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, list("01234567")),
+        ("5,7", ["5", "7"]),
+        (" 3 , 1", ["3", "1"]),
+        ("0,-1,1", ["0"]),
+        ("2,8,3", ["2"]),
+        ("2,x,3", ["2"]),
+        ("1,,2", ["1"]),
+        ("", []),
+        (" ", []),
+        ("-1", []),
+        ("none", []),
+        ("NoDevFiles", []),
+        ("8", []),
+        ("0,1,0", []),
+        ("GPU-3a,GPU-1a", ["GPU-3a", "GPU-1a"]),
+        ("GPU-3a,GPU-9", ["GPU-3a"]),
+        ("MIG-1,MIG-2,0", ["MIG-1", "MIG-2"]),
+    ],
+)
+@pytest.mark.usefixtures("eight_gpus")
+def test_gpus_are_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, seen: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == seen
+
+
+@pytest.mark.parametrize("named", [None, "0", "0,1", "all", "MIG-1"])
+def test_without_a_driver_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.setattr(workers, "_has_cuda", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("named", [None, "0", "0,1", "0,-1,1", "none", "99", "", "0,0"])
+def test_as_many_gpus_are_seen_as_cuda_itself_counts(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    script = "import torch; print(torch._C._cuda_getDeviceCount())"
+    counted = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert len(visible_gpus()) == int(counted.stdout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ class MachineLoad:
             self.step = self.run.last_step(f"{PREFIX}cpu_utilization_percentage")
         metrics: dict[str, float] = {}
         for monitor in self.monitors:
-            monitor.collect_metrics()
-            metrics |= monitor.aggregate_metrics()
+            with suppress(Exception):  # what can't be measured is no reason to end a sweep
+                monitor.collect_metrics()
+                metrics |= monitor.aggregate_metrics()
             monitor.clear_metrics()
         self.step += 1
         self.run.log_metrics(
@@ -47,13 +48,14 @@ class MachineLoad:
 
 
 def _monitors() -> list[Any]:
-    """Return MLflow's monitors; that of GPUs where there is one, and the package nvidia-ml-py."""
+    """Return MLflow's monitors of what is there; of GPUs, it takes the package nvidia-ml-py."""
     from importlib import import_module
 
     monitors = []
     for name in ("CPU", "Disk", "Network", "GPU"):
         module: Any = import_module(f"mlflow.system_metrics.metrics.{name.lower()}_monitor")
-        # Without a GPU an ImportError, or whatever NVIDIA's library raises.
-        with suppress(Exception) if name == "GPU" else nullcontext():
+        # Without a GPU an ImportError, or whatever NVIDIA's library raises; without a network
+        # device an AttributeError.
+        with suppress(Exception):
             monitors.append(getattr(module, f"{name}Monitor")())
     return monitors

@@ -17,8 +17,6 @@ from urllib.parse import quote, unquote
 
 from tracking.files import open_own
 
-from tracking.files import open_own
-
 if TYPE_CHECKING:
     import mlflow
 
