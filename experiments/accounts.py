@@ -7,8 +7,10 @@ environment, as a file, or as a hash, and never on a command line, which all on 
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +25,23 @@ if TYPE_CHECKING:
 NAME = re.compile(r"(?!pg_)[a-z][a-z0-9_]{0,30}")
 TAKEN = ("admin", "mlflow", "none", "optuna", "postgres", "public")
 
-# Who gets in, and from where: users are members of the role that owns the studies.
+OWNER = "optuna-owner"
+"""Of the studies' database and tables: a role that nobody logs in as or is a member of. No user
+can have its name."""
+
+USER_CONNECTIONS = 50
+"""That a user has at most. A driver has up to four; the largest sweeps have some ten drivers."""
+STUDY_CONNECTIONS, RESERVED_FOR_MLFLOW = 170, 130
+"""That all users have together, and beside those: MLflow's four workers have up to 120."""
+
+# Who gets in, and from where: users are members of the role that works on the studies.
 ACCESS = """\
 # TYPE  DATABASE             USER      ADDRESS   METHOD
 host    optuna               +optuna   all       scram-sha-256
 host    mlflow,mlflow_users  mlflow    samehost  scram-sha-256
 host    all                  postgres  samehost  scram-sha-256
 """
-DATABASES = {"optuna": "optuna", "mlflow": "mlflow", "mlflow_users": "mlflow"}
+DATABASES = {"optuna": OWNER, "mlflow": "mlflow", "mlflow_users": "mlflow"}
 """Each with its owner."""
 # EDIT: whoever takes part in a sweep writes into runs that another has begun.
 MLFLOW_USERS = """\
@@ -53,8 +64,10 @@ class Passwords:
         path = self.folder / name
         if not path.exists():
             draft = path.with_suffix(".draft")
-            draft.touch(mode=0o600)
-            draft.write_text(f"{secrets.token_urlsafe(24)}\n")
+            draft.unlink(missing_ok=True)  # of a start that was killed
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with os.fdopen(os.open(draft, flags, 0o600), "w") as stream:
+                stream.write(f"{secrets.token_urlsafe(24)}\n")
             draft.rename(path)
         return path.read_text().strip()
 
@@ -86,12 +99,6 @@ def make_roles(connection: psycopg.Connection[Any], passwords: Passwords) -> Non
     """
     from psycopg import sql
 
-    def run(statement: LiteralString, *names: str) -> None:
-        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
-
-    def names(query: LiteralString) -> set[str]:
-        return {name for (name,) in connection.execute(query)}
-
     def set_password(role: str, password: str) -> None:
         # As a hash, for a statement may come into the log.
         encrypt, method = connection.pgconn.encrypt_password, b"scram-sha-256"
@@ -99,22 +106,57 @@ def make_roles(connection: psycopg.Connection[Any], passwords: Passwords) -> Non
         statement = sql.SQL("ALTER ROLE {} PASSWORD {}")
         connection.execute(statement.format(sql.Identifier(role), hashed))
 
-    roles = names("SELECT rolname FROM pg_roles")
+    roles = _names(connection, "SELECT rolname FROM pg_roles")
     with connection.transaction():
-        if "optuna" not in roles:
-            run("CREATE ROLE optuna NOLOGIN")
-            run("CREATE ROLE mlflow LOGIN")
+        for role, kind in {"optuna": "NOLOGIN", "mlflow": "LOGIN", OWNER: "NOLOGIN"}.items():
+            if role not in roles:
+                _run(connection, f"CREATE ROLE {{}} {kind}", role)
         set_password("mlflow", passwords.own("mlflow"))
         for user, password in passwords.users().items():
             if user not in roles:
-                run("CREATE ROLE {} LOGIN IN ROLE optuna", user)
-                run("ALTER ROLE {} SET role TO optuna", user)  # what one makes is everybody's
+                _run(connection, "CREATE ROLE {} LOGIN IN ROLE optuna", user)
+            _run(connection, f"ALTER ROLE {{}} CONNECTION LIMIT {USER_CONNECTIONS}", user)
+            _run(connection, "ALTER ROLE {} RESET role", user)  # earlier versions have set it
             set_password(user, password)
-    databases = names("SELECT datname FROM pg_database")
+    databases = _names(connection, "SELECT datname FROM pg_database")
     for name, owner in DATABASES.items():
         if name not in databases:
-            run("CREATE DATABASE {} OWNER {}", name, owner)
-        run("REVOKE ALL ON DATABASE {} FROM PUBLIC", name)
+            _run(connection, "CREATE DATABASE {}", name)
+        _run(connection, "ALTER DATABASE {} OWNER TO {}", name, owner)
+        _run(connection, "REVOKE ALL ON DATABASE {} FROM PUBLIC", name)
+    _run(connection, "GRANT CONNECT ON DATABASE optuna TO optuna")
+    _run(connection, f"ALTER DATABASE optuna CONNECTION LIMIT {STUDY_CONNECTIONS}")
+
+
+def make_studies(connection: psycopg.Connection[Any], make_tables: Callable[[], None]) -> None:
+    """Make Optuna's tables, if they aren't there, and have users read and write them, no more.
+
+    Args:
+        connection: of a superuser to Optuna's database, with autocommit.
+        make_tables: makes them, as OWNER.
+    """
+    # In earlier versions, users owned what they have made, in common.
+    _run(connection, "REASSIGN OWNED BY optuna TO {}", OWNER)
+    _run(connection, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # before PostgreSQL 15
+    _run(connection, "GRANT ALL ON SCHEMA public TO {}", OWNER)
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    if "alembic_version" not in _names(connection, tables):  # Optuna makes it last
+        make_tables()
+    with connection.transaction():
+        _run(connection, "GRANT USAGE ON SCHEMA public TO optuna")
+        _run(connection, "GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO optuna")
+        _run(connection, "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO optuna")
+        _run(connection, "REVOKE INSERT, UPDATE ON alembic_version, version_info FROM optuna")
+
+
+def _run(connection: psycopg.Connection[Any], statement: LiteralString, *names: str) -> None:
+    from psycopg import sql
+
+    connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+def _names(connection: psycopg.Connection[Any], query: LiteralString) -> set[str]:
+    return {name for (name,) in connection.execute(query)}
 
 
 def make_users(address: str, passwords: Passwords) -> None:

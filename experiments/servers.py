@@ -11,13 +11,14 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,12 +27,23 @@ from typing import Any
 from experiments.accounts import (
     ACCESS,
     MLFLOW_USERS,
+    OWNER,
+    RESERVED_FOR_MLFLOW,
+    STUDY_CONNECTIONS,
     Passwords,
     check_name,
     make_roles,
+    make_studies,
     make_users,
 )
 from experiments.interrupts import InterruptionError, Interrupts
+from experiments.supervision import (
+    LOOK_SECONDS,
+    Server,
+    check_port,
+    running,
+    stop_orphaned,
+)
 from tracking.cli import Parser, run_command
 from tracking.drafts import writing
 from tracking.store import NotNowError, environment, one_line
@@ -40,8 +52,6 @@ from tracking.store import NotNowError, environment, one_line
 
 START_SECONDS = 180
 """For MLflow to make its tables, on a busy machine."""
-STOP_SECONDS = 60
-LOOK_SECONDS = 0.2
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 
 
@@ -73,19 +83,14 @@ class Place:
         """What is needed to get in."""
         return Passwords(self.folder)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """A server that runs."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def check(self) -> None:
-        """Raise NotNowError if it has ended."""
-        if (code := self.process.poll()) is not None:
-            raise NotNowError(f"{self.name} has ended (exit code {code}): see {self.log}")
+    @property
+    def logs(self) -> dict[str, tuple[Path, signal.Signals]]:
+        """Each server's log, and the signal by which it ends in order."""
+        # PostgreSQL's "fast" way: who is still connected isn't waited for.
+        return {
+            "PostgreSQL": (self.folder / "postgresql.log", signal.SIGINT),
+            "MLflow": (self.folder / "mlflow.log", signal.SIGTERM),
+        }
 
 
 def find_programs(version: str = "*") -> Path | None:
@@ -111,16 +116,17 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             "root can't run PostgreSQL, and there is no user postgres: run this as another"
         )
-    if missing := [name for name in ("psycopg", "flask_wtf") if find_spec(name) is None]:
+    needed = ("psycopg", "flask_wtf", "uvloop")
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f"without {missing[0]}: pip install '.[postgresql,server]'")
-    with ExitStack() as listeners:
-        for option in ("postgresql_port", "mlflow_port"):
-            try:
-                address = (options.host, getattr(options, option))
-                listeners.enter_context(socket.create_server(address))
-            except OSError as error:
-                shown = f"--host {options.host}, --{option.replace('_', '-')}"
-                raise ValueError(f"{shown}: {error.strerror}") from error
+    if options.postgresql_port == options.mlflow_port:
+        raise ValueError(f"--postgresql-port and --mlflow-port are both {options.mlflow_port}")
+
+
+def check_ports(place: Place) -> None:
+    """Raise ValueError if another listens there, or none can."""
+    check_port("--postgresql-port", place.host, place.postgresql_port)
+    check_port("--mlflow-port", place.host, place.mlflow_port)
 
 
 @contextmanager
@@ -136,8 +142,10 @@ def open_folder(folder: Path) -> Iterator[None]:
             raise ValueError(f"--dir {folder} holds something else: name a new folder")
         # PostgreSQL's user has to get through it to its own.
         folder.mkdir(mode=0o711 if _as_its_user() else 0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
         for name in ("passwords", "users", "artifacts"):
             (folder / name).mkdir(mode=0o700, exist_ok=True)
+            _check_owner(folder / name)
         (folder / ".gitignore").write_text("*\n")
     look = ["/usr/bin/test", "-x", str(folder)]
     if _as_its_user() and subprocess.run(look, check=False, **_as_its_user()).returncode:
@@ -151,6 +159,15 @@ def open_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise ValueError for a folder in which another could plant a password, or a link."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(f"--dir: {folder} belongs to another, or is a link: name a new folder")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"--dir: others can write to {folder}: chmod go-w, or name a new folder")
 
 
 def make_data(place: Place) -> Path:
@@ -188,34 +205,6 @@ def make_data(place: Place) -> Path:
     return programs
 
 
-@contextmanager
-def running(
-    name: str, arguments: Sequence[str], log: Path, stop: signal.Signals, **popen: Any
-) -> Iterator[Server]:
-    """Run a server while the block lasts; `stop` is the signal by which it ends in order."""
-    log.touch(mode=0o600)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments,
-            cwd=log.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            umask=0o077,
-            start_new_session=True,  # Ctrl-C is for us: one is stopped after the other
-            **popen,
-        )
-    try:
-        yield Server(name=name, process=process, log=log)
-    finally:
-        process.send_signal(stop)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        with suppress(ProcessLookupError):  # what hangs, and workers whose server was killed
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def wait_for(answers: Callable[[], bool], servers: Sequence[Server], stopped: Interrupts) -> None:
     """Wait until the last of the servers answers."""
     deadline = time.monotonic() + START_SECONDS
@@ -240,26 +229,35 @@ def postgresql(place: Place, stopped: Interrupts) -> Iterator[Server]:
         "listen_addresses": place.host,
         "port": place.postgresql_port,
         "unix_socket_directories": "",
-        "max_connections": 300,  # MLflow's four workers may have 120, a sweep has a few
+        "max_connections": STUDY_CONNECTIONS + RESERVED_FOR_MLFLOW,
     }
     given = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
     arguments = [str(programs / "postgres"), "-D", "postgresql", *given]
-    log = place.folder / "postgresql.log"
-    # Its "fast" way: who is still connected isn't waited for.
-    with running("PostgreSQL", arguments, log, signal.SIGINT, **_as_its_user()) as server:
+    log, stop_signal = place.logs["PostgreSQL"]
+    with running("PostgreSQL", arguments, log, stop_signal, **_as_its_user()) as server:
         look = [str(programs / "pg_isready"), "-q", "-h", place.local, "-U", "postgres"]
         look += ["-p", str(place.postgresql_port)]
         wait_for(lambda: subprocess.run(look, check=False).returncode == 0, [server], stopped)
-        with psycopg.connect(
-            host=place.local,
-            port=place.postgresql_port,
-            user="postgres",
-            dbname="postgres",
-            password=place.passwords.own("postgres"),
-            autocommit=True,
-        ) as connection:
+        password = place.passwords.own("postgres")
+
+        def connect(database: str) -> psycopg.Connection[Any]:
+            url = place.database("postgres", database, place.local).replace("+psycopg", "")
+            return psycopg.connect(url, password=password, autocommit=True)
+
+        with connect("postgres") as connection:
             make_roles(connection, place.passwords)
+        with connect("optuna") as connection:
+            url = place.database("postgres", "optuna", place.local)
+            make_studies(connection, lambda: _make_tables(url, password))
         yield server
+
+
+def _make_tables(url: str, password: str) -> None:
+    """Make Optuna's tables, as the role that owns them."""
+    from optuna.storages import RDBStorage
+
+    as_owner = {"password": password, "options": f"-c role={OWNER}"}
+    RDBStorage(url, {"connect_args": as_owner}).engine.dispose()
 
 
 @contextmanager
@@ -267,37 +265,53 @@ def mlflow_on(place: Place, database: Server, stopped: Interrupts) -> Iterator[S
     """Run MLflow while the block lasts, with all users."""
     from mlflow.server.security_utils import get_default_allowed_hosts
 
-    settings = place.folder / "mlflow-users.ini"
-    settings.write_text(
-        MLFLOW_USERS.format(database=place.database("mlflow", "mlflow_users", place.local))
-    )
     names = {place.public, socket.gethostname(), socket.getfqdn()}
     with_port = {f"{name}:{place.mlflow_port}" for name in names}
     by_default = {
-        # Eight processes that nothing here asks for.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join([*get_default_allowed_hosts(), *names, *with_port]),
         # Elsewhere than on localhost, its own pages are strangers to it.
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}" for name in with_port),
     }
-    ours = {
-        "PGPASSWORD": place.passwords.own("mlflow"),
-        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
-        "MLFLOW_AUTH_ADMIN_PASSWORD": place.passwords.own("admin"),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": place.passwords.own("secret_key"),
-    }
-    arguments = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    users = place.database("mlflow", "mlflow_users", place.local)
+    ours = mlflow_settings(place.passwords, users)
+    arguments = mlflow_command(
+        place.database("mlflow", "mlflow", place.local), str(place.folder / "artifacts")
+    )
     arguments += ["--host", place.host, "--port", str(place.mlflow_port)]
-    arguments += ["--backend-store-uri", place.database("mlflow", "mlflow", place.local)]
-    arguments += ["--artifacts-destination", str(place.folder / "artifacts")]
-    log = place.folder / "mlflow.log"
-    variables = {**by_default, **os.environ, **ours}
-    with running("MLflow", arguments, log, signal.SIGTERM, env=variables) as server:
+    log, stop_signal = place.logs["MLflow"]
+    variables = {**by_default, **os.environ, **ours, "PGPASSWORD": place.passwords.own("mlflow")}
+    with running("MLflow", arguments, log, stop_signal, env=variables) as server:
         address = f"http://{place.local}:{place.mlflow_port}"
         with environment({"no_proxy": "*"}):
             wait_for(lambda: _is_healthy(address), [database, server], stopped)
             make_users(address, place.passwords)
         yield server
+
+
+def mlflow_command(database: str, artifacts: str) -> list[str]:
+    """Return how an MLflow server for users is started, but for where it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    # asyncio's loop leaves Nagle's algorithm on where there are several workers: 40 ms a request.
+    command += ["--uvicorn-opts", "--loop uvloop"]
+    return [*command, "--backend-store-uri", database, "--artifacts-destination", artifacts]
+
+
+def mlflow_settings(passwords: Passwords, users: str) -> dict[str, str]:
+    """Return the environment that such a server takes.
+
+    Args:
+        passwords: of its admin among others; its file of settings is written beside them.
+        users: the URL of the database that they are in.
+    """
+    settings = passwords.folder / "mlflow-users.ini"
+    settings.write_text(MLFLOW_USERS.format(database=users))
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": passwords.own("admin"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": passwords.own("secret_key"),
+        # Else there are eight processes that nothing here asks for.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
 
 
 def _is_healthy(address: str) -> bool:
@@ -327,34 +341,36 @@ def what_to_type(place: Place) -> str:
 
 
 @contextmanager
-def _stopping_with_the_terminal() -> Iterator[None]:
-    """Have a terminal that is closed stop the servers, too, unless `nohup` says otherwise."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+def _stopping_by_other_signals() -> Iterator[None]:
+    """Have what would end this process stop the servers in order; what `nohup` ignores stays so."""
+    others = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    by_default = [each for each in others if signal.getsignal(each) is signal.SIG_DFL]
+    for each in by_default:
+        signal.signal(each, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for each in by_default:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def serve(place: Place) -> None:
     """Run both servers until there is a signal.
 
     Raises:
-        NotNowError: one of them has ended, or can't be set up.
+        NotNowError: one of them dies again and again, or can't be set up.
     """
     import psycopg
     from mlflow.exceptions import MlflowException
 
     warnings.filterwarnings("ignore", module="mlflow")  # about what its server imports
-    with Interrupts() as stopped, _stopping_with_the_terminal():
+    with Interrupts() as stopped, _stopping_by_other_signals():
         try:
             with postgresql(place, stopped) as database, mlflow_on(place, database, stopped) as ui:
                 print(what_to_type(place), flush=True)
                 while not stopped():
-                    database.check()
-                    ui.check()
+                    database.keep_running()
+                    ui.keep_running()
                     time.sleep(LOOK_SECONDS)
         except (psycopg.Error, MlflowException) as error:
             raise NotNowError(f"the servers can't be set up: {one_line(error)}") from error
@@ -374,7 +390,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Start what a team's sweeps share, PostgreSQL for the studies and MLflow for "
         "the runs, both with users and passwords; print what each user types; stop both at "
         "Ctrl-C. The same command again goes on with the same data.",
-        epilog="exit codes: 0 stopped; 2 bad input; 1 a server has ended, or the disk said no",
+        epilog="exit codes: 0 stopped; 2 bad input; 1 a server dies again and again, a full disk",
         allow_abbrev=False,
     )
     at = "(default: %(default)s)"
@@ -407,7 +423,12 @@ def _run(options: argparse.Namespace) -> None:
         postgresql_port=options.postgresql_port,
         mlflow_port=options.mlflow_port,
     )
+    if not place.folder.exists():
+        check_ports(place)  # nothing is made for a start that can't be
     with open_folder(place.folder), writing("the servers' files"):
+        for name, (log, stop_signal) in reversed(place.logs.items()):
+            stop_orphaned(name, log, stop_signal)
+        check_ports(place)
         for user in options.user:
             place.passwords.read(f"users/{user}")
         serve(place)
