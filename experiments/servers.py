@@ -340,20 +340,6 @@ def what_to_type(place: Place) -> str:
     return "\n".join([*lines, "Ctrl-C stops both"])
 
 
-@contextmanager
-def _stopping_by_other_signals() -> Iterator[None]:
-    """Have what would end this process stop the servers in order; what `nohup` ignores stays so."""
-    others = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-    by_default = [each for each in others if signal.getsignal(each) is signal.SIG_DFL]
-    for each in by_default:
-        signal.signal(each, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        for each in by_default:
-            signal.signal(each, signal.SIG_DFL)
-
-
 def serve(place: Place) -> None:
     """Run both servers until there is a signal.
 
@@ -364,7 +350,7 @@ def serve(place: Place) -> None:
     from mlflow.exceptions import MlflowException
 
     warnings.filterwarnings("ignore", module="mlflow")  # about what its server imports
-    with Interrupts() as stopped, _stopping_by_other_signals():
+    with Interrupts() as stopped:
         try:
             with postgresql(place, stopped) as database, mlflow_on(place, database, stopped) as ui:
                 print(what_to_type(place), flush=True)
