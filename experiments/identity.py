@@ -111,7 +111,8 @@ def check_same(
     if different:
         changes = "; ".join(f"{key} {before.get(key)} → {now[key]}" for key in different)
         raise ValueError(f"{what} was made with other settings ({changes}): choose another --study")
-    changed = [] if made[0] is None else _changed(*made)
+    made_before, made_now = made
+    changed = [] if made_before is None else _changed(made_before, made_now)
     if changed:
         raise ValueError(
             f"{what} was made with another {' and another '.join(changed)} than this code has: "

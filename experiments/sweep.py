@@ -169,16 +169,16 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     if ended.outcome == "failed":
         print(f"stopped: {printable(ended.reason)}", file=sys.stderr)
         return 1
-    complete = () if table is None else table[table["outcome"] == "complete"]
-    if table is None or not len(complete):
+    complete = None if table is None else table[table["outcome"] == "complete"]
+    if complete is None or not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
         return 1
     gone, there = _deleted(complete)
     best = there.iloc[0] if len(there) else complete.iloc[0]
     if len(gone):
         trials = zip(gone["trial"], gone["val_accuracy"], strict=True)
-        shown = ", ".join(f"{trial} ({accuracy:.2%})" for trial, accuracy in trials)
-        print(f"note: passed over, as run or model was deleted: trial {shown}", file=sys.stderr)
+        passed = ", ".join(f"{trial} ({accuracy:.2%})" for trial, accuracy in trials)
+        print(f"note: passed over, as run or model was deleted: trial {passed}", file=sys.stderr)
     line = f"  registered:        {registered}\n" if registered else ""
     label = (
         f"python -m tracking.predict {shlex.quote(data_name + ':test')} --run-id {best['run_id']}"

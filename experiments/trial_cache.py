@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    from experiments.storage import RetryingStorage
 
 REFRESH_SECONDS = 10.0
 """How old may be what is known of trials that are under way in other processes."""
@@ -23,8 +26,8 @@ class TrialCache(_CachedStorage):
     `REFRESH_SECONDS`. New trials are always read.
     """
 
-    def __init__(self, backend: RDBStorage) -> None:
-        super().__init__(backend)
+    def __init__(self, backend: RDBStorage | RetryingStorage) -> None:
+        super().__init__(cast(RDBStorage, backend))
         self._written: set[int] = set()
         self._last_read: dict[int, int] = {}
         """The highest id of a trial, by study. A study's trials are made in the order of ids."""

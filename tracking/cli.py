@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         """Raise ValueError."""
         raise ValueError(message)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return what was typed; a flag that is not known is told with those that are like it."""
         options, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -197,11 +197,8 @@ def _signals(line: str, *, exits_at_once: bool) -> Any:
     def stop(*_: object) -> None:
         # The next one is for a block that goes on nevertheless.
         for number in SIGNALS:
-            signal.signal(number, leave)
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))
         raise KeyboardInterrupt
-
-    def leave(*_: object) -> None:
-        os._exit(INTERRUPTED)
 
     return exit_on_signal(line) if exits_at_once else handling(dict.fromkeys(SIGNALS, stop))
 
@@ -254,7 +251,7 @@ def _standard_streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
     with Path(os.devnull).open("w") as nowhere:
         out, err = (_Stream(stream or nowhere) for stream in (sys.stdout, sys.stderr))
-        with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        with redirect_stdout(out), redirect_stderr(err):
             yield
 
 
