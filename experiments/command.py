@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.ahead import num_cores
 from tracking.cli import INTERRUPTED, run_command
-from tracking.store import check_tracking, without_passwords
+from tracking.store import check_tracking, sqlite_file, without_passwords
 from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
@@ -363,7 +363,8 @@ def ui_command() -> str:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         return "in the MLflow server's pages"
-    if uri == f"sqlite:///{Path('mlflow.db').absolute()}":
+    file = sqlite_file(uri)
+    if file is not None and file.absolute() == Path("mlflow.db").absolute():
         return "mlflow ui"
     return f"mlflow ui --backend-store-uri {shlex.quote(without_passwords(uri))}"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.cli import Parser, run_command
-from tracking.store import one_line, reading
+from tracking.store import check_location, one_line, reading
 from tracking.text import escape_formula, printable
 
 if TYPE_CHECKING:
@@ -575,6 +575,7 @@ def _find_experiment(client: mlflow.MlflowClient, name: str) -> str:
             f"experiment {name!r} is deleted: restore it by `mlflow experiments restore "
             f"--experiment-id {found.experiment_id}`, or choose another"
         )
+    check_location(name, found.artifact_location)
     return str(found.experiment_id)
 
 

@@ -96,13 +96,18 @@ def tracking_uri() -> str:
 def default_store() -> dict[str, str]:
     """Return the environment that names this folder's `mlflow.db`, unless another store is named.
 
-    MLflow's own default has the folder's name in it as in a web address: `%`, `#` or `é` would
-    become another folder's.
+    MLflow's own default has the folder's name in it as in a web address, and makes a folder of that
+    name beside it. Where an address can't hold the name, it is the one relative to this folder.
     """
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
     file = str(Path("mlflow.db").absolute())
-    return {"MLFLOW_TRACKING_URI": f"sqlite:///{'mlflow.db' if '?' in file else file}"}
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{'mlflow.db' if _is_odd(file) else file}"}
+
+
+def _is_odd(path: str) -> bool:
+    """Return whether a path means something else where it stands in an address."""
+    return bool(re.search("[%#?]", path))
 
 
 def default_location(experiment: str) -> str | None:
@@ -111,7 +116,7 @@ def default_location(experiment: str) -> str | None:
     It takes a folder's name for a web address, in which `%` and `#` stand for something else.
     """
     folder = Path("mlruns").absolute()
-    if sqlite_file(tracking_uri()) is None or not re.search("[%#?]", str(folder)):
+    if sqlite_file(tracking_uri()) is None or not _is_odd(str(folder)):
         return None
     return f"{folder.as_uri()}/{quote(experiment, safe='')}"
 
