@@ -176,8 +176,10 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     gone, there = _deleted(complete)
     best = there.iloc[0] if len(there) else complete.iloc[0]
     if len(gone):
-        trials = zip(gone["trial"], gone["val_accuracy"], strict=True)
+        few = gone.head(8)
+        trials = zip(few["trial"], few["val_accuracy"], strict=True)
         passed = ", ".join(f"{trial} ({accuracy:.2%})" for trial, accuracy in trials)
+        passed += f" and {len(gone) - 8} more" if len(gone) > 8 else ""
         print(f"note: passed over, as run or model was deleted: trial {passed}", file=sys.stderr)
     line = f"  registered:        {registered}\n" if registered else ""
     label = (

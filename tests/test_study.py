@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from small_sweep import small_settings
 
@@ -630,6 +631,22 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
     table = trials_table(open_study(settings, data))
     assert table["trial"].tolist() == [3, 2, 0, 1]
     assert table["outcome"].tolist() == ["complete", "complete", "complete", "diverged"]
+
+
+def test_the_table_does_not_settle_ties_by_the_validation_loss_of_different_losses() -> None:
+    study = optuna.create_study(direction="maximize")
+    losses = CategoricalDistribution(["l1", "mse"])
+    for loss, val_loss in (("mse", 0.9), ("l1", 0.1), ("mse", 0.8)):
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=0.5,
+                params={"loss": loss},
+                distributions={"loss": losses},
+                user_attrs={"outcome": "complete", "val_loss": val_loss},
+                intermediate_values={1: 0.5},
+            )
+        )
+    assert trials_table(study)["trial"].tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
