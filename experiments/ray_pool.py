@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import NamedTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import ray
+from ray._private import worker as private
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 import cnn
@@ -49,7 +51,7 @@ STEPS_AHEAD = 2
 GROW_SECONDS = 5.0
 """How often it is looked whether the cluster has room for more workers."""
 CONNECT_SECONDS = 5.0
-TOKENS = "RAY_AUTH_MODE has to be what it is on its nodes: token or disabled"
+TOKENS = "RAY_AUTH_MODE, token or disabled, and the token have to be those of its nodes"
 MAX_DEATHS = 3
 """Workers that never came to work, in a row: more are no accident."""
 
@@ -68,32 +70,88 @@ def connected(address: str | None) -> Iterator[Cluster]:
     own: dict[str, Any] = {"num_cpus": num_cores(), "include_dashboard": False}
     code = [str(Path(next(iter(package.__path__)))) for package in (cnn, experiments)]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _log() as log:
+        try:
+            with _stderr_in(log):
+                ray.init(
+                    address or "local",
+                    # What a node has installed of ours, or of another version, is not what is used.
+                    runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    **({} if address else own),
+                )
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+            where = _where(log)
+            if address is None:
+                raise ValueError(f"Ray can't be started: {_one_line(error)}{where}") from error
+            line = f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)}"
+            # A ValueError is of the address itself.
+            hint = "" if isinstance(error, ValueError) else f" ({TOKENS})"
+            raise ValueError(f"{line}{hint}{where}") from error
+        except SystemExit as error:  # what Ray's handler makes of a SIGTERM
+            raise KeyboardInterrupt from error
+        finally:
+            for number, handler in handlers.items():  # Ray's own would abort this process
+                signal.signal(number, handler)
+        try:
+            with _messages_in(log):
+                yield Cluster()
+        finally:
+            ray.shutdown()
+            if where := _where(log):
+                print(f"note: messages of Ray{where}", file=sys.stderr)
+
+
+@contextmanager
+def _log() -> Iterator[IO[bytes]]:
+    """Open a file for what Ray has to say, which is dozens of lines, and remove it if it is empty.
+
+    It stays in the folder for temporary files.
+    """
+    with NamedTemporaryFile(prefix="ray-", suffix=".log", delete=False, buffering=0) as log:
+        try:
+            yield log
+        finally:
+            if not _where(log):
+                Path(log.name).unlink(missing_ok=True)
+
+
+def _where(log: IO[bytes]) -> str:
+    """Return where Ray's own lines are, to go on with a line of ours, if there are any."""
+    return f": see {log.name}" if os.fstat(log.fileno()).st_size else ""
+
+
+@contextmanager
+def _stderr_in(log: IO[bytes]) -> Iterator[None]:
+    """Have what this process writes to standard error, Ray's C++ included, go to a file."""
+    if sys.__stderr__ is None:  # it was closed, and its number may be another file's by now
+        yield
+        return
+    kept = os.dup(2)
+    os.dup2(log.fileno(), 2)
     try:
-        ray.init(
-            address or "local",
-            # What a node has installed of ours, or of another version, is not what is used there.
-            runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({} if address else own),
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        if address is None:
-            raise ValueError(f"Ray can't be started: {_one_line(error)}") from error
-        line = f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)}"
-        # A ValueError is of the address itself.
-        hint = "" if isinstance(error, ValueError) else f" ({TOKENS})"
-        raise ValueError(f"{line}{hint}") from error
-    except SystemExit as error:  # what Ray's handler makes of a SIGTERM
-        raise KeyboardInterrupt from error
+        yield
     finally:
-        for number, handler in handlers.items():  # Ray's own would abort this process
-            signal.signal(number, handler)
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _messages_in(log: IO[bytes]) -> Iterator[None]:
+    """Have what Ray tells of its nodes go to a file: a thread of its own would print it to ours."""
+    printed = private.print_to_stdstream
+
+    def write(data: Mapping[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001
+        log.write("".join(f"{line}\n" for line in data["lines"]).encode())
+
+    private.print_to_stdstream = write
     try:
-        yield Cluster()
+        yield
     finally:
-        ray.shutdown()
+        private.print_to_stdstream = printed
 
 
 def _check_reachable(address: str | None) -> None:

@@ -15,12 +15,14 @@ from real_workers import data_dir as data_dir
 
 from benchmarks import faults
 from cnn.data import Dataset
-from experiments.jobs import Checkpoints, EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.checkpoints import Checkpoints
+from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
 from experiments.workers import ProcessPool
 from tracking.ahead import num_cores
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
+from ray._private import worker as private  # noqa: E402
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
 from experiments.ray_pool import Needs, RayPool, connected  # noqa: E402
@@ -137,6 +139,35 @@ def test_a_job_goes_on_from_its_checkpoint_when_its_node_is_lost(
     assert Checkpoints(digest=data.digest, data_dir=data_dir).read(training) is not None
 
 
+def test_a_damaged_checkpoint_has_a_job_begin_again(
+    pool: RayPool, data: Dataset, data_dir: Path
+) -> None:
+    training = config(seed=11)
+    pool.submit(1, training)
+    undisturbed = wait_for_end(pool)
+    file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
+    file.write_bytes(file.read_bytes()[:500_000])
+    pool.submit(1, training)
+    lost, *events = wait_for_end(pool)
+    assert isinstance(lost, CheckpointLost)
+    assert_same_training(events, undisturbed)
+    pool.forget(training)
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_told_once(
+    pool: RayPool, data: Dataset, data_dir: Path
+) -> None:
+    training = config(seed=12)
+    file = Checkpoints(digest=data.digest, data_dir=data_dir).file(training)
+    file.mkdir(parents=True)
+    pool.submit(1, training)
+    unusable, unkept, *events = wait_for_end(pool)
+    assert isinstance(unusable, CheckpointLost)
+    assert isinstance(unkept, CheckpointLost)
+    assert [type(event) for event in events] == [EpochEnded, EpochEnded, JobEnded]
+    file.rmdir()
+
+
 def of_job(events: list[Event], job: int) -> list[Event]:
     return [event for event in events if event.job == job]
 
@@ -229,6 +260,40 @@ def test_an_address_without_a_cluster(address: str) -> None:
         pass
 
 
+def test_what_ray_writes_is_in_a_file_that_one_line_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        os.write(2, b"W gcs_client.cc: InvalidAuthToken\n" * 20)  # as C++ does, past Python
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ray, "init", refuses)
+    with pytest.raises(ValueError, match="Failed to connect") as raised, connected("auto"):
+        pass
+    (log,) = tmp_path.iterdir()
+    assert str(raised.value).endswith(f": see {log}")
+    assert len(log.read_text().splitlines()) == 20
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_ray_tells_while_it_works_is_in_a_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connected("auto"):
+        pass
+    assert not list(tmp_path.iterdir())  # it had nothing to say
+    with connected("auto"):
+        told = {"lines": ["Raylet is terminated"], "pid": "raylet", "is_err": False}
+        private.print_to_stdstream(told, ignore_prefix=False)
+    (log,) = tmp_path.iterdir()
+    assert log.read_text() == "Raylet is terminated\n"
+    assert capfd.readouterr() == ("", f"note: messages of Ray: see {log}\n")
+
+
 def test_several_workers_share_a_gpu(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
     # Ray takes our word for it that there is one: it is told to workers, and they use none.
     node = nodes.add_node(num_cpus=1, num_gpus=1)
@@ -286,6 +351,7 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
         process.wait()
         for node in (first, second):
             nodes.remove_node(node, allow_graceful=False)
+    assert "raylet" not in stormy.printed()  # what Ray has to say is in a file
     recorded = faults.state(stormy)
     assert faults.compare(faults.state(calm), recorded) == []
     assert [run.data.tags["moved"] for run in recorded["runs"] if "moved" in run.data.tags]
