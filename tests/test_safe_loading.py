@@ -28,6 +28,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from model_files import (
+    CONSTANTS,
+    EXAMPLE,
+    PROGRAM,
+    WEIGHTS,
+    edit_archive,
+    edit_description,
+    edit_program,
+    records_of,
+    zipped,
+)
 from torch import Tensor, nn
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
@@ -41,10 +52,6 @@ ROOT = Path(__file__).parents[1]
 RAN = Path("ran")
 CODE = "__import__('pathlib').Path('ran').touch()"
 
-PROGRAM = "models/model.json"
-WEIGHTS = "data/weights/model_weights_config.json"
-CONSTANTS = "data/constants/model_constants_config.json"
-EXAMPLE = "data/sample_inputs/model.pt"
 COMPILED = "data/aotinductor/model"
 
 EXAMPLES = np.zeros((2, 32, 32, 3), np.uint8)
@@ -86,32 +93,6 @@ def pickled() -> bytes:
     content = io.BytesIO()
     torch.save(Explosive(), content)
     return content.getvalue()
-
-
-def edit_description(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "MLmodel"
-    content = yaml.safe_load(file.read_text())
-    edit(content)
-    file.write_text(yaml.safe_dump(content))
-
-
-def edit_archive(folder: Path, edit: Callable[[dict[str, bytes]], object]) -> None:
-    file = folder / "data" / "model.pt2"
-    with zipfile.ZipFile(file) as archive:
-        records = {entry.partition("/")[2]: archive.read(entry) for entry in archive.namelist()}
-    edit(records)
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(f"archive/{name}", content)
-
-
-def edit_program(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    def edit_record(records: dict[str, bytes]) -> None:
-        content = json.loads(records[PROGRAM])
-        edit(content)
-        records[PROGRAM] = json.dumps(content).encode()
-
-    edit_archive(folder, edit_record)
 
 
 LOADER = f"{CODE}\ndef _load_pyfunc(path, model_config=None): ...\n"
@@ -625,19 +606,6 @@ def test_notes_on_where_a_graph_came_from_are_left_out(recorded: Path) -> None:
     noted = json.dumps(content).encode()
     assert noted.count(CODE.encode()) > 3
     assert records_of(harmless(zipped(records | {PROGRAM: noted}))) == records
-
-
-def records_of(archive: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(archive)) as reader:
-        return {entry.partition("/")[2]: reader.read(entry) for entry in reader.namelist()}
-
-
-def zipped(records: dict[str, bytes]) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name, record in records.items():
-            archive.writestr(f"archive/{name}", record)
-    return content.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,10 @@ def _linear(result: Tensor, input: Tensor, **_: object) -> tuple[int, int]:  # n
     return result.numel() * input.shape[-1], input.numel()
 
 
-def _matmul(result: Tensor, self: Tensor, other: Tensor) -> tuple[int, int]:
+def _matmul(result: Tensor, input: Tensor, other: Tensor) -> tuple[int, int]:  # noqa: A002
     batch = math.prod(result.shape[:-2])
-    operands = sum(batch * math.prod(tensor.shape[-2:]) for tensor in (self, other))
-    return result.numel() * self.shape[-1], operands
+    operands = sum(batch * math.prod(tensor.shape[-2:]) for tensor in (input, other))
+    return result.numel() * input.shape[-1], operands
 
 
 def _pool(result: Tensor, kernel_size: list[int], **_: object) -> tuple[int, int]:
