@@ -51,6 +51,7 @@ def test_a_new_trial_is_recorded_in_few_requests(
         "search_logged_models": 1,
         "create_logged_model": 1,
         "log_model_artifacts": 1,
+        "set_logged_model_tags": 1,  # the digests of its files
         "finalize_logged_model": 1,
         "log_outputs": 1,
         "set_terminated": 1,

@@ -25,19 +25,20 @@ from tracking.best import (
     warn_of_others,
 )
 from tracking.cli import Parser, run_command
+from tracking.description import read_description
 from tracking.drafts import check_drafts, draft_files, open_draft
+from tracking.fetching import fetch, shortened
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
-from tracking.safety import GRAPH, flavor_objection, folder_objection, load_graph
+from tracking.safety import load_graph
 from tracking.sources import Chunk, Source, check, class_names, dataset_of, open_source
-from tracking.store import environment, one_line, reading, refusal, without_passwords
+from tracking.store import one_line, reading, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pandas as pd
-    from mlflow.models import Model
     from torch import Tensor
 
     from tracking.sources import Labels
@@ -53,8 +54,6 @@ SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
 
 RESUME = "the same command with --resume goes on"
-
-_FETCHING = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,84 +195,30 @@ def load_run(run_id: str) -> Predictor:
 def load_model(uri: str) -> Predictor:
     """Load a model by its URI: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
 
-    It is loaded on the CPU, and refused if it could run code: see `tracking.safety`.
+    It is loaded on the CPU, and refused if it could run code (see `tracking.safety`), if it is
+    none of the bytes that were recorded, or if loading it takes more than 2 GB or a minute.
 
     Raises:
         ValueError: there is no such model, or it is none that `tracking.runs` recorded.
     """
     from hashlib import sha256
-    from tempfile import TemporaryDirectory
 
-    with environment(_FETCHING), TemporaryDirectory() as scratch:
-        folder = _fetched(uri, scratch)
-        uri = without_passwords(uri)
-        about = _description(uri, folder)
-        archive = (folder / GRAPH).read_bytes()
-    metadata = about.metadata or {}
-    classes = tuple(metadata["classes"])
-    image_shape = about.signature.inputs.inputs[0].shape[1:]
+    stored = fetch(uri)
+    try:
+        about = read_description(stored.description)
+    except ValueError as error:
+        line = f"{shortened(uri)} can't be used as a model: {one_line(error)}"
+        raise ValueError(line) from error
+    shape = about.image_shape
     return Predictor(
-        model=_load_graph(uri, archive, image_shape, num_classes=len(classes)),
-        classes=classes,
-        image_shape=image_shape,
-        uri=uri,
+        model=_load_graph(shortened(uri), stored.graph, shape, num_classes=len(about.classes)),
+        classes=about.classes,
+        image_shape=shape,
+        uri=without_passwords(uri),
         run_id=about.run_id,
-        metadata=metadata,
-        digest=sha256(archive).hexdigest(),
+        metadata=about.metadata,
+        digest=sha256(stored.graph).hexdigest(),
     )
-
-
-def _fetched(uri: str, destination: str) -> Path:
-    """Return a folder that holds the model: its own, if it is one on this machine, or a copy."""
-    from mlflow.artifacts import download_artifacts
-
-    folder = Path(uri.removeprefix("file://"))
-    if (folder / "MLmodel").is_file():
-        return folder
-    if ":/" not in uri:
-        raise ValueError(f"there is no model {uri!r}: give a URI, or a folder with a file MLmodel")
-    with reading():
-        try:
-            # With a destination, because MLflow writes into the store's folder if it returns that.
-            return Path(download_artifacts(uri, dst_path=destination))
-        except (ImportError, OSError) as error:  # a kind of store that takes another package, say
-            line = f"can't fetch the model {uri}: {one_line(error)}"
-            raise refusal(line, error) from error
-
-
-def _description(uri: str, folder: Path) -> Model:
-    """Return what a model's file MLmodel says, if it is a model that can label images."""
-    from mlflow.models import Model
-
-    objection = folder_objection(folder)
-    if objection is None:
-        try:
-            about = Model.load(str(folder))
-            objection = _objection(about)
-        except Exception as error:  # a damaged file may lack anything
-            raise ValueError(f"can't read the file MLmodel of {uri}: {one_line(error)}") from error
-    if objection:
-        raise ValueError(f"{uri} can't be used as a model: {objection}")
-    return about
-
-
-def _objection(about: Model) -> str | None:
-    """Return what keeps us from labelling images with a model, if anything does."""
-    if "pytorch" not in about.flavors:
-        return f"it is no PyTorch model, but {', '.join(about.flavors) or 'nothing that is known'}"
-    if objection := flavor_objection(about.flavors):
-        return objection
-    classes = (about.metadata or {}).get("classes")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "its metadata names no classes"
-    if about.signature is None or not about.signature.inputs or not about.signature.outputs:
-        return "it has no signature"
-    (images, *others), outputs = about.signature.inputs.inputs, about.signature.outputs.inputs
-    if others or str(images.type) != "uint8" or len(images.shape) != 4 or min(images.shape[1:]) < 1:
-        return f"it takes {about.signature.inputs}, not images (N, H, W, C) uint8"
-    if len(set(classes)) != len(classes) or outputs[0].shape != (-1, len(classes)):
-        return f"it gives {about.signature.outputs} for the classes {classes}"
-    return None
 
 
 def _load_graph(
@@ -282,8 +227,11 @@ def _load_graph(
     """Return the graph of an archive, having tried it."""
     import torch
 
+    from tracking.cost import check_cost, in_parts
+
     try:
-        module: Callable[[Tensor], Tensor] = load_graph(archive)
+        module = load_graph(archive)
+        check_cost(module, image_shape)
         with torch.inference_mode():
             tried = module(torch.zeros(2, *image_shape, dtype=torch.uint8))
         what = (tuple(tried.shape), tried.dtype)
@@ -291,7 +239,7 @@ def _load_graph(
         raise ValueError(f"can't load the model {uri}: {one_line(error)}") from error
     if what != ((2, num_classes), torch.float32):
         raise ValueError(f"can't load the model {uri}: for two images, it gives {what}")
-    return module
+    return in_parts(module, image_shape)
 
 
 # The command line

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracking.best import DEFAULT_METRIC, described, listed, model_uri
+from tracking.fetching import check_stored, digest_tags
 from tracking.store import is_passing, one_line
 
 if TYPE_CHECKING:
     import mlflow
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
     from tracking.patience import PatientClient
@@ -91,6 +92,8 @@ class Registry:
             ValueError: the run has no model.
         """
         uri, about = model_uri(run), facts(run)
+        model = self.client.get_logged_model(uri.removeprefix("models:/"))
+        digests = digest_tags(model.tags)
         found = self._versions_of(run)
         is_new = not found
         if is_new:
@@ -99,8 +102,8 @@ class Registry:
                 self.name,
                 uri,
                 run_id=run.info.run_id,
-                tags=about | {MARK_TAG: MARK},
-                model_id=uri.removeprefix("models:/"),
+                tags=about | digests | {MARK_TAG: MARK},
+                model_id=model.model_id,
             )
             # Looked for again: another process may have been first, or the answer to a first try
             # may have been lost on its way.
@@ -108,10 +111,12 @@ class Registry:
         first, *twins = found
         for twin in twins:
             self._delete_twin(twin)
+        if uri in (first.source, f"models:/{first.model_id}"):
+            about |= digests
         missing = {key: value for key, value in about.items() if key not in first.tags}
         for key, value in missing.items():  # of a version that was made by hand
             self.client.set_model_version_tag(self.name, str(first.version), key, value)
-        self._link(uri.removeprefix("models:/"), int(first.version))
+        self._link(model, int(first.version))
         return first, is_new
 
     def offer(self, run: Run) -> Standing:
@@ -177,6 +182,7 @@ class Registry:
             present = "no version" if champion is None else f"only version {champion}"
             raise ValueError(f"nothing to go back to: {present} of {self.name} was champion")
         version = earlier[-1]
+        self._check_stored(version)
         why = "after its alias was removed"
         if champion is not None:
             self._judged(champion, f"rolled back to version {version}")
@@ -241,6 +247,7 @@ class Registry:
 
     def _crown(self, number: int, why: str) -> None:
         """Make a version champion."""
+        self._check_stored(number)
         champion, history = self._state()
         if history[-1:] != [number]:
             history.append(number)
@@ -249,6 +256,10 @@ class Registry:
             self._judged(champion, f"as version {number} took its place")
         self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         self._judged(number, why)
+
+    def _check_stored(self, number: int) -> None:
+        """Raise ValueError for a version whose model was changed since it was recorded."""
+        check_stored(self.client, f"models:/{self.name}/{number}")
 
     def _judged(self, number: int, why: str) -> None:
         self.client.set_model_version_tag(self.name, str(number), VERDICT_TAG, why)
@@ -314,16 +325,15 @@ class Registry:
             with suppress(MlflowException):  # another process may have been first
                 self.client.delete_model_version(self.name, str(twin.version))
 
-    def _link(self, model_id: str, number: int) -> None:
+    def _link(self, model: LoggedModel, number: int) -> None:
         """Have the run's own page show which version its model is, as MLflow does."""
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
         entry = {"name": self.name, "version": number}
-        tags = self.client.get_logged_model(model_id).tags
-        entries = json.loads(tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        entries = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
         if not any(e["name"] == self.name and int(e["version"]) == number for e in entries):
             text = json.dumps([*entries, entry])
-            self.client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: text})
+            self.client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: text})
 
     def _facts_of(self, version: ModelVersion) -> dict[str, str]:
         """Return what is known of a version: its tags, or its run's where it has none."""

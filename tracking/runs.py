@@ -40,8 +40,9 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NAME,
 )
 
+from tracking.fetching import DESCRIPTION, read_folder
 from tracking.patience import Patience, PatientClient
-from tracking.safety import DESCRIPTION, harmless
+from tracking.safety import harmless
 from tracking.store import check_location, default_location, opening
 
 if TYPE_CHECKING:
@@ -373,6 +374,8 @@ class Run:
             folder = Path(scratch) / MODEL_NAME
             save_model(model, folder, input_example=input_example, metadata=metadata, about=about)
             self.client.log_model_artifacts(logged.model_id, str(folder))
+            digests = read_folder(folder).digests()
+        self.client.set_logged_model_tags(logged.model_id, digests)
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         data = metadata.get("dataset"), metadata.get("dataset_digest")
         known = data if None not in data else (None, None)  # MLflow takes both or neither
@@ -496,6 +499,8 @@ def _frugal_export() -> Iterator[None]:
     """
     import torch
 
+    from tracking.cost import check_cost
+
     package: Any = torch.export
     export, save = package.export, package.save
 
@@ -504,16 +509,17 @@ def _frugal_export() -> Iterator[None]:
     ) -> ExportedProgram:
         program = _PROGRAMS.get(model)
         if program is None or not _is_of(program, model, example):
-            program = _PROGRAMS[model] = export(model, example, **options)
+            program = export(model, example, **options)
+            with _recordable():
+                check_cost(program.module(check_guards=False), example[0].shape[1:])
+            _PROGRAMS[model] = program
         return program
 
     def save_by_python(program: ExportedProgram, file: str) -> None:
         content = io.BytesIO()
         save(program, content)
-        try:
+        with _recordable():
             archive = harmless(content.getvalue())
-        except ValueError as error:
-            raise ValueError(f"this model can't be recorded: {error}") from error
         Path(file).write_bytes(archive)
 
     package.export, package.save = export_once, save_by_python
@@ -521,6 +527,15 @@ def _frugal_export() -> Iterator[None]:
         yield
     finally:
         package.export, package.save = export, save
+
+
+@contextmanager
+def _recordable() -> Iterator[None]:
+    """Say of what `tracking.predict` would not load that it can't be recorded."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"this model can't be recorded: {error}") from error
 
 
 def _is_of(program: ExportedProgram, model: nn.Module, example: tuple[Tensor, ...]) -> bool:

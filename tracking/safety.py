@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
-
-DESCRIPTION = Path("MLmodel")
-GRAPH = Path("data/model.pt2")
 
 OPERATORS = {
     # types and sizes
@@ -48,16 +46,21 @@ OPERATORS = {
 }  # fmt: skip
 """What of `torch.ops.aten` a graph may call: for the usual layers, what touches tensors alone."""
 
-_MAX_ARCHIVE = 1 << 30
-_MAX_JSON = 1 << 24  # parsed, it takes some ten times as much
-_MAX_DESCRIPTION = 1 << 20
-"""Sizes in bytes; models here have about 0.8 MB, 0.04 MB of JSON, and 1 kB of description."""
+MAX_ARCHIVE = 1 << 28
+_MAX_JSON = 1 << 22  # parsed, it takes some ten times as much
+"""Sizes in bytes; models here have about 0.8 MB, 0.04 MB of JSON. PyTorch itself takes 0.7 GB, and
+loading four times the archive: 1.8 GB in all."""
 
-_FLAVORS: Mapping[str, Mapping[str, object]] = {
-    "pytorch": {"model_data": "data", "code": None},
-    "python_function": {"loader_module": "mlflow.pytorch", "data": "data", "code": None},
-}
-_FREE = {"pytorch_version", "python_version", "config", "env", "pickle_module_name"}
+_MAX_RECORDS = 10_000
+_STORED = 0  # in a ZIP archive: not compressed
+
+MAX_NODES = 2_000
+"""Of a graph: PyTorch takes some 5 seconds to load as many. A ResNet-152 has about 600."""
+
+# PyTorch's numbers for types and for the layout, in its JSON; and the bytes of an element.
+_FLOATS = {6: 2, 7: 4, 8: 8, 13: 2}
+_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 12: 1} | _FLOATS
+_STRIDED = 7
 
 _PROGRAM = "models/model.json"
 _WEIGHTS = "data/weights/model_weights_config.json"
@@ -90,49 +93,43 @@ _TEXTS: dict[str, Callable[[str], object]] = {
 }
 
 
-def folder_objection(folder: Path) -> str | None:
-    """Return what keeps us from looking into the files of a model's folder, if anything does."""
-    if not (folder / DESCRIPTION).is_file():
-        return f"it has no file {DESCRIPTION}"
-    for file in (DESCRIPTION, GRAPH):
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
-            return f"its {file} is a link that leads out of its folder"
-    # Of a model.pth, MLflow imports the module that a file beside it names, before it refuses.
-    if not (folder / GRAPH).is_file() or (folder / GRAPH).with_suffix(".pth").exists():
-        return "it is not stored as a graph (pt2), and pickle, which can run any code, is refused"
-    for file, most in ((DESCRIPTION, _MAX_DESCRIPTION), (GRAPH, _MAX_ARCHIVE)):
-        if (size := (folder / file).stat().st_size) > most:
-            return f"its {file} has {size:,} bytes, more than the {most:,} that are loaded"
-    return None
-
-
-def flavor_objection(flavors: Mapping[str, Mapping[str, object]]) -> str | None:
-    """Return in what a file MLmodel has a model loaded otherwise than we do, if in anything."""
-    for name, flavor in flavors.items():
-        if name not in _FLAVORS:
-            return f"it has the flavor {name!r}, not only {' and '.join(_FLAVORS)}"
-        ours = _FLAVORS[name]
-        for key, value in flavor.items():
-            if key not in ours and key not in _FREE:
-                return f"its flavor {name} has {key!r}, which no recorded model has"
-            if key in ours and value != ours[key]:
-                return f"its {key} is {value!r}, not {ours[key]!r}"
-    return None
-
-
 def load_graph(archive: bytes) -> GraphModule:
     """Return the module that a `.pt2` archive holds, on the CPU.
 
     Raises:
-        ValueError: it has something in it that could run code; whatever PyTorch or `json` raises
-            of one that is damaged.
+        ValueError: it has something in it that could run code, or that takes too much to load;
+            whatever PyTorch or `json` raises of one that is damaged.
     """
     import torch
 
     records = _checked_records(archive)
     records[_EXAMPLE] = b""  # not needed, and PyTorch would unpickle it
-    # Guards would be made by `exec`; sizes are checked without.
-    return torch.export.load(io.BytesIO(_zipped(records))).module(check_guards=False)
+    with _cause_raised():
+        # Guards would be made by `exec`; sizes are checked without.
+        return torch.export.load(io.BytesIO(_zipped(records))).module(check_guards=False)
+
+
+@contextmanager
+def _cause_raised() -> Iterator[None]:
+    """Raise what PyTorch's loader of graphs logs, a traceback of 20 lines, in place of its error.
+
+    That says no more than to look at the log.
+    """
+    causes: list[BaseException] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            causes.append(record.exc_info[1])
+        return False
+
+    log = logging.getLogger("torch.export")
+    log.addFilter(keep)
+    try:
+        yield
+    except RuntimeError as error:
+        raise (causes or [error])[-1] from error
+    finally:
+        log.removeFilter(keep)
 
 
 def harmless(archive: bytes) -> bytes:
@@ -161,11 +158,15 @@ def _checked_records(archive: bytes) -> dict[str, bytes]:
     for name in (_PROGRAM, _WEIGHTS, _CONSTANTS):
         if len(records[name]) > _MAX_JSON:
             raise ValueError(f"its {name} has {len(records[name]):,} bytes: at most {_MAX_JSON:,}")
-        content = _checked(json.loads(records[name]))
-        if name != _PROGRAM:
+        try:
+            content = _checked(json.loads(records[name]))
+        except RecursionError as error:
+            raise ValueError(f"its {name} is nested too deep") from error
+        if name == _PROGRAM:
+            _check_nodes(content["graph_module"]["graph"]["nodes"])
+        else:
             _check_tensors(content["config"], name.rpartition("/")[0], records)
         records[name] = json.dumps(content).encode()
-    _check_example(records[_EXAMPLE])
     return records
 
 
@@ -183,8 +184,15 @@ def _records(archive: bytes) -> dict[str, bytes]:
 
 def _unpacked(archive: bytes) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file in a ZIP archive, which must be as PyTorch writes it."""
+    if len(archive) > MAX_ARCHIVE:
+        raise ValueError(f"it has {len(archive):,} bytes, more than the {MAX_ARCHIVE:,} allowed")
+    if archive.count(b"PK\1\2") > _MAX_RECORDS:  # what begins an entry of its directory
+        raise ValueError(f"it has more than the {_MAX_RECORDS:,} records allowed")
     with zipfile.ZipFile(io.BytesIO(archive)) as reader:
         entries = reader.infolist()
+        for entry in entries:
+            if entry.compress_type != _STORED or entry.file_size != entry.compress_size:
+                raise ValueError(f"its {entry.filename!r} is compressed, which no recorded one is")
         if sum(entry.file_size for entry in entries) > len(archive):
             raise ValueError(f"it unpacks to more than its own {len(archive):,} bytes")
         for entry in entries:
@@ -220,22 +228,55 @@ def _nothing(_: str) -> bool:
     return False
 
 
+def _check_nodes(nodes: list[Any]) -> None:
+    if len(nodes) > MAX_NODES:
+        raise ValueError(f"its graph has {len(nodes):,} nodes: at most {MAX_NODES:,} are loaded")
+
+
 def _check_tensors(tensors: Mapping[str, Any], folder: str, records: Mapping[str, bytes]) -> None:
-    """Raise ValueError if a weight or constant is pickled, or larger than its record."""
+    """Raise ValueError if a weight or constant is not what lies in its record, plainly."""
+    types: dict[str, int] = {}
     for name, tensor in tensors.items():
         stored = records.get(f"{folder}/{tensor['path_name']}")
         if tensor["use_pickle"] is not False or stored is None:
             raise ValueError(f"its weight {name!r} is pickled, or lacks its record")
-        if math.prod(size["as_int"] for size in tensor["tensor_meta"]["sizes"]) > len(stored):
+        about = tensor["tensor_meta"]
+        kind = about["dtype"]
+        # PyTorch reads a record once, with the type that it comes upon first.
+        if not _is_plain(about) or types.setdefault(tensor["path_name"], kind) != kind:
+            raise ValueError(f"its weight {name!r} is no plain tensor on the CPU")
+        if not _fits(about, len(stored)):
             raise ValueError(f"its weight {name!r} is larger than its record")
 
 
-def _check_example(record: bytes) -> None:
-    """Raise ValueError if the example of the inputs, which is pickled, holds more than tensors."""
-    import torch
+def _is_plain(about: Mapping[str, Any]) -> bool:
+    """Return whether a tensor is a strided one on the CPU, of a type that models have."""
+    return (
+        about["dtype"] in _ITEM_BYTES
+        and about["layout"] == _STRIDED
+        and about["device"] == {"type": "cpu", "index": None}
+        and about["requires_grad"] in (({True, False}) if about["dtype"] in _FLOATS else {False})
+    )
 
-    try:
-        dict(_unpacked(record))  # raises for a decompression bomb
-        torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"its example {_EXAMPLE!r} is a pickle of more than tensors") from error
+
+def _fits(about: Mapping[str, Any], num_bytes: int) -> bool:
+    """Return whether each element of a tensor lies in a record of so many bytes."""
+    item = _ITEM_BYTES[about["dtype"]]
+    sizes, strides = ([_integer(part) for part in about[key]] for key in ("sizes", "strides"))
+    if len(sizes) != len(strides) or min(sizes, default=1) < 1:
+        return False
+    offset = _integer(about["storage_offset"])
+    last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    num_elements = math.prod(sizes)
+    return (
+        min([offset, *strides]) >= 0
+        and num_bytes % item == 0
+        and max(last + 1, num_elements) * item <= num_bytes
+    )
+
+
+def _integer(part: Mapping[str, Any]) -> int:
+    value = part["as_int"]
+    if type(value) is not int:
+        raise ValueError(f"the size {part!r} is none")
+    return value
