@@ -418,9 +418,11 @@ class _Sweep:
             self.pool.stop(trial.number)
             with suppress(*recording_errors()):
                 self._leave(trial)
+        num_elsewhere = 0
         with suppress(*recording_errors()):
-            # Else the last process ends it.
-            if self.parent is not None and not self.heartbeat.num_elsewhere():
+            num_elsewhere = self.heartbeat.num_elsewhere()
+        with suppress(*recording_errors()):
+            if self.parent is not None and not num_elsewhere:  # else the last process ends it
                 self.parent.end(self.outcome, reason=self.reason)
         table = None
         with suppress(*recording_errors()):

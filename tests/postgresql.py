@@ -57,9 +57,31 @@ def server() -> Iterator[str]:
             )
 
         run("initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        run("pg_ctl", "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start")
+        start(folder)
         try:
             yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
         finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+            stop(folder)
+
+
+def start(folder: Path) -> None:
+    """Start the server whose socket is in a folder."""
+    options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+    _control(folder, "-o", options, "-l", str(folder / "log"), "-w", "start")
+
+
+def stop(folder: Path) -> None:
+    """Stop that server, whoever is connected."""
+    _control(folder, "-m", "immediate", "stop")
+
+
+def _control(folder: Path, *command: str) -> None:
+    programs = find_programs()
+    assert programs is not None
+    subprocess.run(
+        [str(programs / "pg_ctl"), "-D", str(folder / "data"), *command],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        user=_user(),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fake_pool import FakePool, fails, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
-from postgresql import find_programs, server
+from postgresql import find_programs, server, start, stop
 from small_sweep import small_settings
 
 import experiments.heartbeat
@@ -28,7 +29,14 @@ from experiments.heartbeat import Heartbeat
 from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.storage import agree, open_storage
-from experiments.study import SweepEnded, TrialEnded, TrialStarted, open_study, sweep
+from experiments.study import (
+    SweepEnded,
+    TrialEnded,
+    TrialProgressed,
+    TrialStarted,
+    open_study,
+    sweep,
+)
 from experiments.sweep import main
 
 pytestmark = [
@@ -304,3 +312,67 @@ def test_the_password_of_a_storage_is_written_nowhere(
     assert [file for file in files if b"Secret" in file.read_bytes()] == []
     study = optuna.load_study(study_name="ours", storage=given)
     assert "Secret" not in repr((study.user_attrs, study.get_trials()))
+
+
+# A server that goes away
+
+
+def away_for(url: str, seconds: float) -> threading.Thread:
+    """Stop the server of a URL, and start it again after so long."""
+    folder = Path(sqlalchemy.make_url(url).query["host"])
+    stop(folder)
+
+    def come_back() -> None:
+        time.sleep(seconds)
+        start(folder)
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("when", [TrialStarted, TrialProgressed, TrialEnded])
+def test_a_storage_that_restarts_is_waited_for(
+    storage: str, mlflow_store: str, coloured_noise: Dataset, when: type
+) -> None:
+    settings = small_settings(storage, tracking_timeout=60)
+    seen: list[Any] = []
+    for event in sweep(settings, coloured_noise, FakePool(trains(lambda job, _: 0.9))):
+        if isinstance(event, when) and not any(isinstance(each, when) for each in seen):
+            away_for(storage, 1)
+        seen.append(event)
+    assert seen[-1] == SweepEnded(outcome="complete", reason="")
+    assert len(seen[-1].trials) == 3
+    study = open_study(settings, coloured_noise)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 3
+    assert {run.info.status for run in all_runs()} == {"FINISHED"}
+
+
+def test_a_storage_that_stays_away_ends_a_sweep_in_a_line(
+    storage: str, mlflow_store: str, coloured_noise: Dataset
+) -> None:
+    settings = small_settings(storage, tracking_timeout=0.5)
+    folder = Path(sqlalchemy.make_url(storage).query["host"])
+    seen: list[Any] = []
+    try:
+        for event in sweep(settings, coloured_noise, FakePool(trains(lambda job, _: 0.9))):
+            if isinstance(event, TrialProgressed) and not any(type(e) is type(event) for e in seen):
+                stop(folder)
+            seen.append(event)
+    finally:
+        start(folder)
+    ended = seen[-1]
+    assert isinstance(ended, SweepEnded)
+    assert ended.outcome == "interrupted"
+    assert ended.reason.startswith("the storage doesn't answer: ")
+    assert ended.trials is None
+    # What could be closed is: MLflow was there all the time.
+    assert {run.info.status for run in all_runs()} == {"KILLED"}
+    *_, ended = sweep(settings, coloured_noise, FakePool(trains(lambda job, _: 0.9)))
+    assert ended == SweepEnded(outcome="complete", reason="")
+
+
+def all_runs() -> list[Run]:
+    client = MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'tests'")
+    return list(client.search_runs([experiment.experiment_id]))
