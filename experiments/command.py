@@ -157,9 +157,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="workers that train, each one trial at a time; with more than one, results depend "
-        "on timing (default: one a core on a CPU, one on a GPU; with --engine ray as many as the "
-        "cluster has room for, and more when nodes join)",
+        help="workers that train, each one trial at a time, in one thread unless OMP_NUM_THREADS "
+        "says otherwise; with more than one, results depend on timing (default: one a core on a "
+        "CPU, one on a GPU; with --engine ray as many as the cluster has room for, and more when "
+        "nodes join)",
     )
 
 

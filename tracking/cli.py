@@ -36,6 +36,8 @@ SIGNALS = tuple(
 )
 """What asks a command to stop: Ctrl-C, `kill`, a terminal that is closed, Ctrl-\\, a scheduler."""
 
+_BY_SHELLS = (signal.SIGINT, getattr(signal, "SIGQUIT", None))
+
 INTERRUPTED = 130
 
 
@@ -161,8 +163,8 @@ def _interrupted(resume: str) -> str:
 def handling(handlers: dict[int, Any]) -> Iterator[None]:
     """Handle signals while the block lasts; elsewhere than in the main thread, leave them be.
 
-    One that is ignored stays so (`nohup` has SIGHUP ignored), but for SIGINT, which a shell ignores
-    for whatever it starts in the background.
+    One that is ignored stays so (`nohup` has SIGHUP ignored), but for SIGINT and SIGQUIT, which a
+    shell has ignored by whatever it starts in the background.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -170,7 +172,7 @@ def handling(handlers: dict[int, Any]) -> Iterator[None]:
     before = {
         number: signal.signal(number, handler)
         for number, handler in handlers.items()
-        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+        if number in _BY_SHELLS or signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield
