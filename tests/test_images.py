@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -385,10 +386,18 @@ def test_a_link_to_what_never_ends_is_not_read(tmp_path):
 
 
 def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "a.png")
+    file = tmp_path / "a.png"
+    os.mkfifo(file)
     monkeypatch.setattr(Path, "is_file", lambda _: True)
-    with pytest.raises(ValueError, match="not a regular file"):
-        decode(tmp_path / "a.png")
+    written = []
+    writer = threading.Timer(5, lambda: written.append(os.open(file, os.O_RDWR)))  # ends a wait
+    writer.start()
+    try:
+        with pytest.raises(ValueError, match="not a regular file"):
+            decode(file)
+        assert not written
+    finally:
+        writer.cancel()
 
 
 def test_a_file_that_may_not_be_looked_at_is_named(tmp_path, monkeypatch):
