@@ -425,7 +425,7 @@ def _with_copies(pool: Pool, folder: Path) -> Pool:
     copies = _find_copies(pool.images)
     meta = _read_meta(folder) | {"copies": copies}
     with (
-        suppress(PermissionError),
+        suppress(OSError),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch,
     ):
         file = Path(scratch) / "meta.json"

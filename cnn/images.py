@@ -7,11 +7,17 @@ and Pillow only where it decodes, so that training from memory does without.
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
+import resource
+import stat
+import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +34,26 @@ IMAGE_SIZE = 32
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
 
 # What a file may ask for, looked at before anything is decoded: a few bytes can stand for gigabytes
-# of pixels. The first is where Pillow would warn.
+# of pixels. The first is where Pillow would warn; of longer sides, its tables for resizing would
+# take gigabytes.
 MAX_PIXELS = 89_478_485
+MAX_SIDE = 1_000_000
 MAX_BYTES = 2**29
+
+# Images that may take long or much are decoded by a process with these limits, one at a time, so
+# that threads don't add up. To start it takes a fraction of a second.
+MAX_SECONDS = 60
+MAX_MEMORY = 2 * 10**9  # bytes
+_one_demanding_image = threading.Lock()
+
+# All others take at most a second and half of a gigabyte, or some seconds if somebody made them so.
+_LARGE = 2**25  # pixels
+_LARGE_JPEG2000 = 2**21  # pixels: each can be a tenth of a kilobyte in memory
+_LARGE_FILE = 2**25  # bytes: some parsers are written in Python
+_LARGE_SCANS = 2**30  # pixels, each counted once for each scan of a JPEG
+
+# Encoders make ten scans or so.
+MAX_SCANS = 100
 
 _NAMES_SHOWN = 3
 
@@ -142,51 +165,151 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
 
     Turned as its EXIF orientation says, converted to RGB (transparency is dropped, as torchvision's
     ImageFolder does), and squashed to a square where it has another size. Of an animation, the
-    first frame. Raises ValueError, which names the file, for what is no readable image, or has more
-    than MAX_PIXELS or MAX_BYTES.
+    first frame. Raises ValueError, which names the file, for what is no readable image, has more
+    than MAX_PIXELS, MAX_SIDE or MAX_BYTES, or takes more than MAX_SECONDS or MAX_MEMORY.
     """
-    from PIL import Image, UnidentifiedImageError
-
     name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
     encoded = source if isinstance(source, bytes) else _read(source)
     if not encoded:
         raise ValueError(f"{name} is no image: it is empty")
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image, _room_for(image):
-            return _pixels(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is refused: it has more than {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no image (known: {', '.join(FORMATS)})") from error
-    except MemoryError:
-        raise
+        if len(encoded) > _LARGE_FILE:
+            return _decode_confined(encoded)
+        with _opened(encoded) as image:
+            return _decode_confined(encoded) if _is_demanding(image, encoded) else _pixels(image)
     except Exception as error:  # a parser that trips over a damaged file may raise anything
-        raise ValueError(f"{name} is no readable image: {_one_line(error)}") from error
+        raise ValueError(f"{name} {_complaint(error)}") from error
 
 
 def _read(file: Path) -> bytes:
-    # Asked first, because opening a named pipe would wait for ever.
-    if not file.is_file():
-        raise ValueError(f"{str(file)!r} is no image: it is not there, or not a regular file")
+    nothing = f"{str(file)!r} is no image: it is not there, or not a regular file"
     try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(
-                f"{str(file)!r} is refused: it has {size:,} bytes, more than {MAX_BYTES:,}"
-            )
-        return file.read_bytes()
+        # Asked first, because to open a device may do something, and again of what was opened. Not
+        # blocking, because a named pipe may have come in between.
+        if not file.is_file():
+            raise ValueError(nothing)
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:  # noqa: PTH123 -- a descriptor
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(nothing)
+            if status.st_size > MAX_BYTES:
+                raise ValueError(
+                    f"{str(file)!r} is refused: it has {status.st_size:,} bytes, more than "
+                    f"{MAX_BYTES:,}"
+                )
+            # No more than it says: files such as /proc/kmsg say 0, and to read them may take for
+            # ever.
+            return stream.read(status.st_size)
     except OSError as error:
         raise ValueError(f"{str(file)!r} can't be read: {error.strerror}") from error
 
 
-def _room_for(image: Image.Image) -> AbstractContextManager[object]:
-    """Refuse an image that is too large, before it is decoded; let large ones wait for another."""
+def _opened(encoded: bytes) -> Image.Image:
     from PIL import Image
 
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
-    return _one_large_image if pixels > _LARGE else nullcontext()
+    if max(image.size) > MAX_SIDE:
+        raise _RefusedError(f"is refused: it has a side of more than {MAX_SIDE:,} pixels")
+    return image
+
+
+class _RefusedError(Exception):
+    """Says why an image is not decoded, as `_complaint` does."""
+
+
+def _complaint(error: Exception) -> str:
+    """Return what is wrong with an image, to be put behind its name."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"is refused: it has more than {MAX_PIXELS:,} pixels"
+    if isinstance(error, _RefusedError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "is refused: it takes more memory than there is"
+    if isinstance(error, UnidentifiedImageError):
+        return f"is no image (known: {', '.join(FORMATS)})"
+    return f"is no readable image: {_one_line(error)}"
+
+
+def _is_demanding(image: Image.Image, encoded: bytes) -> bool:
+    """Return whether an image may take long to decode, or much memory."""
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO"):
+        return _num_scans(encoded) * pixels > _LARGE_SCANS or pixels > _LARGE
+    if pixels > _LARGE:
+        return True
+    if image.format == "JPEG2000":
+        return max(pixels, *_pixels_of_codestreams(encoded)) > _LARGE_JPEG2000
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return bool(tags.get(322, 1) * tags.get(323, 1) > _LARGE)  # width and height of a tile
+    return False
+
+
+def _num_scans(encoded: bytes) -> int:
+    """Return how often there is the marker of a scan in a JPEG, or what looks like one."""
+    count = encoded.count(b"\xff\xda")
+    # In metadata, or a film behind the image, one pair of bytes in 2¹⁶ looks like it by chance.
+    if count > MAX_SCANS + len(encoded) // 2**13:
+        raise _RefusedError(f"is refused: it has more than {MAX_SCANS} scans")
+    return count
+
+
+def _pixels_of_codestreams(encoded: bytes) -> Iterator[int]:
+    # Pillow takes the size from the container, the decoder from the codestream in it.
+    yield 0
+    for start in re.finditer(rb"\xff\x4f\xff\x51", encoded):
+        header = encoded[start.end() + 4 : start.end() + 20]
+        if len(header) == 16:
+            right, bottom, left, top = struct.unpack(">4I", header)
+            yield (right - left) * (bottom - top)
+
+
+def _decode_confined(encoded: bytes) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image that a process with limits decodes: this file, as a script."""
+    command = [sys.executable, "-P", __file__, str(math.ceil(MAX_SECONDS) + 1), str(MAX_MEMORY)]
+    # Else the threads of numpy's library take some of the memory, on a machine of many cores all.
+    variables = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    try:
+        with _one_demanding_image:
+            done = subprocess.run(
+                command,
+                input=encoded,
+                capture_output=True,
+                env=variables,
+                check=False,
+                timeout=MAX_SECONDS,
+            )
+    except subprocess.TimeoutExpired as error:
+        raise _RefusedError(f"is refused: it takes more than {MAX_SECONDS} seconds") from error
+    if done.returncode == 0:
+        return np.frombuffer(bytearray(done.stdout), np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+    if done.returncode == 1 and done.stdout:
+        raise _RefusedError(done.stdout.decode())
+    raise _RefusedError(f"is refused: its decoder ended with status {done.returncode}")
+
+
+def _confined(seconds: int, memory: int) -> int:
+    """Decode the image that comes in; put out its pixels, or the reason why there are none."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The process that waits for this one ends it before, unless it is gone.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    try:
+        with _opened(sys.stdin.buffer.read()) as image:
+            sys.stdout.buffer.write(_pixels(image).tobytes())
+    except MemoryError:
+        complaint = f"is refused: it takes more than {memory / 1e9:g} GB of memory"
+    except Exception as error:  # some parsers say that the data is broken where memory ends
+        complaint = f"{_complaint(error)} (within {memory / 1e9:g} GB of memory)"
+    else:
+        return 0
+    sys.stdout.buffer.write(complaint.encode())
+    return 1
 
 
 def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -209,12 +332,14 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     # Pillow's own conversion clips at 255 instead of scaling.
-    values = np.asarray(image).astype(np.int64)
+    values = np.array(image, np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
             f"its pixels range from {values.min()} to {values.max()}, more than 16 bits hold"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _squash(image: Image.Image) -> Image.Image:
@@ -248,3 +373,7 @@ def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         pixels = np.asarray(_squash(Image.fromarray(plane)))
         result[:] = pixels[:, :, None] if grey else pixels
     return squared
+
+
+if __name__ == "__main__":
+    sys.exit(_confined(*map(int, sys.argv[1:])))

@@ -470,6 +470,95 @@ def test_meta_data_of_another_shape_is_damage(folder, data_dir):
         assert json.loads(file.read_text()) == meta
 
 
+def overwrite(file, position, content):
+    with file.open("r+b") as stream:
+        stream.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
+        stream.write(content)
+
+
+def edit_meta(entry, **changes):
+    file = entry / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: overwrite(entry / "images.npy", 5000, bytes(40)),
+        lambda entry: overwrite(entry / "images.npy", -1, b"\x7f"),
+        lambda entry: overwrite(entry / "labels.npy", -8, (10**9).to_bytes(8, "little")),
+        lambda entry: overwrite(entry / "labels.npy", -8, (0).to_bytes(8, "little")),
+        lambda entry: edit_meta(entry, classes=["cat", "dig"]),
+        lambda entry: edit_meta(entry, given_test=1),
+        lambda entry: edit_meta(entry, given_test=False),
+        lambda entry: edit_meta(entry, name="else"),
+        lambda entry: edit_meta(entry, copies=[[3, 0]]),
+        lambda entry: (entry / "meta.json").write_text("[" * 100_000),
+        lambda entry: overwrite(entry / "images.npy", 10, b"{(((((((((((("),
+    ],
+)
+def test_a_changed_cache_is_found_out_and_read_again_and_said(folder, data_dir, damage):
+    whole = load(str(folder), data_dir=data_dir, seed=0)
+    expected = whole.train.images, whole.train.labels
+    assert not any("damaged" in note for note in whole.notes)
+    entry = cache_of(whole, data_dir)
+    damage(entry)
+    with pytest.raises(ValueError, match="no undamaged data set"):
+        open_cached(whole.digest, data_dir, 0)
+    again = load(str(folder), data_dir=data_dir, seed=0)
+    (note,) = (note for note in again.notes if "damaged" in note)
+    assert note == f"{str(entry)!r} was damaged: its images were read again from {folder}"
+    assert again.digest == whole.digest
+    assert again.classes == whole.classes
+    assert torch.equal(again.train.images, expected[0])
+    assert torch.equal(again.train.labels, expected[1])
+    assert load(str(folder), data_dir=data_dir, seed=0).notes == whole.notes
+    assert_nothing_is_left_over(data_dir)
+
+
+def make_earlier(entry):
+    """Let an entry be as those that were written before there was a checksum."""
+    file = entry / "meta.json"
+    meta = json.loads(file.read_text())
+    del meta["checksum"], meta["copies"]
+    file.write_text(json.dumps(meta, indent=2))
+
+
+def test_an_entry_of_an_earlier_version_is_checked_by_its_digest_too(folder, data_dir, monkeypatch):
+    shutil.copy(folder / "cat/000.bmp", folder / "cat/000b.bmp")
+    dataset = load(str(folder), data_dir=data_dir, seed=0)
+    entry = cache_of(dataset, data_dir)
+    now = (entry / "meta.json").read_bytes()
+    make_earlier(entry)
+    opened = open_cached(dataset.digest, data_dir, 0)
+    assert torch.equal(opened.train.images, dataset.train.images)
+    with monkeypatch.context() as patch:
+        forbid_decoding(patch)
+        assert load(str(folder), data_dir=data_dir, seed=0).notes == dataset.notes
+    assert (entry / "meta.json").read_bytes() == now  # the copies are noted
+    make_earlier(entry)
+    overwrite(entry / "labels.npy", -8, (0).to_bytes(8, "little"))
+    assert "was damaged" in load(str(folder), data_dir=data_dir, seed=0).notes[0]
+    assert_nothing_is_left_over(data_dir)
+
+
+def test_an_entry_of_an_earlier_version_may_be_read_only(folder, data_dir, monkeypatch):
+    dataset = load(str(folder), data_dir=data_dir, seed=0)
+    make_earlier(cache_of(dataset, data_dir))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    assert load(str(folder), data_dir=data_dir, seed=0).digest == dataset.digest
+
+
+def test_an_entry_that_was_removed_is_no_damage(folder, data_dir):
+    whole = load(str(folder), data_dir=data_dir, seed=0)
+    shutil.rmtree(cache_of(whole, data_dir))
+    assert load(str(folder), data_dir=data_dir, seed=0).notes == whole.notes
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"digest": "../../x"}', '{"digest": 5}', "\xff"]
 )
@@ -647,6 +736,163 @@ def test_folders_that_cannot_be_split_are_refused_by_name(tmp_path, data_dir, pa
     message = refusal(make_folder(folder, parts), data_dir)
     assert complaint in message
     assert str(folder) in message
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Training", "Testing"),
+        ("TRAIN", "test"),
+        ("train2017", "test2017"),
+        ("train_images", "test_images"),
+        ("trainset", "hold-out"),
+        ("seg_train", "seg_test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("asl_alphabet_Train", "aslTest"),
+        ("train", None),
+        ("my_train", None),
+    ],
+)
+def test_folders_with_the_names_of_splits_are_splits(tmp_path, data_dir, train, test):
+    counts = {f"{train}/a": 6, f"{train}/b": 5}
+    if test:
+        counts |= {f"{test}/a": 2, f"{test}/b": 1}
+    dataset = load(str(make_folder(tmp_path / "images", counts)), data_dir=data_dir, seed=0)
+    assert dataset.classes == ("a", "b")
+    assert dataset.given_test == (test is not None)
+    assert len(dataset.test) == (3 if test else 2)
+    assert not any("not used" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["Train/a", "Train/b", "train/a", "train/b"], "2 folders for train, ['Train', 'train']"),
+        (["train/a", "train/b", "Test/a", "test/a"], "2 folders for test, ['Test', 'test']"),
+        (["trainA", "trainB", "testA", "testB"], "2 folders for train, ['trainA', 'trainB']"),
+        (["train_old/a", "my_train/a"], "only one class"),
+        (["steam_train", "electric_train"], "2 folders for train"),
+        (["cats", "dogs", "test"], "a folder 'test', but none that is called train"),
+        (["cats", "dogs", "val2"], "a folder 'val2', but none that is called train"),
+        (["cats", "dogs", "holdout"], "a folder 'holdout', but none"),
+        (["cats", "train"], "no images in"),
+        (["train/a", "train/b", "dev/a"], "a folder 'dev', which would not be used"),
+        (["seg_train/a", "seg_train/b", "seg_val/a"], "a folder 'seg_val', which would not be"),
+        (["train", "test"], "no images in"),
+        (["train/a", "train/b", "test/a", "test/B"], "differ in classes: ['B', 'b']"),
+    ],
+)
+def test_splits_that_are_not_understood_are_refused_by_name(tmp_path, data_dir, names, complaint):
+    folder = make_folder(tmp_path / "images", dict.fromkeys(names, 3))
+    assert complaint in refusal(folder, data_dir)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("bus", "car", "train"),
+        ("bullet_train", "bus", "car"),
+        ("train_station", "bus_stop"),
+        ("test_tube", "flask"),
+        ("invalid", "valid"),
+        ("Restaurant", "contest", "trainer"),
+    ],
+)
+def test_classes_may_have_names_that_hold_a_split_s(tmp_path, data_dir, classes):
+    folder = make_folder(tmp_path / "images", dict.fromkeys(classes, 3))
+    assert load(str(folder), data_dir=data_dir, seed=0).classes == tuple(sorted(classes))
+
+
+def test_folders_beside_the_splits_are_told_of(tmp_path, data_dir):
+    parts = dict.fromkeys(["train/a", "train/b", "test/a", "test/b", "extra", "train_old/c"], 3)
+    dataset = load(str(make_folder(tmp_path / "images", parts)), data_dir=data_dir, seed=0)
+    assert "not used, beside the splits: 'extra', 'train_old'" in dataset.notes
+
+
+def test_splits_within_the_classes_are_told_of(tmp_path, data_dir):
+    parts = dict.fromkeys(["a/train", "a/test", "b/train", "b/test"], 3)
+    dataset = load(str(make_folder(tmp_path / "images", parts)), data_dir=data_dir, seed=0)
+    assert dataset.classes == ("a", "b")
+    assert any("folders 'test', 'train': they are read as one" in note for note in dataset.notes)
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(folder, data_dir):
+    before = load(str(folder), data_dir=data_dir, seed=0)
+    for name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "#recycle", ".cache"):
+        shutil.copytree(folder / "cat", folder / name / "cat")
+    for name in ("ehthumbs.db", "Icon\r", ".DS_Store", "desktop.ini", "._000.bmp"):
+        (folder / "cat" / name).write_text("no image")
+    shutil.copytree(folder / "dog", folder / "cat" / "@eaDir")
+    after = load(str(folder), data_dir=data_dir, seed=0)
+    assert after.digest == before.digest
+    (note,) = set(after.notes) - set(before.notes)
+    assert note.startswith("passed over 12 hidden or system files or folders: '@eaDir' (2), ")
+
+
+def test_hidden_files_are_counted_in_splits_once(tmp_path, data_dir):
+    parts = dict.fromkeys(["train/a", "train/b", "test/a", "test/b"], 3)
+    folder = make_folder(tmp_path / "images", parts)
+    for part in ("", "train", "test", "train/a", "test/b"):
+        (folder / part / ".DS_Store").touch()
+    dataset = load(str(folder), data_dir=data_dir, seed=0)
+    assert "passed over 5 hidden or system files or folders: '.DS_Store' (5)" in dataset.notes
+
+
+# What people should know of a split
+
+
+def notes_of(dataset, word):
+    return [note for note in dataset.notes if word in note]
+
+
+def test_equal_images_in_two_splits_are_counted(tmp_path, data_dir):
+    parts = {"train/a": 10, "train/b": 10, "test/a": 5, "test/b": 5}
+    folder = make_folder(tmp_path / "images", parts)
+    assert notes_of(load(str(folder), data_dir=data_dir, seed=0), "same pixels") == []
+    for i in range(3):  # of another format, and another class
+        Image.open(folder / f"train/a/00{i}.bmp").save(folder / f"test/b/copy{i}.png")
+    dataset = load(str(folder), data_dir=data_dir, seed=0)
+    assert notes_of(dataset, "same pixels") == [
+        "3 of 13 test images have the same pixels as an image in train or validation: accuracy on "
+        "them says nothing about new images"
+    ]
+
+
+def test_copies_within_a_drawn_data_set_are_counted_slowly_and_fast_alike(tmp_path, data_dir):
+    folder = make_folder(tmp_path / "images", {"a": 20, "b": 20})
+    for i in range(20):
+        shutil.copy(folder / f"a/{i:03}.bmp", folder / f"a/{i:03} (1).bmp")
+    dataset = load(str(folder), data_dir=data_dir, seed=0)
+    train, validation = (
+        {image.numpy().tobytes() for image in split.images}
+        for split in (dataset.train, dataset.validation)
+    )
+    count = sum(image.numpy().tobytes() in train for image in dataset.validation.images)
+    assert 0 < count < len(dataset.validation)
+    (note,) = notes_of(dataset, "validation images have the same pixels")
+    assert note.startswith(f"{count} of {len(dataset.validation)} validation images")
+    assert len(validation) + len(train) < 60
+
+
+def test_digits_have_no_notes(digits_dir):
+    assert load("digits", data_dir=digits_dir, seed=0).notes == ()
+
+
+def test_a_small_validation_split_is_told_of_with_its_resolution(tmp_path, data_dir):
+    folder = make_folder(tmp_path / "images", {"a": 40, "b": 20}, size=(2, 2))
+    assert load(str(folder), data_dir=data_dir, seed=0).notes == (
+        "the validation split has 12 images, fewer than 100: one image is 8.3 points of accuracy, "
+        "so smaller differences between configurations can't be seen",
+    )
+
+
+def test_a_validation_split_of_nearly_one_class_is_told_of(tmp_path, data_dir):
+    folder = make_folder(tmp_path / "images", {"a": 500, "b": 20}, size=(4, 4))
+    (note,) = load(str(folder), data_dir=data_dir, seed=0).notes
+    assert note == (
+        "100 of 104 validation images are of class 'a': a network that always answers so has "
+        "96.2 % accuracy"
+    )
 
 
 def test_images_beside_the_class_folders_do_not_make_a_data_set(tmp_path, data_dir):

@@ -3,12 +3,15 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -211,28 +214,199 @@ def test_the_limit_is_on_pixels_not_on_a_side(monkeypatch):
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     with (tmp_path / "a.png").open("wb") as stream:
         stream.truncate(images.MAX_BYTES + 1)
-    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(ValueError, match="536,870,913 bytes"):
         decode(tmp_path / "a.png")
 
 
-def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+@pytest.mark.parametrize("size", [(89_478_485, 1), (1, 89_478_485), (1_000_001, 2)])
+def test_a_long_side_is_refused_before_it_is_decoded(size, monkeypatch):
+    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="a side of more than 1,000,000 pixels"):
+        decode(bomb(*size))
+
+
+def test_the_longest_side_is_resized_in_little_memory():
+    image = Image.new("L", (images.MAX_SIDE, 1), 7)
+    assert (decode(encoded(image)) == 7).all()
+
+
+def test_an_image_without_memory_for_it_is_refused_and_others_are_decoded(monkeypatch):
+    pixels = images._pixels
+
+    def fail_for_some(image):
+        if image.width == 9:
+            raise MemoryError
+        return pixels(image)
+
+    monkeypatch.setattr(images, "_pixels", fail_for_some)
+    data = [encoded(Image.new("RGB", (width, 9))) for width in (8, 9, 10)]
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(decode, item) for item in data]
+    assert [type(future.exception()) for future in futures] == [type(None), ValueError, type(None)]
+    assert "takes more memory than there is" in str(futures[1].exception())
+
+
+def progressive(size, *, scans):
+    """Return a progressive JPEG, whose last scan is repeated until it has so many."""
+    data = encoded(Image.fromarray(noise(size, size, 3)), "JPEG", progressive=True)
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    repeats = scans - data.count(b"\xff\xda")
+    return data[:end] + data[start:end] * repeats + data[end:]
+
+
+@pytest.mark.parametrize("size", [16, 6000])
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(size, monkeypatch):
+    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_decode_confined", lambda _: pytest.fail("it was decoded"))
+    data = progressive(16, scans=3000)
+    position = data.index(b"\xff\xc2") + 5
+    data = data[:position] + struct.pack(">HH", size, size) + data[position + 4 :]
+    with pytest.raises(ValueError, match="more than 100 scans"):
+        decode(data)
+
+
+def test_a_film_behind_a_jpeg_is_not_taken_for_scans():
+    data = progressive(40, scans=90)
+    film = noise(2**25 - len(data)).tobytes()
+    assert film.count(b"\xff\xda") > 400
+    np.testing.assert_array_equal(decode(data + film), decode(data))
+
+
+def test_a_jpeg_of_many_scans_for_its_size_is_decoded_by_a_process_with_limits():
+    def is_demanding(scans):
+        with Image.open(io.BytesIO(progressive(16, scans=scans))) as image:
+            image._size = (5000, 5000)
+            return images._is_demanding(image, progressive(16, scans=scans))
+
+    assert not is_demanding(12)
+    assert is_demanding(90)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
+def test_what_is_decoded_by_a_process_with_limits_has_the_same_pixels(mode, monkeypatch):
+    image = Image.fromarray(noise(90, 50, 3)).convert(mode.removesuffix(";16")).convert(mode)
+    data = encoded(image, exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0")
+    expected = decode(data)
     monkeypatch.setattr(images, "_LARGE", 100)
+    monkeypatch.setattr(images, "_pixels", None)
+    result = decode(data)
+    assert result.flags.writeable
+    np.testing.assert_array_equal(result, expected)
+
+
+def confine_all(monkeypatch, **limits):
+    monkeypatch.setattr(images, "_LARGE", 0)
+    for name, value in limits.items():
+        monkeypatch.setattr(images, name, value)
+
+
+def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
+    confine_all(monkeypatch, MAX_MEMORY=5 * 10**8)
+    assert decode(encoded(Image.new("RGB", (9, 9)))).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match=r"^\d+ bytes is .*0.5 GB of memory"):
+        decode(encoded(Image.new("L", (9400, 9400)), compress_level=1))
+
+
+def test_an_image_that_takes_too_long_is_refused(monkeypatch):
+    confine_all(monkeypatch, MAX_SECONDS=0.001)
+    with pytest.raises(ValueError, match=r"^\d+ bytes is refused: it takes more than 0.001 sec"):
+        decode(encoded(Image.new("RGB", (9, 9))))
+
+
+def test_a_process_with_limits_says_what_is_wrong_with_an_image(monkeypatch, tmp_path):
+    confine_all(monkeypatch, _LARGE_FILE=10)
+    (tmp_path / "a.png").write_text("no image at all")
+    with pytest.raises(ValueError, match=r"a.png' is no image \(known: JPEG"):
+        decode(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a side of more than 1,000,000 pixels"):
+        decode(bomb(1_000_001, 1))
+
+
+def test_a_decoder_that_is_killed_is_reported(monkeypatch):
+    confine_all(monkeypatch)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="its decoder ended with status 1"):
+        decode(encoded(Image.new("RGB", (9, 9))))
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     at_work, most = [], []
 
-    def watched(image):
-        at_work.append(image)
+    def watched(command, **options):
+        at_work.append(command)
         most.append(len(at_work))
         time.sleep(0.01)
         at_work.pop()
-        return np.zeros((32, 32, 3), np.uint8)
+        return subprocess.CompletedProcess(command, 0, stdout=bytes(32 * 32 * 3))
 
-    monkeypatch.setattr(images, "_pixels", watched)
-    for size, alone in (((11, 10), True), ((10, 10), False)):
-        most.clear()
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(decode, [encoded(Image.new("RGB", size))] * 8))
-        assert (max(most) == 1) == alone
+    confine_all(monkeypatch)
+    monkeypatch.setattr(subprocess, "run", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode, [encoded(Image.new("RGB", (9, 9)))] * 8))
+    assert most == [1] * 8
+
+
+def test_the_larger_of_two_sizes_that_a_jpeg_2000_claims_counts():
+    data = encoded(Image.new("RGB", (16, 16)), "JPEG2000")
+    position = data.index(b"\xff\x4f\xff\x51") + 8
+    larger = data[:position] + struct.pack(">II", 5000, 5000) + data[position + 8 :]
+    for content, demanding in ((data, False), (larger, True)):
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.size == (16, 16)
+            assert images._is_demanding(image, content) == demanding
+
+
+def tiled(side):
+    """Return the head of a TIFF of 16 × 16 grey pixels in one tile of side × side."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 9}
+    entries = [struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items()]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize(("side", "demanding"), [(256, False), (60_000, True)])
+def test_a_tiff_of_one_huge_tile_is_decoded_by_a_process_with_limits(side, demanding):
+    with Image.open(io.BytesIO(tiled(side))) as image:
+        assert image.size == (16, 16)
+        assert images._is_demanding(image, tiled(side)) == demanding
+
+
+def test_a_link_to_what_never_ends_is_not_read(tmp_path):
+    """As root, to read /proc/kmsg waits for the kernel to say something."""
+    (tmp_path / "a.png").symlink_to("/proc/kmsg")
+    script = (
+        "import sys; from pathlib import Path; from cnn.images import decode\n"
+        "try: decode(Path(sys.argv[1]))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a.png")]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, check=True, cwd=root, capture_output=True, text=True, timeout=60)
+    assert re.search("it is empty|can't be read|not a regular file", done.stdout)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    os.mkfifo(file)
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    written = []
+    writer = threading.Timer(5, lambda: written.append(os.open(file, os.O_RDWR)))  # ends a wait
+    writer.start()
+    try:
+        with pytest.raises(ValueError, match="not a regular file"):
+            decode(file)
+        assert not written
+    finally:
+        writer.cancel()
+
+
+def test_a_file_that_may_not_be_looked_at_is_named(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ValueError, match=r"a.png' can't be read: Permission denied"):
+        decode(tmp_path / "a.png")
 
 
 def test_what_an_ending_says_makes_no_difference(tmp_path):
@@ -252,11 +426,25 @@ def test_finds_all_files_below_sorted_by_relative_path(tmp_path):
     assert found == ["Z.jpg", "a.png", "b-c.png", "b/1.png", "b/c.txt", "b/c/2.png"]
 
 
-def test_leaves_out_hidden_files_and_what_file_managers_leave(tmp_path):
-    for name in (".DS_Store", ".cache/a.png", "Thumbs.db", "sub/desktop.ini", "sub/._b.png", "b"):
+def test_leaves_out_and_counts_hidden_files_and_what_systems_leave(tmp_path):
+    left = (
+        *(".DS_Store", "sub/.DS_Store", ".cache/a.png", "Thumbs.db", "ehthumbs.db", "Icon\r"),
+        *("sub/desktop.ini", "sub/._b.png", "sub/._c.png", "@eaDir/b/SYNOPHOTO_THUMB_M.jpg"),
+        *("__MACOSX/b.png", "$RECYCLE.BIN/b.png", "System Volume Information/x", "lost+found/x"),
+        *("#recycle/b.png", "sub/@eaDir/c.png"),
+    )
+    for name in (*left, "b", "sub/Folder.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_images(tmp_path) == [tmp_path / "b"]
+    assert find_images(tmp_path) == [tmp_path / "b", tmp_path / "sub" / "Folder.jpg"]
+    passed_over = Counter()
+    assert list(images.walk(tmp_path, passed_over)) == ["b", "sub/Folder.jpg"]
+    assert passed_over.total() == len(left)
+    assert (passed_over["._*"], passed_over[".DS_Store"], passed_over["@eaDir"]) == (2, 2, 2)
+    (note,) = images.note_on_passed_over(passed_over)
+    assert note.startswith("passed over 16 hidden or system files or folders: '")
+    assert note.endswith(" and 10 other names")
+    assert images.note_on_passed_over(Counter()) == ()
 
 
 def test_follows_links_and_ends_on_a_loop(tmp_path):
