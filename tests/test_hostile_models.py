@@ -336,11 +336,12 @@ GRAPHS: dict[str, tuple[Nodes, str]] = {
     "doubles its tensor 40 times": (doubled(40), MEMORY),
     "adds each number to each": (
         [
-            *FLAT,
-            ("s", "add.Tensor", {"self": tensor("v"), "other": tensor("t")}),
-            ("u", "unsqueeze.default", {"self": tensor("s"), "dim": size(2)}),
-            ("r", "reshape.default", {"self": tensor("f"), "shape": ints(1, 1, 6144)}),
-            ("x", "add.Tensor", {"self": tensor("u"), "other": tensor("r")}),
+            *doubled(0),
+            ("v", "reshape.default", {"self": tensor("f"), "shape": ints(6144, 1, 1)}),
+            ("w", "reshape.default", {"self": tensor("f"), "shape": ints(6144, 1)}),
+            ("r", "reshape.default", {"self": tensor("f"), "shape": ints(6144)}),
+            ("s", "add.Tensor", {"self": tensor("v"), "other": tensor("w")}),
+            ("x", "add.Tensor", {"self": tensor("s"), "other": tensor("r")}),
         ],
         MEMORY,
     ),
@@ -397,6 +398,24 @@ def test_a_small_graph_that_takes_much_is_refused_before_it_runs(
     line = refused(capfd)
     assert line.startswith("python -m tracking.predict: error: can't load the model model: ")
     assert complaint in line
+
+
+def test_what_a_graph_has_no_use_for_is_passed_over_in_silence(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def edit(program: dict[str, Any]) -> None:
+        values = program["graph_module"]["graph"]["tensor_values"]
+        for number in range(1000, 1010):
+            expression = f"Symbol('s{number}', positive=True, integer=True)"
+            unused = json.loads(json.dumps(values["images"]))
+            unused["sizes"][0]["as_expr"]["expr_str"] = expression
+            values[f"x{number}"] = unused
+            program["range_constraints"][f"s{number}"] = {"min_val": 2, "max_val": 9}
+
+    edit_program(model, edit)
+    capfd.readouterr()
+    assert load_model("model").classes == tuple(COLOURS)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_graph_that_takes_little_more_is_loaded(model: Path) -> None:

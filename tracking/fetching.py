@@ -113,7 +113,7 @@ def _located(client: Client, uri: str) -> tuple[str, dict[str, str]]:
                 version = client.get_model_version(name, number)
                 location = client.get_model_version_download_uri(name, number)
                 digests = digest_tags(version.tags)
-                source = str(version.source)
+                source = version.source or ""
                 if not digests and source.startswith("models:/"):  # made by hand, say
                     return _located(client, source)
                 return location, digests

@@ -113,7 +113,8 @@ def load_graph(archive: bytes) -> GraphModule:
 def _cause_raised() -> Iterator[None]:
     """Raise what PyTorch's loader of graphs logs, a traceback of 20 lines, in place of its error.
 
-    That says no more than to look at the log.
+    That says no more than to look at the log. What else it logs, a line for each symbol that a
+    graph has no use for, is left out.
     """
     causes: list[BaseException] = []
 
@@ -122,14 +123,16 @@ def _cause_raised() -> Iterator[None]:
             causes.append(record.exc_info[1])
         return False
 
-    log = logging.getLogger("torch.export")
-    log.addFilter(keep)
+    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export.serde.serialize")]
+    for log in logs:
+        log.addFilter(keep)
     try:
         yield
     except RuntimeError as error:
         raise (causes or [error])[-1] from error
     finally:
-        log.removeFilter(keep)
+        for log in logs:
+            log.removeFilter(keep)
 
 
 def harmless(archive: bytes) -> bytes:
