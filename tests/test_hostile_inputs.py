@@ -17,14 +17,18 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_outputs import predictor_of, use
 
-from tracking import arrays, files
+from tracking import arrays, files, inputs, parquet_reader
 from tracking.drafts import open_folder
+from tracking.inputs import Table
 from tracking.predict import main
 from tracking.store import make_whole
 
@@ -417,3 +421,91 @@ def test_what_is_no_regular_file_is_not_read(
     Path(name).symlink_to("/dev/zero")
     with bounded(seconds=5):
         assert "it is no regular file" in fails([name], capsys)
+
+
+# Parquet: read by a process with a limit of its own
+
+
+def reads(table: pa.Table, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """Write a table, and return what is read of it, with 600 MB for the process that reads."""
+    monkeypatch.setattr(parquet_reader, "MAX_MEMORY", 6 * 10**8)
+    pq.write_table(table, "x.parquet", compression="zstd", **options)
+    with bounded(seconds=60, megabytes=400):
+        return list(Table(Path("x.parquet"), None).rows(0))
+
+
+def test_a_table_that_unpacks_to_more_than_is_allowed_is_refused(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"image": [bytes(10**7)] * 40})  # a page
+    with pytest.raises(ValueError, match=r"x\.parquet': row 0 takes more than 600,000,000 bytes"):
+        reads(table, monkeypatch, use_dictionary=False)
+    assert Path("x.parquet").stat().st_size < 100_000
+
+
+def test_many_large_images_are_read_one_by_one(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_reader, "MAX_MEMORY", 6 * 10**8)
+    pq.write_table(pa.table({"image": [bytes(3 * 10**7)] * 20}), "x.parquet")  # once in the file
+    with bounded(seconds=60, megabytes=400):
+        sizes = [len(image) for image, _ in Table(Path("x.parquet"), None).rows(0)]
+    assert sizes == [3 * 10**7] * 20
+
+
+def test_an_image_that_unpacks_to_too_much_is_an_error_of_its_row(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_reader, "MAX_CELL", 999)
+    rows = reads(pa.table({"image": [bytes(999), bytes(1000), None]}), monkeypatch)
+    assert rows[0] == (bytes(999), None)
+    assert str(rows[1][0]) == "is refused: it has 1,000 bytes, more than 999"
+    assert rows[2] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (pa.array([10**18, 1, None], pa.timestamp("ms")), [None] * 3),
+        (pa.array([2**64 - 1, 1, None], pa.uint64()), [None, 1, None]),
+        (pa.array(["a", "b", None]).dictionary_encode(), ["a", "b", None]),
+        (pa.array([[1], [], None]), [None] * 3),
+        (pa.array([1.5, 1, None]), [None] * 3),
+        (pa.array([True, False, None]), [1, 0, None]),
+    ],
+)
+def test_labels_may_be_of_any_type(
+    label: pa.Array, expected: list[Any], desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = reads(pa.table({"image": [b"1", b"2", b"3"], "label": label}), monkeypatch)
+    assert rows == list(zip([b"1", b"2", b"3"], expected, strict=True))
+
+
+def test_in_a_struct_a_path_that_is_none_is_passed_over(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [{"bytes": b"1", "path": 7}, {"bytes": None, "path": 7}, None]
+    assert reads(pa.table({"image": cells}), monkeypatch) == [(b"1", None), *[(None, None)] * 2]
+
+
+def test_two_columns_of_a_name_are_one_line(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = pa.table([[b"1"], [b"2"], [0], [1]], ["image", "image", "label", "label"])
+    pq.write_table(twice, "x.parquet")
+    assert "has 2 columns 'image'" in fails(["x.parquet"], capsys)
+    pq.write_table(twice.select([0, 2, 3]), "x.parquet")
+    assert "has 2 columns 'label'" in fails(["x.parquet"], capsys)
+
+
+def test_a_damaged_table_is_one_line(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"image": [os.urandom(1000)]}), "x.parquet", compression="zstd")
+    whole = Path("x.parquet").read_bytes()
+    Path("x.parquet").write_bytes(whole[:4] + b"\xff" * 30 + whole[34:])
+    assert "can't read the Parquet file 'x.parquet': " in fails(["x.parquet"], capsys)
+    Path("x.parquet").write_bytes(whole[:-8] + b"\xff\xff\xff\x7fPAR1")
+    assert "its footer has 2,147,483,647 bytes, more than" in fails(["x.parquet"], capsys)
+
+
+def test_a_table_that_takes_too_long_is_refused(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_SECONDS", 0.001)
+    with pytest.raises(ValueError, match="row 0 and those after it take more than 0 s to unpack"):
+        reads(pa.table({"image": [b"1"]}), monkeypatch)

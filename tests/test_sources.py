@@ -103,6 +103,43 @@ def test_with_nul_between_them_names_may_hold_newlines(
     assert chunk.errors == {}
 
 
+def test_a_list_may_be_a_pipe_that_is_named(photos: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, "\n".join(photos).encode())
+    os.close(writing)
+    assert whole(source(f"@/dev/fd/{reading}"))[0] == photos
+    os.close(reading)
+
+
+def test_a_list_has_a_bound(photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("list").write_bytes(b"a\n" * 5)
+    with pytest.raises(ValueError, match="can't read the list '@/dev/zero': it is a device"):
+        source("@/dev/zero")
+    monkeypatch.setattr(inputs, "MAX_LIST", 9)
+    for text in ("@list", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n" * 5)))
+        with pytest.raises(ValueError, match=f"list '{text}' is refused: it has more than 9 bytes"):
+            source(text)
+    monkeypatch.setattr(inputs, "MAX_LIST", 10)
+    assert source("@list").size == 5
+    monkeypatch.setattr(inputs, "MAX_NAMES", 4)
+    with pytest.raises(ValueError, match="it has more than 4 paths"):
+        source("@list")
+
+
+def test_a_name_that_is_too_long_is_an_error_of_its_row(photos: list[str]) -> None:
+    long = "x" * 300 + ".png"
+    Path("list").write_text(f"{long}\n{photos[0]}\n{'y/' * 3000}\n")
+    pq.write_table(pa.table({"path": [long, photos[0], "y/" * 3000]}), "t.parquet")
+    for text in ("@list", "t.parquet"):
+        (chunk,) = source(text).read(9, 0)
+        assert set(chunk.errors) == {0, 2}
+        assert chunk.errors[0] == "can't be read: File name too long"
+    for text in (long, f"{long}:test", f"@{long}"):
+        with pytest.raises(ValueError, match="^(there is no|unknown data set|can't)"):
+            source(text)
+
+
 def test_what_is_listed_and_not_there_is_an_error_of_its_row(photos: list[str]) -> None:
     Path("list").write_text(f"none.png\n{photos[0]}\nphotos\n")
     (chunk,) = source("@list").read(9, 0)
@@ -287,6 +324,34 @@ def test_of_a_folder_that_has_changed_the_latest_digest_comes_first(photos: list
     Path(photos[0]).unlink()
     second = data.load("photos", data_dir=Path("d"), seed=0).digest
     assert dataset_of("photos", Path("d")) == KnownData(name="photos", digests=(second, first))
+
+
+def test_where_no_folder_is_a_class_the_note_names_both(photos: list[str]) -> None:
+    opened = open_source("photos", classes=("0", "1"), metadata={}, data_dir=Path("d"))
+    assert opened.notes == (
+        "the model may be of another data set: its classes are '0', '1', and none of the images' "
+        "folders is called so, but 'azure', 'blue', 'red'",
+    )
+    for text in ("photos/red", photos[0]):  # one folder may be called anything
+        assert not open_source(text, classes=("0",), metadata={}, data_dir=Path("d")).notes
+
+
+@pytest.mark.parametrize("text", ["photos", "photos/red", "photos/red/00.png"])
+def test_that_the_model_is_of_other_data_than_a_folder_is_noted(
+    photos: list[str], text: str
+) -> None:
+    digest = data.load("photos", data_dir=Path("d"), seed=0).digest
+
+    def notes(trained_on: str | None, data_dir: str = "d") -> tuple[str, ...]:
+        metadata = {"dataset": "digits", "dataset_digest": trained_on} if trained_on else {}
+        classes = ("red", "blue", "azure")
+        return open_source(text, classes=classes, metadata=metadata, data_dir=Path(data_dir)).notes
+
+    assert notes("f00") == (
+        "the model was trained on other data ('digits', digest f00) than this is of ('photos', "
+        f"digest {digest})",
+    )
+    assert notes(digest) == notes(None) == notes("f00", "elsewhere") == ()
 
 
 # Ahead

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
+import stat
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
+
+from tracking import parquet_reader
+from tracking.store import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
 
-Item = str | bytes | None
-"""An image: a path, its encoded bytes, or nothing where a row has none."""
+Item = str | bytes | ValueError | None
+"""An image: a path, its encoded bytes, why it is refused, or nothing where a row has none."""
+
+MAX_LIST, MAX_NAMES = 2**29, 10**7
+"""Bytes that a list of paths may have, and paths in it."""
+
+# Of a Parquet file: what is read together, how long that may take, and what describes it.
+_ROWS_AT_ONCE = 32
+_SECONDS = 60.0
+_LARGEST_FOOTER = 2**24
+# Arrow's own ways of allocating ask for much more of the address space than they use.
+_READER_ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 
 COLUMNS = ("image", "bytes", "path")
 """Where images are looked for in Parquet, unless a column is named: the first that is there."""
@@ -53,13 +71,28 @@ def listed_paths(names: Iterable[str], *, prefix: str) -> Paths:
 def read_list(text: str) -> Paths:
     """Read the paths that `@FILE`, or `-` for standard input, lists: one a line.
 
+    A file of them may be a pipe, `@<(find …)`, but no device. Raises ValueError.
+
     If there is a NUL, that ends them instead (`find -print0`), and they may hold newlines.
     """
     try:
-        content = sys.stdin.buffer.read() if text == "-" else Path(text[1:]).read_bytes()
+        if text == "-":
+            content = sys.stdin.buffer.read(MAX_LIST + 1)
+        else:
+            with open(text[1:], "rb") as stream:  # noqa: PTH123 -- a pipe may be named: @<(find …)
+                if stat.S_ISCHR(mode := os.fstat(stream.fileno()).st_mode) or stat.S_ISBLK(mode):
+                    raise ValueError(f"can't read the list {text!r}: it is a device")
+                content = stream.read(MAX_LIST + 1)
     except OSError as error:
         raise ValueError(f"can't read the list {text!r}: {error.strerror}") from error
-    if b"\0" in content:
+    if len(content) > MAX_LIST:
+        raise ValueError(
+            f"the list {text!r} is refused: it has more than {MAX_LIST:,} bytes (split it)"
+        )
+    separator = b"\0" if b"\0" in content else b"\n"
+    if content.count(separator) > MAX_NAMES:
+        raise ValueError(f"the list {text!r} is refused: it has more than {MAX_NAMES:,} paths")
+    if separator == b"\0":
         return Paths(content, b"\0")
     return Paths(content.replace(b"\r\n", b"\n"), b"\n")
 
@@ -75,74 +108,151 @@ class Table:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         self.file = file
-        if not file.is_file():  # opening a named pipe would wait for ever
-            raise ValueError(f"can't read the Parquet file {str(file)!r}: it is no regular file")
         try:
-            with _opened(file) as stream, pq.ParquetFile(stream) as opened:
+            _check_footer(file)
+            with pa.OSFile(os.fsencode(file)) as stream, pq.ParquetFile(stream) as opened:
                 schema, about = opened.schema_arrow, opened.metadata
-        except (OSError, pa.ArrowException) as error:
-            line = " ".join(str(error).split())
-            raise ValueError(f"can't read the Parquet file {str(file)!r}: {line}") from error
-        self.num_rows: int = about.num_rows
-        self.groups = [about.row_group(k).num_rows for k in range(about.num_row_groups)]
+                self.groups = [about.row_group(k).num_rows for k in range(about.num_row_groups)]
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            raise self._error(one_line(error)) from error
+        if any(rows < 0 for rows in self.groups):
+            raise self._error(f"it has a row group of {min(self.groups)} rows")
+        self.num_rows = sum(self.groups)
         self.column = _image_column(schema, column, file)
         self.has_labels = "label" in schema.names and self.column != "label"
+        self._may_have_paths = not _is_binary(schema.field(self.column).type)
+        if self.has_labels:
+            _check_once("label", schema, file)
+
+    def _error(self, reason: str) -> ValueError:
+        return ValueError(f"can't read the Parquet file {str(self.file)!r}: {reason}")
 
     def rows(self, start: int) -> Iterator[tuple[Item, str | int | None]]:
-        """Yield image and label of each row from `start` on; pages are read as they are needed."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Yield image and label of each row from `start` on; pages are read as they are needed.
 
+        Raises:
+            ValueError: the file is damaged, a part of it takes more memory or time than is allowed,
+                or there are other rows than it says.
+        """
+        done = start
+        # Of large images, some may be too many.
+        for at_once in (_ROWS_AT_ONCE, 1):
+            try:
+                for pair in self._read(done, at_once):
+                    done += 1
+                    yield pair
+                break
+            except MemoryError as error:
+                if at_once == 1:
+                    most = f"{parquet_reader.MAX_MEMORY:,} bytes"
+                    raise self._error(f"row {done} takes more than {most} to unpack") from error
+        if done != self.num_rows:
+            raise self._error(f"it says that it has {self.num_rows:,} rows, and has {done:,}")
+
+    def _read(self, start: int, at_once: int) -> Iterator[tuple[Item, str | int | None]]:
+        """Yield rows as a process of its own reads them; MemoryError where it has too little."""
         group = 0
         while group < len(self.groups) and start >= self.groups[group]:
             start -= self.groups[group]
             group += 1
-        columns = [self.column, "label"] if self.has_labels else [self.column]
-        try:
-            with (
-                _opened(self.file) as stream,
-                pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False) as opened,
-            ):
-                batches = opened.iter_batches(
-                    32, row_groups=range(group, len(self.groups)), columns=columns
-                )
-                for batch in batches:
-                    skipped = min(start, batch.num_rows)
-                    start -= skipped
-                    yield from self._pairs(batch.slice(skipped))
-        except (OSError, pa.ArrowException) as error:
-            line = " ".join(str(error).split())
-            raise ValueError(f"can't read the Parquet file {str(self.file)!r}: {line}") from error
+        label = "label" if self.has_labels else ""
+        numbers = map(str, (group, start, at_once, parquet_reader.MAX_CELL))
+        process = subprocess.Popen(
+            [sys.executable, "-P", parquet_reader.__file__, str(parquet_reader.MAX_MEMORY),
+             str(self.file.absolute()), self.column, label, *numbers],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | _READER_ENVIRONMENT,
+        )  # fmt: skip
+        with process:
+            try:
+                for batch in _batches(process):
+                    yield from _pairs(batch)
+                self._check_end(process)
+            except TimeoutError as error:
+                line = f"row {start} and those after it take more than {_SECONDS:.0f} s to unpack"
+                raise self._error(line) from error
+            finally:
+                process.kill()
 
-    def _pairs(self, batch: pa.RecordBatch) -> Iterator[tuple[Item, str | int | None]]:
-        labels: list[Any] = [None] * batch.num_rows
-        if self.has_labels:
-            labels = batch.column("label").to_pylist()
-        items = map(_item, batch.column(self.column).to_pylist())
-        return zip(items, labels, strict=True)
+    def _check_end(self, process: subprocess.Popen[bytes]) -> None:
+        """Raise if the process has not read all."""
+        _, told = process.communicate()
+        if process.returncode == 2:
+            raise self._error(one_line(ValueError(told.decode(errors="replace"))))
+        if process.returncode:  # or killed, by itself or the system, at the limit
+            raise MemoryError
 
     def paths(self) -> Iterator[str]:
         """Yield the paths in the table, if it is of paths, without its images."""
+        if not self._may_have_paths:
+            return
         for item, _ in self.rows(0):
-            if not isinstance(item, bytes | None):
+            if isinstance(item, str):
                 yield item
-            elif isinstance(item, bytes):
+            elif item is not None:
                 return
 
 
-def _opened(file: Path) -> pa.NativeFile:
+def _check_footer(file: Path) -> None:
+    """Raise ValueError if what describes a Parquet file is too large to be looked at."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 8))
+        size = int.from_bytes(stream.read(4), "little")
+        if stream.read(4) == b"PAR1" and size > _LARGEST_FOOTER:
+            raise ValueError(f"its footer has {size:,} bytes, more than {_LARGEST_FOOTER:,}")
+
+
+def _batches(process: subprocess.Popen[bytes]) -> Iterator[pa.RecordBatch]:
+    """Yield what a process writes, as far as it comes."""
     import pyarrow as pa
 
-    # By the name's bytes: PyArrow takes no text that is no UTF-8.
-    return pa.OSFile(os.fsencode(file))
+    assert process.stdout is not None
+    with suppress(pa.ArrowException), _Pipe(process.stdout.fileno()) as pipe:
+        yield from pa.ipc.open_stream(pipe)
 
 
-def _item(value: Any) -> Item:
-    """Return a cell's image; a cell of `{bytes, path}` is what Hugging Face writes."""
-    if isinstance(value, dict):
-        return value["bytes"] if value.get("bytes") is not None else value.get("path")
-    item: Item = value
-    return item
+class _Pipe(io.RawIOBase):
+    """What another process writes, which must not take long over it: else TimeoutError."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        parts = []
+        while size > 0:
+            if not select.select([self.descriptor], [], [], _SECONDS)[0]:
+                raise TimeoutError
+            parts.append(os.read(self.descriptor, min(size, 2**20)))
+            size -= len(parts[-1])
+            if not parts[-1]:
+                break
+        return b"".join(parts)
+
+
+def _pairs(batch: pa.RecordBatch) -> Iterator[tuple[Item, str | int | None]]:
+    columns = (batch.column(name).to_pylist() for name in parquet_reader.COLUMNS)
+    for image, path, name, number, size in zip(*columns, strict=True):
+        item: Item = image
+        if size is not None:
+            most = f"{parquet_reader.MAX_CELL:,}"
+            item = ValueError(f"is refused: it has {size:,} bytes, more than {most}")
+        elif image is None and path is not None:
+            item = os.fsdecode(path)
+        yield item, number if name is None else name.decode(errors="surrogateescape")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _check_once(name: str, schema: pa.Schema, file: Path) -> None:
+    if (count := schema.names.count(name)) > 1:
+        raise ValueError(f"{str(file)!r} has {count} columns {name!r}: one is allowed")
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, file: Path) -> str:
@@ -153,11 +263,11 @@ def _image_column(schema: pa.Schema, wanted: str | None, file: Path) -> str:
         there = ", ".join(map(repr, schema.names[:20])) or "none"
         missing = repr(wanted) if wanted else " or ".join(map(repr, COLUMNS))
         raise ValueError(f"{str(file)!r} has no column {missing} (--column names it), but {there}")
+    _check_once(names[0], schema, file)
     kind = schema.field(names[0]).type
     if types.is_struct(kind) and "bytes" in [kind.field(k).name for k in range(kind.num_fields)]:
         kind = kind.field("bytes").type
-    of_bytes = types.is_binary(kind) or types.is_large_binary(kind)
-    if not (of_bytes or types.is_string(kind) or types.is_large_string(kind)):
+    if not (_is_binary(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise ValueError(
             f"column {names[0]!r} of {str(file)!r} is {kind}: images must be bytes (binary, or a "
             "struct of bytes and path) or paths (string)"

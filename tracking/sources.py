@@ -16,8 +16,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ def open_source(
         column: where the images are in a Parquet file.
     """
     path = Path(text)
-    suffix = "" if is_list(text) or path.is_dir() else path.suffix.lower()
+    suffix = "" if is_list(text) or os.path.isdir(text) else path.suffix.lower()  # noqa: PTH112
     if column and suffix not in TABLES:
         raise ValueError(f"--column is for Parquet files: {text!r} is none")
     if is_list(text):
@@ -175,13 +176,26 @@ def open_source(
     if not os.path.lexists(path):
         name, split = _split_named(text)
         return _open_split(name, split, classes, metadata, data_dir)
-    if path.is_dir():
-        return _open_folder(path, classes)
+    if os.path.isdir(text):  # noqa: PTH112 -- where `Path` raises an error for a name too long
+        return _noted(_open_folder(path, classes), text, metadata, data_dir)
     if suffix in ARRAYS:
         return _open_array(path, classes)
     if suffix in TABLES:
         return _open_table(path, classes, column)
-    return _open_files(listed_paths([text], prefix=""), classes, text)
+    image = _open_files(listed_paths([text], prefix=""), classes, text)
+    return _noted(image, text, metadata, data_dir)
+
+
+def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Path) -> Source:
+    """Add a note if files are of a data set that the model was not trained on."""
+    known, trained_on = dataset_of(text, data_dir), metadata.get("dataset_digest")
+    if known is None or trained_on is None or trained_on in known.digests:
+        return source
+    note = (
+        f"the model was trained on other data ({metadata.get('dataset')!r}, digest {trained_on}) "
+        f"than this is of ({known.name!r}, digest {known.digests[0]})"
+    )
+    return replace(source, notes=(*source.notes, note))
 
 
 # Image files
@@ -204,7 +218,14 @@ def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = 
         return Path(folder).name or Path(folder).absolute().name  # '.' has none
 
     folders = (path.rpartition("/")[0] if "/" in path else "." for path in paths)
-    labels, notes = _known([folder_name(folder) for folder in folders], classes)
+    names = [folder_name(folder) for folder in folders]
+    labels, notes = _known(names, classes)
+    folders_names = sorted(set(names))
+    if labels is None and len(folders_names) > 1:  # they look like classes
+        notes = (
+            f"the model may be of another data set: its classes are {listed(classes)}, and none of "
+            f"the images' folders is called so, but {listed(folders_names)}",
+        )
 
     def rows(start: int) -> Iterator[Row]:
         for index in range(start, len(paths)):
@@ -266,14 +287,17 @@ def _decode(block: list[Row]) -> tuple[list[Row], list[npt.NDArray[np.uint8] | s
     results: list[npt.NDArray[np.uint8] | str] = []
     for _, item, _ in block:
         try:
-            results.append(
-                "there is no image"
-                if item is None
-                else decode(item if isinstance(item, bytes) else Path(item))
-            )
+            if item is None:
+                results.append("there is no image")
+            elif isinstance(item, ValueError):
+                results.append(str(item))
+            else:
+                results.append(decode(item if isinstance(item, bytes) else Path(item)))
         except ValueError as error:
-            name = "" if isinstance(item, bytes) else f"{str(Path(item or ''))!r} "
+            name = f"{str(Path(item))!r} " if isinstance(item, str) else ""
             results.append(str(error).removeprefix(name))  # the row names it already
+        except OSError as error:  # a name that is too long, say
+            results.append(f"can't be read: {error.strerror}")
     return [(name, None, label) for name, _, label in block], results
 
 
@@ -319,7 +343,7 @@ def _open_table(file: Path, classes: Sequence[str], column: str | None) -> Sourc
         read=lambda size, start: _decoded(rows(start), size, has_labels=table.has_labels),
         fingerprint=f"{_state(file)} {table.column}",
         has_labels=table.has_labels,
-        files=lambda: [str(file), *table.paths()],
+        files=lambda: chain([str(file)], table.paths()),
     )
 
 
@@ -481,7 +505,7 @@ def _known(
 ) -> tuple[list[str | None] | None, tuple[str, ...]]:
     """Return the names that are classes of the model as labels, and a note if others are not.
 
-    Where none is, there are no labels, and nothing to note.
+    Where none is, there are no labels, and nothing to note: they need not be names of classes.
     """
     known = set(classes)
     labels = [name if name in known else None for name in names]

@@ -1,0 +1,169 @@
+"""Read the images in a Parquet file, in a process of its own that can't take much memory.
+
+A file of some kilobytes may stand for gigabytes, in ways that nothing in it has to tell; a limit of
+the operating system holds whatever it says. `tracking.inputs` starts this and reads what it writes:
+an Arrow stream of `COLUMNS`. Nothing of `tracking` is imported, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+MAX_MEMORY = 2 * 10**9
+"""Bytes that the process may take."""
+MAX_CELL = 2**28
+"""Bytes of one encoded image, at most: of a larger one only its size is passed on."""
+TOO_MUCH = 3
+"""The exit code where the memory did not suffice; 2 is a bad file, of which a line is told."""
+
+COLUMNS = ("image", "path", "label", "number", "size")
+"""An image's bytes, or where it is; its class's name, or position; the bytes of too large a one."""
+
+_AT_ONCE = 2**25
+
+
+def main(argv: list[str]) -> int:
+    """Write rows to standard output.
+
+    Args:
+        argv: what takes the place of MAX_MEMORY, the file, the column of the images, `label` or
+            nothing, the first row group, how many of its rows are skipped, how many are read at
+            once, and what takes the place of MAX_CELL.
+    """
+    most = int(argv[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    pa.set_cpu_count(1)
+    schema = _schema(pa)
+    try:
+        with pa.ipc.new_stream(sys.stdout.buffer, schema) as sink:
+            for batch in _batches(*argv[1:]):
+                for part in _parts(batch):
+                    sink.write_batch(part)
+                sys.stdout.buffer.flush()
+    except MemoryError:
+        return TOO_MUCH
+    except BrokenPipeError:  # nobody wants more
+        return 0
+    except Exception as error:  # a parser that trips over a damaged file may raise anything
+        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _schema(pa: Any) -> Any:
+    kinds = (pa.large_binary(), pa.large_binary(), pa.large_binary(), pa.int64(), pa.int64())
+    return pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+
+
+def _batches(
+    file: str,
+    column: str,
+    label: str,
+    first_group: str,
+    skipped: str,
+    at_once: str,
+    max_cell: str,
+) -> Iterator[Any]:
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    skip = int(skipped)
+    with (
+        pa.OSFile(os.fsencode(file)) as stream,
+        pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False) as opened,
+    ):
+        for batch in opened.iter_batches(
+            int(at_once),
+            row_groups=range(int(first_group), opened.num_row_groups),
+            columns=[column, label] if label else [column],
+            use_threads=False,
+        ):
+            rest = batch.slice(min(skip, batch.num_rows))
+            skip -= batch.num_rows - rest.num_rows
+            if rest.num_rows:
+                yield _plain(rest, column, label, int(max_cell))
+
+
+def _plain(batch: Any, column: str, label: str, max_cell: int) -> Any:
+    """Return rows as `COLUMNS` has them, whatever the types in the file are."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    images, paths = _images(batch.column(column))
+    sizes = compute.binary_length(images)
+    is_large = compute.fill_null(compute.greater(sizes, max_cell), False)
+    names, numbers = _labels(batch.column(label) if label else pa.nulls(batch.num_rows))
+    columns = [
+        compute.if_else(is_large, None, images),
+        paths,
+        names,
+        numbers,
+        compute.if_else(is_large, sizes, None),
+    ]
+    schema = _schema(pa)
+    columns = [each.cast(kind) for each, kind in zip(columns, schema.types, strict=True)]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _images(column: Any) -> tuple[Any, Any]:
+    """Return the bytes of images, and where they are: one of the two, and nulls."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    nothing = pa.nulls(len(column), pa.large_binary())
+    kind = column.type
+    if not pa.types.is_struct(kind):
+        values = column.cast(pa.large_binary())
+        return (nothing, values) if _is_text(kind) else (values, nothing)
+    fields = {kind.field(k).name: k for k in range(kind.num_fields)}
+    images = compute.struct_field(column, [fields["bytes"]]).cast(pa.large_binary())
+    if "path" not in fields or not _is_text(kind.field(fields["path"]).type):
+        return images, nothing
+    return images, compute.struct_field(column, [fields["path"]]).cast(pa.large_binary())
+
+
+def _labels(column: Any) -> tuple[Any, Any]:
+    """Return labels as names, and as positions; what is neither is null."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    names, numbers = pa.nulls(len(column), pa.large_binary()), pa.nulls(len(column), pa.int64())
+    if _is_text(column.type):
+        return column.cast(pa.large_binary()), numbers
+    if pa.types.is_uint64(column.type):
+        column = compute.if_else(compute.less(column, pa.scalar(2**62, pa.uint64())), column, None)
+    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+        return names, column.cast(pa.int64())
+    return names, numbers
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """Yield rows together, or one at a time where they are large."""
+    if batch.nbytes <= _AT_ONCE:
+        yield batch
+    else:
+        for row in range(batch.num_rows):
+            yield batch.slice(row, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
