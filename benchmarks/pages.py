@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 FIGURES = Path(__file__).parent / "figures"
-START_SECONDS = 90
+START_SECONDS = 180
 PAGE_MILLISECONDS = 60_000
 SETTLED_MILLISECONDS = 1_500
 """For what is drawn after its text is there."""
@@ -66,7 +66,7 @@ def chromium() -> str | None:
 def served(store: str) -> AbstractContextManager[str]:
     """Start MLflow's server on a store, in the working folder, and hand out its address."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    return _started([*command, "--workers", "1"], health="/health")
+    return started([*command, "--workers", "1"], health="/health")
 
 
 def dashboard(storage: str) -> AbstractContextManager[str]:
@@ -75,16 +75,19 @@ def dashboard(storage: str) -> AbstractContextManager[str]:
     A password is for `PGPASSWORD`, and not for the URL: a command line can be read by all.
     """
     command = str(Path(sys.executable).with_name("optuna-dashboard"))
-    return _started([command, "--server", "wsgiref", storage], health="/dashboard")
+    return started([command, "--server", "wsgiref", storage], health="/dashboard")
 
 
 @contextmanager
-def _started(command: list[str], *, health: str) -> Iterator[str]:
+def started(
+    command: list[str], *, health: str, settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Start a server on a free port, wait until it answers, and hand out its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment |= settings or {}
     with Path("server.log").open("wb") as log:
         server = subprocess.Popen(
             [*command, "--port", str(port)],

@@ -1,6 +1,7 @@
 """How far does one driver go? `python -m benchmarks.scaling`, about ten minutes.
 
-Everything is real but for the workers: Optuna's storage, MLflow's server over HTTP, and the driver,
+Everything is real but for the workers: Optuna's storage, MLflow's server with users as a team
+starts it (`experiments.servers`), asked over HTTP by one of them, and the driver,
 `experiments.study.sweep`. A worker is a sleep of `--epoch-seconds` an epoch (± 10 %), which learns
 as plausibly as needed for pruning to prune, and ends with the network's weights. Three tables:
 
@@ -358,8 +359,6 @@ class Bench:
     @contextmanager
     def opened(cls, options: argparse.Namespace) -> Iterator[Bench]:
         """Start what is asked for in the working folder, and stop it in the end."""
-        from benchmarks.pages import served
-
         folder = Path.cwd()
         with ExitStack() as stack:
             urls = {"sqlite": f"sqlite:///{folder}/{{}}.db"}
@@ -367,8 +366,12 @@ class Bench:
                 urls["postgresql"] = stack.enter_context(postgresql())
             storage = urls[options.storage].format("optuna")
             store = urls["sqlite" if options.server == "none" else options.server].format("mlflow")
-            uri = store if options.server == "none" else stack.enter_context(served(store))
-            stack.enter_context(patch.dict(os.environ, {"MLFLOW_TRACKING_URI": uri}))
+            if options.server == "none":
+                access = {"MLFLOW_TRACKING_URI": store}
+            else:
+                users = urls[options.server].format("mlflow_users")
+                access = stack.enter_context(team_server(store, users))
+            stack.enter_context(patch.dict(os.environ, access))
             yield cls(options=options, storage=storage, store=store)
 
     def settings(self, study: str, *, workers: int, trials: int, sampler: str = "tpe") -> Settings:
@@ -480,8 +483,31 @@ def give_up_unfinished(settings: Settings) -> None:
 
 
 @contextmanager
+def team_server(store: str, users: str) -> Iterator[dict[str, str]]:
+    """Start MLflow's server as a team does; give the variables by which one of its users asks it.
+
+    Args:
+        store: URL of the database of its runs.
+        users: of its users.
+    """
+    from benchmarks.pages import started
+    from experiments.accounts import Passwords, make_users
+    from experiments.servers import mlflow_command, mlflow_settings
+
+    passwords = Passwords(Path.cwd())
+    for name in ("passwords", "users"):
+        Path(name).mkdir()
+    command, settings = mlflow_command(store, "artifacts"), mlflow_settings(passwords, users)
+    access = {"MLFLOW_TRACKING_USERNAME": "alice"}
+    access["MLFLOW_TRACKING_PASSWORD"] = passwords.read("users/alice")
+    with started(command, health="/health", settings=settings) as address:
+        make_users(address, passwords)
+        yield {"MLFLOW_TRACKING_URI": address, **access}
+
+
+@contextmanager
 def postgresql() -> Iterator[str]:
-    """Start a server with two databases; give the URL of both, with {} for the name."""
+    """Start a server with the databases; give the URL of all, with {} for the name."""
     import sqlalchemy
 
     from tests.postgresql import find_programs, server
@@ -491,7 +517,7 @@ def postgresql() -> Iterator[str]:
     with server() as url:
         admin = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
-            for name in ("optuna", "mlflow"):
+            for name in ("optuna", "mlflow", "mlflow_users"):
                 connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
         admin.dispose()
         yield url.replace("/postgres?", "/{}?")
