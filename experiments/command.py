@@ -232,7 +232,7 @@ def add_record_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=300,
         metavar="SECONDS",
-        help="how long to wait for a server that went away, MLflow's or the study's database, before "
+        help="how long to wait for a server that went away, MLflow's or that of the study, before "
         "the sweep is stopped (the same command continues it; default: %(default)s)",
     )
 

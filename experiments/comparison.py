@@ -56,6 +56,7 @@ from experiments.study import (
     sweep,
     trials_table,
 )
+from experiments.trial_cache import TrialCache
 from tracking.store import (
     check_tracking,
     is_passing,
@@ -192,10 +193,10 @@ def compare(
     """
     with ExitStack() as stack:
         check_tracking()
-        record = _open_record(plan, data, interrupts, retest=retest)
+        record, storage = _open_record(plan, data, interrupts, retest=retest)
         name = record.study_name
         stack.enter_context(held(plan.settings.storage, name))
-        running = _Comparison(plan, data, pool, interrupts, record, open_data, retest)
+        running = _Comparison(plan, data, pool, interrupts, record, storage, open_data, retest)
         stack.callback(running.close)
         try:
             parent = running.connect()
@@ -231,11 +232,12 @@ class _Comparison:
         pool: Pool,
         interrupts: Interrupts,
         record: Study,
+        storage: TrialCache,
         open_data: Callable[[int], Dataset],
         retest: bool,
     ) -> None:
         self.plan, self.data, self.pool, self.interrupts = plan, data, pool, interrupts
-        self.record, self.retest = record, retest
+        self.record, self.storage, self.retest = record, storage, retest
         self.name = record.study_name
         self.open_data = lru_cache(maxsize=1)(open_data)
         self.outcome, self.reason = "interrupted", ""
@@ -310,9 +312,15 @@ class _Comparison:
         yield StageStarted(title=title, settings=settings)
         ended = None
         assert self.parent is not None
-        under = self.parent.run_id
-        # Closed with this generator, and not when Python gets to it.
-        with closing(sweep(settings, self.data, self.pool, self.interrupts, under=under)) as events:
+        stage = sweep(
+            settings,
+            self.data,
+            self.pool,
+            self.interrupts,
+            under=self.parent.run_id,
+            storage=self.storage,  # which is waited for between stages, too
+        )
+        with closing(stage) as events:  # with this generator, and not when Python gets to it
             for event in events:
                 yield event
                 if isinstance(event, SweepEnded):
@@ -327,7 +335,7 @@ class _Comparison:
         """Return the best setting of each loss that has one, fixed the first time it is asked."""
         found: list[dict[str, Any]] = []
         for loss in self.plan.settings.losses:
-            study = open_study(self.plan.search(self.name, loss), self.data)
+            study = open_study(self.plan.search(self.name, loss), self.data, storage=self.storage)
             best = trials_table(study).query("outcome == 'complete'").head(1)
             found += [study.get_trials(deepcopy=False)[number].params for number in best["trial"]]
         winners: list[dict[str, Any]] = agree(self.record, "winners", found)
@@ -341,7 +349,7 @@ class _Comparison:
             self.record.set_user_attr("test_rounds", rounds)
         if "ended" in rounds[-1]:
             return
-        for trial in _finished(open_study(confirmation, self.data)):
+        for trial in _finished(open_study(confirmation, self.data, storage=self.storage)):
             if trial.user_attrs.get("outcome") != "complete":
                 continue
             if self.interrupts():
@@ -403,8 +411,8 @@ def _last_round(run: Run) -> int:
 
 def _open_record(
     plan: Plan, data: Dataset, should_stop: Callable[[], bool], *, retest: bool
-) -> Study:
-    """Open the study that holds what is decided, or make it.
+) -> tuple[Study, TrialCache]:
+    """Open the study that holds what is decided, or make it, and return it with its storage.
 
     Raises:
         ValueError: it was made with another plan; or its models have seen the test split, there are
@@ -436,7 +444,7 @@ def _open_record(
             f"the test split was looked at after {repeats} repeats: with --repeats {plan.repeats} "
             "it would be looked at again, which takes --retest, and is recorded"
         )
-    return record
+    return record, storage
 
 
 def _data_facts(data: Dataset) -> dict[str, Any]:

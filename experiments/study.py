@@ -58,6 +58,7 @@ from experiments.storage import (
     storage_errors,
     storage_patience,
 )
+from experiments.trial_cache import TrialCache
 from tracking.store import (
     check_tracking,
     is_passing,
@@ -206,6 +207,7 @@ def sweep(
     interrupts: Interrupts | None = None,
     *,
     under: str | None = None,
+    storage: TrialCache | None = None,
 ) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield what happens.
 
@@ -219,6 +221,7 @@ def sweep(
         interrupts: asked several times a second; once true, what runs is closed as `interrupted`
             and the iteration ends.
         under: the run, by its id, that the sweep's own is part of, if it is of any.
+        storage: that of the settings, where it is open already.
 
     Raises:
         ValueError: study, storage, tracking server or settings can't be used, in one line;
@@ -230,7 +233,7 @@ def sweep(
     with ExitStack() as stack:
         interrupts = interrupts or Interrupts()
         check_tracking()
-        study = open_study(settings, data, interrupts)
+        study = open_study(settings, data, interrupts, storage=storage)
         stack.enter_context(held(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts, under)
         stack.callback(running.close)
@@ -762,7 +765,11 @@ class _RunningTrial:
 
 
 def open_study(
-    settings: Settings, data: Dataset, should_stop: Callable[[], bool] = lambda: False
+    settings: Settings,
+    data: Dataset,
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    storage: TrialCache | None = None,
 ) -> Study:
     """Open the study of these settings, or make it.
 
@@ -773,6 +780,7 @@ def open_study(
         settings: of the study.
         data: that it is of.
         should_stop: asked while a storage that has gone away is waited for.
+        storage: that of the settings, where it is open already.
 
     Raises:
         ValueError: the storage can't be opened, or the study is of something else.
@@ -783,7 +791,7 @@ def open_study(
     identity, made = settings.identity(data), settings.made_with(data)
     patience = storage_patience(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):
-        storage = open_storage(settings.storage, patience)
+        storage = storage or open_storage(settings.storage, patience)
         name = settings.study or existing_name(storage, data.name, identity, made)
         check_study_name(name)
         study = load_or_create(

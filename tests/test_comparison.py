@@ -24,6 +24,7 @@ from experiments.comparison import (
     ModelTested,
     Plan,
     StageStarted,
+    _open_record,
     compare,
     load_results,
 )
@@ -372,8 +373,12 @@ def test_a_plan_without_a_name_has_one_that_follows_from_it(tmp_path: Path, data
     plan = plan_in(tmp_path)
     nameless = replace(plan, settings=replace(plan.settings, study=None))
     other = replace(nameless, settings=replace(nameless.settings, seed=8))
-    assert nameless.name(data).startswith(f"compare-{data.name}-")
-    assert nameless.name(data) == replace(nameless, repeats=5).name(data) != other.name(data)
+    names = [
+        _open_record(each, data, bool, retest=False)[0].study_name
+        for each in (nameless, replace(nameless, repeats=5), other)
+    ]
+    assert all(name.startswith(f"compare-{data.name}-") for name in names)
+    assert names[0] == names[1] != names[2]
 
 
 def test_the_plan_is_in_the_parents_params(whole: Whole) -> None:

@@ -180,7 +180,7 @@ def test_tensorboard_files_hold_every_metric(tmp_path: Path) -> None:
         (["--timeout", "-1"], "--timeout must be seconds ≥ 0"),
         (["--device", "tpu"], "device 'tpu' is not here"),
         (["--storage", "sqlite:////proc/none/o.db"], "'sqlite:////proc/none/o.db' can't be opened"),
-        (["--storage", "optuna.db"], "'optuna.db' can't be opened"),
+        (["--storage", "optuna.db"], "'optuna.db' is no address of a database: say sqlite:///"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )
