@@ -434,12 +434,14 @@ class _Sweep:
 
     def _leave(self, trial: Trial) -> None:
         """Leave a trial that is handed out, and has no run yet, or an unfinished one."""
-        if trial.number not in self.taken_up | self.with_run:
-            self.heartbeat.give_back(trial)  # as if it had never been asked for
-            return
-        if (run := self._find_run(trial.number, trial.user_attrs)) is not None:
+        may_have_run = trial.number in self.taken_up | self.with_run
+        run = self._find_run(trial.number, trial.user_attrs) if may_have_run else None
+        if run is not None:
             run.end("interrupted")
-        self.heartbeat.release(trial)
+        if run is not None or trial.number in self.taken_up:
+            self.heartbeat.release(trial)
+        else:
+            self.heartbeat.give_back(trial)  # as if it had never been asked for
 
     def _reconcile(self) -> list[FrozenTrial]:
         """Make Optuna and MLflow agree on what a dead process left, and return what to take up.
