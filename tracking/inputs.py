@@ -151,7 +151,7 @@ class Table:
 
     def _read(self, start: int, at_once: int) -> Iterator[tuple[Item, str | int | None]]:
         """Yield rows as a process of its own reads them; MemoryError where it has too little."""
-        group = 0
+        first, group = start, 0
         while group < len(self.groups) and start >= self.groups[group]:
             start -= self.groups[group]
             group += 1
@@ -169,7 +169,7 @@ class Table:
                     yield from _pairs(batch)
                 self._check_end(process)
             except TimeoutError as error:
-                line = f"row {start} and those after it take more than {_SECONDS:.0f} s to unpack"
+                line = f"row {first} and those after it take more than {_SECONDS:.0f} s to unpack"
                 raise self._error(line) from error
             finally:
                 process.kill()
