@@ -55,8 +55,14 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_arrays(file: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any] | None]:
+def read_arrays(
+    file: Path, *, max_pixels: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any] | None]:
     """Return the images of a file, mapped into memory if it is an `.npy`, and their labels.
+
+    Args:
+        file: an `.npy` or `.npz`.
+        max_pixels: of an image.
 
     Returns:
         Images (N, H, W, C), (N, H, W) or (H, W, C), none of these 0, and in an `.npz` with an array
@@ -71,9 +77,9 @@ def read_arrays(file: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any] | N
         with file.open("rb") as stream:
             is_plain = stream.read(len(_MAGIC)) == _MAGIC
         if is_plain or file.suffix.lower() == ".npy":  # it may be one by another name
-            return _map(file), None
+            return _map(file, max_pixels), None
         with _Archive(file) as archive:
-            return _unpack(file, archive)
+            return _unpack(file, archive, max_pixels)
     except _RefusedError:
         raise
     except Exception as error:  # a parser that trips over a damaged file may raise anything
@@ -96,7 +102,7 @@ def check_labels(shape: tuple[int, ...], dtype: np.dtype[Any], *, size: int) -> 
         )
 
 
-def _check_images(file: Path, header: Header) -> None:
+def _check_images(file: Path, header: Header, max_pixels: int) -> None:
     shape = header.shape
     known = len(shape) == 3 or (len(shape) == 4 and shape[3] in CHANNELS)
     if header.dtype != "uint8" or not known or 0 in shape:
@@ -104,13 +110,11 @@ def _check_images(file: Path, header: Header) -> None:
             f"{str(file)!r} holds {header.dtype} {shape}: images must be uint8 and "
             "(N, H, W, C), (N, H, W) or (H, W, C), with C 1 or 3, and none of them 0"
         )
-    from cnn.images import MAX_PIXELS
-
     height, width = shape[:2] if is_one_image(shape) else shape[1:3]
-    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+    if height * width > max_pixels or max(height, width) > MAX_SIDE:
         raise _RefusedError(
             f"{str(file)!r} is refused: its images are {height:,}×{width:,}, and may have "
-            f"{MAX_PIXELS:,} pixels and sides of {MAX_SIDE:,} at most"
+            f"{max_pixels:,} pixels and sides of {MAX_SIDE:,} at most"
         )
 
 
@@ -159,12 +163,12 @@ def _read_header(stream: IO[bytes]) -> Header:
 # .npy
 
 
-def _map(file: Path) -> npt.NDArray[np.uint8]:
+def _map(file: Path, max_pixels: int) -> npt.NDArray[np.uint8]:
     import numpy as np
 
     with file.open("rb") as stream:
         header = _read_header(stream)
-    _check_images(file, header)
+    _check_images(file, header, max_pixels)
     _check_size(header, there=file.stat().st_size - header.offset)
     order: Any = "F" if header.is_fortran else "C"
     return np.memmap(file, np.uint8, "r", header.offset, header.shape, order=order)
@@ -211,7 +215,7 @@ class _Frugal(io.FileIO):
 
 
 def _unpack(
-    file: Path, archive: zipfile.ZipFile
+    file: Path, archive: zipfile.ZipFile, max_pixels: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any] | None]:
     """Return images and labels, having looked at both before either is read."""
     names = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
@@ -226,7 +230,7 @@ def _unpack(
         for name in ("images", "labels")
         if name in entries
     }
-    _check_images(file, headers["images"])
+    _check_images(file, headers["images"], max_pixels)
     labels = headers.get("labels")
     shape = headers["images"].shape
     total = sum(header.num_bytes for header in headers.values())

@@ -26,7 +26,7 @@ MAX_LIST, MAX_NAMES = 2**29, 10**7
 """Bytes that a list of paths may have, and paths in it."""
 
 # Of a Parquet file: what is read together, how long that may take, and what describes it.
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = (256, 16, 1)
 _SECONDS = 60.0
 _LARGEST_FOOTER = 2**24
 # Arrow's own ways of allocating ask for much more of the address space than they use.
@@ -135,15 +135,15 @@ class Table:
                 or there are other rows than it says.
         """
         done = start
-        # Of large images, some may be too many.
-        for at_once in (_ROWS_AT_ONCE, 1):
+        # Where as many take too much memory, fewer are read.
+        for at_once in _ROWS_AT_ONCE:
             try:
                 for pair in self._read(done, at_once):
                     done += 1
                     yield pair
                 break
             except MemoryError as error:
-                if at_once == 1:
+                if at_once == _ROWS_AT_ONCE[-1]:
                     most = f"{parquet_reader.MAX_MEMORY:,} bytes"
                     raise self._error(f"row {done} takes more than {most} to unpack") from error
         if done != self.num_rows:
@@ -151,7 +151,7 @@ class Table:
 
     def _read(self, start: int, at_once: int) -> Iterator[tuple[Item, str | int | None]]:
         """Yield rows as a process of its own reads them; MemoryError where it has too little."""
-        group = 0
+        first, group = start, 0
         while group < len(self.groups) and start >= self.groups[group]:
             start -= self.groups[group]
             group += 1
@@ -169,7 +169,7 @@ class Table:
                     yield from _pairs(batch)
                 self._check_end(process)
             except TimeoutError as error:
-                line = f"row {start} and those after it take more than {_SECONDS:.0f} s to unpack"
+                line = f"row {first} and those after it take more than {_SECONDS:.0f} s to unpack"
                 raise self._error(line) from error
             finally:
                 process.kill()
@@ -195,6 +195,8 @@ class Table:
 
 def _check_footer(file: Path) -> None:
     """Raise ValueError if what describes a Parquet file is too large to be looked at."""
+    if not file.is_file():  # opening a named pipe would wait for ever
+        raise ValueError("it is no regular file")
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - 8))
         size = int.from_bytes(stream.read(4), "little")

@@ -358,9 +358,9 @@ def _state(file: Path) -> str:
 def _open_array(file: Path, classes: Sequence[str]) -> Source:
     import numpy as np
 
-    from cnn.images import resize
+    from cnn.images import MAX_PIXELS, resize
 
-    images, given = read_arrays(file)
+    images, given = read_arrays(file, max_pixels=MAX_PIXELS)
     if is_one_image(images.shape):
         images = images[np.newaxis]
     try:
