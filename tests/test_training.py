@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
 from torch import nn
 
+from benchmarks import gpu
 from cnn import training
 from cnn.data import Split
 from cnn.losses import LOSSES
@@ -707,43 +708,11 @@ def test_an_unknown_precision_is_refused_with_the_choices():
         resolve_precision("float8", "cpu")
 
 
-def needs_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
-
-
-@needs_gpu
-@every_precision
-def test_a_gpu_gives_the_same_curve_and_weights_bit_for_bit(coloured_noise, precision):
-    config = make_config(device="cuda", precision=precision)
-    rows, final = run(config, coloured_noise)
-    same_rows, same_final = run(config, coloured_noise)
-    assert rows == same_rows
-    assert same_weights(final, same_final)
-
-
-@needs_gpu
-def test_on_a_gpu_data_and_network_are_there(coloured_noise, monkeypatch):
-    kinds = set()
-    batch = Split.batch
-
-    def recorded_batch(split, indices):
-        tensors = (split.pool, split.pool_labels, split.rows, indices)
-        kinds.update(tensor.device.type for tensor in tensors)
-        return batch(split, indices)
-
-    monkeypatch.setattr(Split, "batch", recorded_batch)
-    epoch = next(train(make_config(device="cuda"), coloured_noise))
-    assert kinds == {"cuda"}
-    assert {weight.device.type for weight in epoch.model.parameters()} == {"cuda"}
-
-
-@needs_gpu
-def test_a_gpu_follows_the_cpu(coloured_noise):
-    on_cpu = curve(train(make_config(), coloured_noise))
-    on_gpu = curve(train(make_config(device="cuda"), coloured_noise))
-    for row, expected in zip(on_gpu, on_cpu, strict=True):
-        assert row == pytest.approx(expected, abs=0.05)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("check", gpu.CHECKS)
+def test_on_a_gpu(check):
+    check("cuda")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
