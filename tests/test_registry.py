@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,37 @@ def test_the_champion_is_loaded_by_its_alias(tracker: Tracker, registry: Registr
     predictor = load_model("models:/colours@champion")
     assert predictor.run_id == run.run_id
     assert predictor.classes == ("red", "green", "blue")
+
+
+def with_files(tracker: Tracker) -> tuple[Run, Path]:
+    """Record a run with a model that has files, and return it with the folder that they are in."""
+    run = tracker.start_run("real", params=DATA)
+    run.log_metrics({"val/accuracy": 0.9}, step=1)
+    model_id = log_model(run).removeprefix("models:/")
+    run.end("complete")
+    return run, Path(tracker.client.get_logged_model(model_id).artifact_location)
+
+
+def test_a_version_carries_the_digests_of_its_files(tracker: Tracker, registry: Registry) -> None:
+    run, folder = with_files(tracker)
+    registry.offer(tracker.client.get_run(run.run_id))
+    tags = versions()[1].tags
+    for file in ("MLmodel", "data/model.pt2"):
+        assert tags[f"sha256/{file}"] == sha256((folder / file).read_bytes()).hexdigest()
+
+
+def test_a_model_that_was_changed_in_the_store_is_not_made_champion(
+    tracker: Tracker, registry: Registry
+) -> None:
+    run, folder = with_files(tracker)
+    with (folder / "MLmodel").open("a") as stream:
+        stream.write("# changed\n")
+    line = offer(tracker.client, run.run_id, "colours")
+    assert line.startswith("not as colours: models:/colours/1 can't be used as a model: ")
+    assert "its MLmodel was changed since it was recorded: its SHA-256 is " in line
+    assert champion() is None
+    with pytest.raises(ValueError, match="its MLmodel was changed since"):
+        registry.promote(1, force=True)
 
 
 # Who is champion
