@@ -397,15 +397,20 @@ class _Sweep:
         self.outcome = "complete"
 
     def register(self) -> Iterator[BestRegistered]:
-        """Offer the best trial's model to the model registry, once the sweep is complete."""
+        """Offer the best trial's model to the model registry, once the sweep is complete.
+
+        It is that of the best trial whose run and model nobody has deleted.
+        """
         name = self.settings.registered_model(self.data)
         if name is None or self.outcome != "complete":
             return
-        best = trials_table(self.study).query("outcome == 'complete'").head(1)
-        if len(best):
-            from tracking.registry import offer
+        from tracking.best import first_with_model
+        from tracking.registry import offer
 
-            yield BestRegistered(report=offer(self.tracker.client, best["run_id"].iloc[0], name))
+        complete = trials_table(self.study).query("outcome == 'complete'")
+        run_id = first_with_model(self.tracker.client, complete["run_id"])
+        if run_id is not None:
+            yield BestRegistered(report=offer(self.tracker.client, run_id, name))
 
     def close(self) -> list[TrialEnded | SweepEnded]:
         """Close what still runs as interrupted, and then the parent."""

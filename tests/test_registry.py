@@ -551,3 +551,16 @@ def test_the_command_prints_what_came_of_it(
     assert line in capsys.readouterr().out
     assert main([*arguments, "--register", "none"]) == 0
     assert "registered:" not in capsys.readouterr().out
+
+
+def test_a_sweep_whose_best_run_was_deleted_registers_the_best_that_is_there(
+    tracker: Tracker, coloured_noise: Dataset
+) -> None:
+    swept(coloured_noise, trains(good), register="none")
+    client = MlflowClient()
+    (best,) = client.search_runs([tracker.experiment_id], "tags.trial = '0'")
+    client.delete_run(best.info.run_id)
+    (report,) = reports(swept(coloured_noise, trains(good)))
+    assert report.startswith("version 1 of cnn-coloured-noise: the champion")
+    (version,) = client.search_model_versions("name = 'cnn-coloured-noise'")
+    assert tracker.client.get_run(version.run_id).data.tags["trial"] == "1"
