@@ -1,6 +1,6 @@
 """Stored models that take memory or time without end, or say what no model says: each is a line.
 
-Each test has 60 seconds of a core and 1.2 GB, with which the machine would do if the mend were gone.
+Each test has 60 seconds of a core and 1.2 GB, so that the machine stands it if a mend is gone.
 """
 
 from __future__ import annotations
