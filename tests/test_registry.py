@@ -558,7 +558,8 @@ def test_a_sweep_whose_best_run_was_deleted_registers_the_best_that_is_there(
 ) -> None:
     swept(coloured_noise, trains(good), register="none")
     client = MlflowClient()
-    (best,) = client.search_runs([tracker.experiment_id], "tags.trial = '0'")
+    everywhere = [each.experiment_id for each in client.search_experiments()]
+    (best,) = client.search_runs(everywhere, "tags.trial = '0'")
     client.delete_run(best.info.run_id)
     (report,) = reports(swept(coloured_noise, trains(good)))
     assert report.startswith("version 1 of cnn-coloured-noise: the champion")
