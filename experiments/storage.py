@@ -29,7 +29,7 @@ from sqlalchemy import column, table
 from experiments.identity import name_of
 from experiments.trial_cache import TrialCache
 from tracking.files import open_own
-from tracking.patience import Patience
+from tracking.patience import ArtifactStoreError, Patience
 from tracking.store import (
     AwayError,
     is_database_away,
@@ -67,7 +67,9 @@ ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "va
 
 def storage_patience(seconds: float, should_stop: Callable[[], bool]) -> Patience:
     """Return how long a storage that is open is waited for when it goes away."""
-    return Patience(seconds=seconds, should_stop=should_stop, why_away=_why_away)
+    return Patience(
+        seconds=seconds, should_stop=should_stop, why_away=_why_away, why_refused=lambda _: None
+    )
 
 
 def _why_away(error: BaseException) -> str | None:
@@ -283,6 +285,7 @@ def recording_errors() -> tuple[type[BaseException], ...]:
     """Return what a server that is away raises, a full disk, a locked or read-only database."""
     errors: tuple[type[BaseException], ...] = (
         AwayError,
+        ArtifactStoreError,
         StorageInternalError,
         sqlalchemy.exc.SQLAlchemyError,
         OSError,

@@ -6,6 +6,7 @@ writing to Optuna and MLflow is done here, in one thread that asks, waits and te
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -358,6 +359,8 @@ class _Sweep:
         parent.log_params({f"sweep/{k}": v for k, v in {**identity, **network}.items()})
         parent.set_tags(self._environment_tags())
         log_data(parent, self.data)
+        # That nothing can be stored is found now, and not at the first model.
+        parent.log_text(json.dumps({**identity, **self.made_with}, indent=2), "settings.json")
         return parent
 
     def events(self) -> Iterator[SweepEvent]:

@@ -12,10 +12,21 @@ from typing import Any
 
 import pytest
 import requests
+from fake_pool import FakePool, trains
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from optuna.trial import TrialState
+from small_sweep import small_settings
 
-from tracking.patience import Patience, PatientClient, TrackingAwayError, is_away
+from cnn.data import Dataset
+from experiments.study import open_study, sweep
+from tracking.patience import (
+    ArtifactStoreError,
+    Patience,
+    PatientClient,
+    TrackingAwayError,
+    is_away,
+)
 from tracking.runs import Tracker
 
 
@@ -116,10 +127,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def real_server(folder: Path, port: int) -> Iterator[None]:
+def real_server(folder: Path, port: int, *flags: str) -> Iterator[None]:
     environment = os.environ | {"MLFLOW_TRACKING_URI": "", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *flags]
     with (
         (folder / "server.log").open("ab") as log,
         subprocess.Popen(
@@ -151,3 +162,47 @@ def test_a_server_that_is_stopped_and_started_again_loses_no_metric(
         run.end("complete")
         history = run.client.get_metric_history(run.run_id, "val/accuracy")
     assert [(entry.step, entry.value) for entry in history] == [(1, 0.1), (2, 0.2)]
+
+
+def of_artifacts(text: str = "too many 500 error responses") -> MlflowException:
+    return MlflowException(f"API request to /api/2.0/mlflow-artifacts/artifacts/1/a failed: {text}")
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_server_that_can_store_nothing_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, is_reset: bool
+) -> None:
+    def error() -> MlflowException:
+        refused = of_artifacts()
+        if is_reset:
+            refused.__cause__ = requests.ConnectionError("Connection reset by peer")
+        return refused
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:5000")
+    monkeypatch.setattr("tracking.patience._is_well", lambda _: True)
+    with pytest.raises(ArtifactStoreError, match="^the MLflow server http://h:5000 answers, but"):
+        Patience(seconds=60).insist(Server([error() for _ in range(99)]).call)
+    # One that has just been started again is not.
+    if is_reset:
+        assert Patience(seconds=60).insist(Server([error(), error()]).call) == "answer"
+    # Nor is one that is away, or another error.
+    monkeypatch.setattr("tracking.patience._is_well", lambda _: False)
+    with pytest.raises((MlflowException, TrackingAwayError)):
+        Patience(seconds=0.2).insist(Server([error() for _ in range(99)]).call)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_server_that_can_store_nothing_is_refused_at_its_start(
+    mlflow_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coloured_noise: Dataset
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    (tmp_path / "a_file").touch()
+    with real_server(tmp_path, port, "--artifacts-destination", str(tmp_path / "a_file" / "x")):
+        Patience(seconds=120).insist(lambda: MlflowClient().search_experiments())
+        settings = small_settings(f"sqlite:///{tmp_path / 'optuna.db'}", tracking_timeout=60)
+        with pytest.raises(ValueError, match="answers, but can't store artifacts: its log says"):
+            list(sweep(settings, coloured_noise, FakePool(trains(lambda job, _: 0.9))))
+    trials = open_study(settings, coloured_noise).get_trials()
+    assert TrialState.RUNNING not in {trial.state for trial in trials}

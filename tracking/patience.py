@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 LOOK_EVERY_SECONDS = 0.2
+HEALTH_SECONDS = 5.0
+TRIES_OF_ARTIFACTS = 4
 
 NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log_outputs"}
 """What a server may have done though its answer was lost: tried again by those who can tell."""
@@ -24,6 +26,36 @@ NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log
 
 class TrackingAwayError(AwayError):
     """The tracking server has not answered for as long as it was waited for."""
+
+
+class ArtifactStoreError(Exception):
+    """The tracking server answers, but can neither store nor hand out artifacts."""
+
+
+def refused_artifacts(error: BaseException) -> str | None:
+    """Return that the server has no artifact store, in a line, if that is why a call failed.
+
+    Whatever is wrong there (no boto3, a wrong bucket, no credentials), the server says it in its
+    log alone: its client sees the error 500, or a connection that was closed.
+    """
+    from mlflow import get_tracking_uri
+
+    uri = str(get_tracking_uri())
+    if "/mlflow-artifacts/" not in str(error) or not uri.startswith("http") or not _is_well(uri):
+        return None
+    return (
+        f"the MLflow server {without_passwords(uri)} answers, but can't store artifacts: its log "
+        "says why (--artifacts-destination, boto3, credentials, bucket)"
+    )
+
+
+def _is_well(uri: str) -> bool:
+    import requests
+
+    try:
+        return requests.get(f"{uri.rstrip('/')}/health", timeout=HEALTH_SECONDS).ok
+    except requests.RequestException:
+        return False
 
 
 def why_away(error: BaseException) -> str | None:
@@ -48,6 +80,8 @@ class Patience:
     """Asked several times a second while waiting: once true, there is no more patience."""
     why_away: Callable[[BaseException], str | None] = why_away
     """Says in a line that an error is one to wait out; None for others, which are raised."""
+    why_refused: Callable[[BaseException], str | None] = refused_artifacts
+    """Says in a line what waiting does not mend, of an error that looks as if it did."""
     last_away: float = -math.inf
     """When it was waited for last, by `time.monotonic`."""
 
@@ -56,13 +90,20 @@ class Patience:
 
         Raises:
             TrackingAwayError: it did not, for `seconds`.
+            ArtifactStoreError: it did, but several times not to this.
         """
-        deadline, pause = time.monotonic() + self.seconds, FIRST_PAUSE_SECONDS
+        deadline, pause, tries = time.monotonic() + self.seconds, FIRST_PAUSE_SECONDS, 0
         while True:
             try:
                 return call()
             except Exception as error:
+                tries += 1
                 line = self.why_away(error)
+                # Once may be by chance: a server that was just started again.
+                if tries in (1, TRIES_OF_ARTIFACTS) and (line is None or tries > 1):
+                    refused = self.why_refused(error)
+                    if refused is not None:
+                        raise ArtifactStoreError(refused) from error
                 if line is None:
                     raise
                 self.last_away = time.monotonic()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracking.ahead import num_cores
 from tracking.best import (
     DEFAULT_METRIC,
     add_choice_flags,
@@ -370,6 +371,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.report:
         _check_folder(options, target)
     predictor, why = _chosen(options)
+    _use_cores_there_are()
     source = open_source(
         options.source,
         classes=predictor.classes,
@@ -398,6 +400,13 @@ def _run(options: argparse.Namespace) -> int:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if tally.failed else 0
+
+
+def _use_cores_there_are() -> None:
+    """Have PyTorch compute on no more cores than a container has a quota for."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def _written(

@@ -202,10 +202,13 @@ def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Pat
 
 
 def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
-    from cnn.images import walk
+    from cnn.images import note_on_passed_over, walk
 
     prefix = str(folder / "x")[:-1]  # '' for the working folder
-    return _open_files(listed_paths(walk(folder), prefix=prefix), classes, str(folder))
+    passed_over: Counter[str] = Counter()
+    paths = listed_paths(walk(folder, passed_over), prefix=prefix)
+    source = _open_files(paths, classes, str(folder))
+    return replace(source, notes=(*note_on_passed_over(passed_over), *source.notes))
 
 
 def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = "") -> Source:
@@ -459,6 +462,7 @@ def _open_split(
     images: data.Split = getattr(dataset, split)
     names = [dataset.classes[label] for label in images.labels.tolist()]
     labels, notes = _known(names, classes)
+    notes = (*dataset.notes, *notes)
     if dataset.digest != metadata.get("dataset_digest"):
         notes += (
             f"the model was trained on other data (digest {metadata.get('dataset_digest')}) than "
