@@ -62,7 +62,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default="digits",
         metavar="NAME|PATH",
         help="digits (bundled), cifar10 (downloaded on demand), or a folder of images: "
-        "train/<class>/* with test/<class>/* if there, else <class>/* (default: %(default)s)",
+        "train/<class>/* with test/<class>/* if there, else <class>/*; folders whose names say "
+        "train or test (Training, seg_test, train2017) are splits, one for validation is refused "
+        "(default: %(default)s)",
     )
     data.add_argument(
         "--data-dir",
