@@ -1,8 +1,9 @@
 """What a study is of: all that its values depend on, and which of it may change within a study.
 
-Network, losses, optimizer and schedule are known by what they do, not by their source: a digest of
-what the network calls of PyTorch, and one of what a few steps of training come to. Another comment,
-name or file changes neither; another padding, margin or momentum does. A study goes on only with
+Network, losses, optimizer, schedule and split are known by what they do, not by their source: a
+digest of what the network calls of PyTorch, one of what a few steps of training come to, and one of
+which images are where. Another comment, name or file changes none; another padding, margin,
+momentum or share does. A study goes on only with
 the same. Its commit, versions and arithmetic may change, for their effect is small or none: then
 it is said.
 """
@@ -22,9 +23,10 @@ from typing import Any
 
 import torch
 
+from cnn.data import Dataset
 from cnn.losses import get_loss
 from cnn.model import build_cnn, network_digest
-from cnn.training import OPTIMIZERS, SCHEDULES, TrainConfig
+from cnn.training import OPTIMIZERS, SCHEDULES, TrainConfig, epoch_order
 
 PACKAGES = ("cnn", "experiments", "tracking")
 REPOSITORY = Path(__file__).parents[1]
@@ -36,11 +38,12 @@ _DIGITS = 8
 
 
 def made_with(
-    *, num_classes: int, losses: Sequence[str], optimizer: str, schedule: str
+    data: Dataset, *, losses: Sequence[str], optimizer: str, schedule: str
 ) -> dict[str, Any]:
     """Return what has to stay the same within a study, beside its settings and data."""
     return {
-        "network": digest_of_cnn(num_classes),
+        "network": digest_of_cnn(len(data.classes)),
+        "split": split_digest(data),
         "training": {loss: training_digest(loss, optimizer, schedule) for loss in losses},
     }
 
@@ -49,6 +52,15 @@ def made_with(
 def digest_of_cnn(num_classes: int) -> str:
     """Return the digest of the network that is trained: see `cnn.model.network_digest`."""
     return network_digest(build_cnn(num_classes, seed=0))
+
+
+def split_digest(data: Dataset) -> str:
+    """Return 32 hex digits of which images are in which split, and in which order they come."""
+    digest = hashlib.sha256()
+    for split in (data.train, data.validation, data.test):
+        digest.update(split.rows.numpy().astype("<i8").tobytes())
+    digest.update(epoch_order(100, seed=1, epoch=2).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:32]
 
 
 @lru_cache
@@ -124,6 +136,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = []
     if before["network"] != now["network"]:
         changed.append(f"network ({before['network'][:8]} → {now['network'][:8]})")
+    if before["split"] != now["split"]:
+        changed.append("split of the data, or order of its images")
     known = before["training"]
     losses = [loss for loss, digest in now["training"].items() if known.get(loss, digest) != digest]
     if losses:

@@ -117,7 +117,7 @@ class Settings:
     def made_with(self, data: Dataset) -> dict[str, Any]:
         """Return what has to stay the same within a study, beside its `identity`: the code."""
         return made_with(
-            num_classes=len(data.classes),
+            data,
             losses=self.losses,
             optimizer=self.optimizer,
             schedule=self.schedule,

@@ -28,6 +28,7 @@ from experiments.identity import (
     differences,
     digest_of_cnn,
     name_of,
+    split_digest,
     training_digest,
 )
 from experiments.settings import Settings
@@ -75,6 +76,13 @@ def edit_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     training_digest.cache_clear()
 
 
+def edit_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backwards(num_images: int, *, seed: int, epoch: int) -> Tensor:
+        return torch.arange(num_images).flip(0)
+
+    monkeypatch.setattr(experiments.identity, "epoch_order", backwards)
+
+
 def good(job: int, config: Any) -> float:
     return 0.9
 
@@ -85,7 +93,7 @@ def start(settings: Settings, data: Dataset) -> SweepStarted:
     return events[0]
 
 
-@pytest.mark.parametrize("edit", [edit_network, edit_loss])
+@pytest.mark.parametrize("edit", [edit_network, edit_loss, edit_order])
 def test_code_that_was_edited_makes_another_study(
     settings: Settings, coloured_noise: Dataset, monkeypatch: pytest.MonkeyPatch, edit: Any
 ) -> None:
@@ -99,7 +107,11 @@ def test_code_that_was_edited_makes_another_study(
 
 @pytest.mark.parametrize(
     ("edit", "said"),
-    [(edit_network, "another network"), (edit_loss, "another training of cross_entropy")],
+    [
+        (edit_network, "another network"),
+        (edit_loss, "another training of cross_entropy"),
+        (edit_order, "another split of the data, or order"),
+    ],
 )
 def test_a_named_study_is_refused_to_code_that_was_edited(
     settings: Settings,
@@ -208,21 +220,23 @@ def test_weight_decay_is_part_of_what_an_optimizer_does() -> None:
 # Recorded on an AMD EPYC and an Intel Xeon with PyTorch 2.15; another is another training.
 KNOWN = {
     "network": "5970eabd9b74487685926bee2220bc0a",
+    "split": "28f08f4b1270fe9d486f5432d63aae49",
     "cross_entropy": "7d5e3277175dd29a2ddc4a74993c61b8",
     "l1": "acb5a90cca6e64d8934dfca56e6dc507",
     "mse": "02724dde5828abd60aa7525ffb452391",
 }
 
 
-def test_digests_are_the_same_on_every_machine_and_in_every_process() -> None:
+def test_digests_are_the_same_on_every_machine_and_in_every_process(digits_cache: Path) -> None:
     script = (
+        "import sys; from pathlib import Path; from cnn.data import load\n"
         "from experiments.identity import made_with\n"
-        "made = made_with(num_classes=10, losses=['cross_entropy', 'l1', 'mse'],"
-        " optimizer='sgd', schedule='one_cycle')\n"
-        "print({'network': made['network']} | made['training'])"
+        "made = made_with(load('digits', data_dir=Path(sys.argv[1]), seed=0),"
+        " losses=['cross_entropy', 'l1', 'mse'], optimizer='sgd', schedule='one_cycle')\n"
+        "print({'network': made['network'], 'split': made['split']} | made['training'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, str(digits_cache)],
         capture_output=True,
         check=True,
         cwd=REPOSITORY,
@@ -276,3 +290,10 @@ def test_a_study_opened_by_other_settings_is_refused(
     start(settings, coloured_noise)
     with pytest.raises(ValueError, match=r"made with other settings \(epochs 3 → 4\)"):
         open_study(replace(settings, epochs=4), coloured_noise)
+
+
+def test_another_split_of_the_same_images_is_another_digest(coloured_noise: Dataset) -> None:
+    swapped = replace(
+        coloured_noise, train=coloured_noise.validation, validation=coloured_noise.train
+    )
+    assert split_digest(swapped) != split_digest(coloured_noise)
