@@ -444,9 +444,9 @@ def recorded(folder: Path) -> dict[str, Any]:
 def registered(client: Any, model: Any, version: Any, trial_of: Mapping[str, Any]) -> Any:
     """Return what a version of a registered model is: of which trial, its names, what it says."""
     (output,) = client.get_run(version.run_id).outputs.model_outputs
-    # The run's id is another in each sweep, and the verdict of one that was killed right after it
-    # had made the version champion is that this was so before.
-    own = {"run", "verdict"}
+    # The run's id, which is in MLmodel, too, is another in each sweep, and the verdict of one that
+    # was killed right after it had made the version champion is that this was so before.
+    own = {"run", "verdict", "sha256/MLmodel"}
     return {
         "trial": trial_of.get(version.run_id),
         "is the run's model": version.source == f"models:/{output.model_id}",

@@ -30,10 +30,21 @@ COMMANDS = {
 }
 # Flags that are not declared, because no value stands for leaving them out.
 RAY = {"ray-address", "gpus-per-worker"}
+CHOICE = {"dataset", "loss", "study", "where"}
 UNDECLARED = {
     "main": {"workers", "study", "experiment", "tensorboard", *RAY},
     "compare": {"workers", "study", "experiment", *RAY},
-    "predict": {"experiment", "run-id", "model", "column", "study", "loss", "where", "report"},
+    "predict": {
+        "column",
+        "dataset",
+        "experiment",
+        "loss",
+        "model",
+        "report",
+        "run-id",
+        "study",
+        "where",
+    },
 }
 
 

@@ -752,7 +752,7 @@ def test_a_full_disk_is_one_line(
     assert len(read_csv()) == 2
 
 
-def test_an_interrupt_ends_quietly_and_leaves_nothing(
+def test_an_interrupt_is_a_line_and_leaves_nothing(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
@@ -761,7 +761,7 @@ def test_an_interrupt_ends_quietly_and_leaves_nothing(
     monkeypatch.setattr(Predictor, "probabilities", interrupt)
     np.save("a.npy", images(2))
     assert main(["a.npy", "--experiment", "study"]) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "interrupted\n"
     assert [path.name for path in desk.iterdir()] == ["a.npy"]
 
 

@@ -645,7 +645,7 @@ def test_a_server_that_dies_again_and_again_ends_both(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for each in ("postgresql", "mlflow_on"):
-        end = "sleep 4711 & exit 3" if each == name else "exec sleep 4711"
+        end = f"sleep {LONG} & exit 3" if each == name else f"exec sleep {LONG}"
         server = stand_in(each, f"echo it starts; {end}", tmp_path)
         monkeypatch.setattr(experiments.servers, each, server)
     monkeypatch.setattr(experiments.supervision, "RESTARTS", 2)
@@ -660,15 +660,19 @@ def test_a_server_that_dies_again_and_again_ends_both(
     ]
     starts = {file.stem: file.read_text().count("it starts") for file in tmp_path.glob("*.log")}
     assert starts == {"postgresql": 1, "mlflow_on": 1, name: 3}
-    assert sleeping("4711") == []
+    assert sleeping() == []
 
 
-def sleeping(seconds: str) -> list[psutil.Process]:
-    """Return the processes that sleep for so long."""
+LONG = f"4711.{os.getpid()}"
+"""How many seconds only processes of these tests sleep."""
+
+
+def sleeping() -> list[psutil.Process]:
+    """Return the processes that do."""
     found = []
     for each in psutil.process_iter(["cmdline", "status"]):
         is_dead = each.info["status"] == psutil.STATUS_ZOMBIE
-        if each.info["cmdline"] == ["sleep", seconds] and not is_dead:
+        if each.info["cmdline"] == ["sleep", LONG] and not is_dead:
             found.append(each)
     return found
 
@@ -699,7 +703,7 @@ from pathlib import Path
 from experiments import supervision
 
 supervision.shutil.which = {which}
-arguments = ["sh", "-c", "sleep 4713 & echo it starts; exec sleep 4713"]
+arguments = ["sh", "-c", "sleep {long} & echo it starts; exec sleep {long}"]
 server = supervision.Server("The server", arguments, Path(sys.argv[1]), signal.SIGTERM)
 while not server.log.read_text():
     time.sleep(0.01)
@@ -709,7 +713,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_a_command(log: Path, which: str) -> int:
-    command = [sys.executable, "-c", KILLED.format(which=which), str(log)]
+    command = [sys.executable, "-c", KILLED.format(which=which, long=LONG), str(log)]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     return int(done.stdout)
@@ -723,9 +727,9 @@ def test_a_server_ends_with_a_command_that_is_killed(
     number = kill_a_command(log, "shutil.which")
     with suppress(psutil.NoSuchProcess):
         psutil.Process(number).wait(20)
-    assert len(sleeping("4713")) == 1
+    assert len(sleeping()) == 1
     stop_orphaned("The server", log, signal.SIGTERM)  # what it has started does not end with it
-    assert sleeping("4713") == []
+    assert sleeping() == []
 
 
 def test_a_server_that_outlives_its_command_is_stopped_by_the_next_start(
@@ -734,10 +738,10 @@ def test_a_server_that_outlives_its_command_is_stopped_by_the_next_start(
     log = tmp_path / "server.log"
     number = kill_a_command(log, "lambda name: None")
     deadline = time.monotonic() + 20
-    while len(sleeping("4713")) < 2:
+    while len(sleeping()) < 2:
         assert time.monotonic() < deadline
     stop_orphaned("The server", log, signal.SIGTERM)
-    assert sleeping("4713") == []
+    assert sleeping() == []
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"The server still runs from an earlier start (process {number}, ")

@@ -54,8 +54,6 @@ BATCH_SIZE = 128
 SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
 
-RESUME = "the same command with --resume goes on"
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictor:
@@ -351,7 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Label what a command line names, and return the exit code."""
-    return run_command(build_parser(), _run, argv, resume=RESUME)
+    return run_command(build_parser(), _run, argv)
 
 
 def _run(options: argparse.Namespace) -> int:
