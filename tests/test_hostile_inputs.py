@@ -446,7 +446,7 @@ def test_a_table_that_unpacks_to_more_than_is_allowed_is_refused(
 def test_many_large_images_are_read_a_few_at_a_time(
     desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_reader, "MAX_MEMORY", 4 * 10**8)
+    monkeypatch.setattr(parquet_reader, "MAX_MEMORY", 6 * 10**8)
     pq.write_table(pa.table({"image": [bytes(10**7)] * 30}), "x.parquet")  # once in the file
     with bounded(seconds=60, megabytes=400):
         sizes = [len(image) for image, _ in Table(Path("x.parquet"), None).rows(0)]
