@@ -45,6 +45,9 @@ Scalar = TypeVar("Scalar", np.uint8, np.int64)
 # Rows of images with the pixels of an earlier one, each with the row of the first such image.
 Copies = list[list[int]]
 
+FileStates = tuple[tuple[int, ...], ...]
+"""Device, number, size, and times of the last changes of some files."""
+
 # One more whenever the same source would give other pixels than before.
 _CACHE_VERSION = 2
 # Below this many validation images, one image is more than a point of accuracy.
@@ -123,6 +126,7 @@ class Dataset:
     source: str  # a path or a function, for people
     given_test: bool = False  # the test split is the same for every seed
     notes: tuple[str, ...] = ()  # by `load`: what people should know of the data, a line each
+    checked: FileStates | None = None  # by `load`: for `open_cached`
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,6 +175,7 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     try:
         key = _key(source)
         digest = _look_up(cache, key)
+        states = None if digest is None else _states(cache / digest)
         pool = None if digest is None else _open(cache / digest)
         if digest is None or pool is None:
             if digest is not None and os.path.lexists(cache / digest):
@@ -179,23 +184,34 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
                     f"{source.address}",
                 )
             digest, pool = _fill(cache, key, source)
+            states = _states(cache / digest)
         elif pool.copies is None:
-            pool = _with_copies(pool, cache / digest)
+            pool, states = _with_copies(pool, cache / digest), None
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
     dataset = split_pool(pool, digest, seed, name=source.name, source=source.address)
-    return replace(dataset, notes=notes + _notes(dataset, pool))
+    return replace(dataset, notes=notes + _notes(dataset, pool), checked=states)
 
 
-def open_cached(digest: str, data_dir: Path, seed: int) -> Dataset:
+def open_cached(
+    digest: str, data_dir: Path, seed: int, *, checked: FileStates | None = None
+) -> Dataset:
     """Return what `load` returned, without a look at where it came from: for worker processes.
 
     Name and source are those under which these very images were read first.
+
+    Args:
+        digest: of the data set.
+        data_dir: which has it in its cache.
+        seed: of the split.
+        checked: the files as they were when `load` checked their digest. Where they are the same
+            ones still, on this machine, that is not done again.
     """
     _check_seed(seed)
     folder = data_dir / "cache" / digest
     try:
-        pool = _open(folder)
+        is_checked = checked is not None and _states(folder) == checked
+        pool = _open(folder, is_checked=is_checked)
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
     if pool is None:
@@ -322,7 +338,16 @@ def _index(cache: Path, key: str) -> Path:
     return cache / "index" / f"{key}.json"
 
 
-def _open(folder: Path) -> Pool | None:
+def _states(folder: Path) -> FileStates | None:
+    """Return what changes whenever a file of an entry does; None if one isn't there."""
+    try:
+        found = [(folder / name).stat() for name in ("images.npy", "labels.npy", "meta.json")]
+    except OSError:
+        return None
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
+def _open(folder: Path, *, is_checked: bool = False) -> Pool | None:
     """Map what is kept in a folder of the cache into memory; None if it is not what was written.
 
     The folder's name is the digest of what is in it. To check that takes 0.15 s for the 184 MB of
@@ -330,7 +355,7 @@ def _open(folder: Path) -> Pool | None:
     """
     try:
         pool = _map_pool(folder)
-        return pool if _digest(pool) == folder.name else None
+        return pool if is_checked or _digest(pool) == folder.name else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:

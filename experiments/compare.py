@@ -141,7 +141,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Pool)
     from experiments.interrupts import Interrupts
 
     def open_data(seed: int) -> Dataset:
-        return open_cached(data.digest, options.data_dir, seed)
+        return open_cached(data.digest, options.data_dir, seed, checked=data.checked)
 
     ended: ComparisonEnded | None = None
     found: list[str] = []

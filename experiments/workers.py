@@ -37,7 +37,7 @@ from experiments.jobs import (
 )
 
 if TYPE_CHECKING:
-    from cnn.data import Dataset
+    from cnn.data import Dataset, FileStates
     from cnn.training import TrainConfig
 
 MAX_IDLE_DEATHS = 3
@@ -55,12 +55,14 @@ class DataReference:
 
     digest: str
     data_dir: Path
+    checked: FileStates | None = None
+    """See `cnn.data.open_cached`."""
 
     def open(self, seed: int) -> Dataset:
         """Return the data set, split with a seed."""
         from cnn.data import open_cached
 
-        return open_cached(self.digest, self.data_dir, seed)
+        return open_cached(self.digest, self.data_dir, seed, checked=self.checked)
 
     def checkpoints(self) -> Checkpoints:
         """Return where the checkpoints of trainings on it are kept."""
@@ -87,7 +89,9 @@ class ProcessPool:
 
     def open(self, data: Dataset, data_dir: Path) -> None:
         """Tell the workers which data to open; they do so while the caller goes on."""
-        self._data = DataReference(digest=data.digest, data_dir=data_dir.resolve())
+        self._data = DataReference(
+            digest=data.digest, data_dir=data_dir.resolve(), checked=data.checked
+        )
         for worker in self._workers:
             worker.send(self._data)
 

@@ -1104,3 +1104,22 @@ def test_a_server_that_never_answers_is_given_up(cifar, data_dir, monkeypatch):
         assert "timed out" in refusal("cifar10", data_dir)
     assert socket.getdefaulttimeout() is None
     gc.collect()  # while the warning is filtered: http.client leaves the socket to it
+
+
+def test_files_that_were_checked_are_not_checked_again_unless_they_change(
+    tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits_cache, tmp_path / "data")
+    whole = load("digits", data_dir=tmp_path / "data", seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_digest", lambda _: pytest.fail("it is checked again"))
+        again = open_cached(whole.digest, tmp_path / "data", 0, checked=whole.checked)
+        assert torch.equal(again.train.images, whole.train.images)
+    images = tmp_path / "data" / "cache" / whole.digest / "images.npy"
+    status = images.stat()
+    content = bytearray(images.read_bytes())
+    content[5000] ^= 255
+    images.write_bytes(content)
+    os.utime(images, ns=(status.st_atime_ns, status.st_mtime_ns))  # as an archive would
+    with pytest.raises(ValueError, match="no undamaged data set"):
+        open_cached(whole.digest, tmp_path / "data", 0, checked=whole.checked)
