@@ -577,7 +577,7 @@ class _Sweep:
         )
 
     def _environment_tags(self) -> dict[str, str]:
-        names = ("commit", "uncommitted", "python", "torch")
+        names = ("commit", "uncommitted", "source", "python", "torch")
         return {f"code.{name}": self.environment[name] for name in names}
 
     def _tags(self, number: int) -> dict[str, str]:
