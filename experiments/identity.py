@@ -3,26 +3,27 @@
 Network, losses, optimizer, schedule and split are known by what they do, not by their source: a
 digest of what the network calls of PyTorch, one of what a few steps of training come to, and one of
 which images are where. Another comment, name or file changes none; another padding, margin,
-momentum or share does. A study goes on only with
-the same. Its commit, versions and arithmetic may change, for their effect is small or none: then
-it is said.
+momentum or share does. A study goes on only with the same. Its commit, the other code in `cnn`,
+versions and arithmetic may change: then it is said.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import cnn
 from cnn.data import Dataset
 from cnn.losses import get_loss
 from cnn.model import build_cnn, network_digest
@@ -33,6 +34,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 _GIT_SECONDS = 5
 _FILES_SHOWN = 5
+_SHOWN = {"source": "code in cnn"}
 _DIGITS = 8
 """Of values that are compared across machines: float64 has twice as many."""
 
@@ -163,6 +165,36 @@ def code_state() -> dict[str, str]:
     }
 
 
+@cache
+def source_digest() -> str:
+    """Return 32 hex digits of the code in `cnn`, comments and docstrings left out.
+
+    It tells of what neither digest above sees: initial weights, the loop of training, the order of
+    the images. A commit does not, where there is none, or the files had changes already.
+    """
+    digest = hashlib.sha256()
+    for folder in cnn.__path__:
+        for file in sorted(Path(folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\n{_statements(file)}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _statements(file: Path) -> str:
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_text(each)]  # type: ignore[attr-defined]
+    # Unparsed: a tree's dump changes from one version of Python to the next.
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Return whether a statement is but a text: a docstring."""
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
 def _git(*command: str) -> str | None:
     # No program that a repository's settings name, and no other repository than that of this file.
     variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -184,6 +216,7 @@ def environment(precision: str, device: str) -> dict[str, str]:
     """Return what a study notes of the process that begins it, or goes on with it."""
     return {
         **code_state(),
+        "source": source_digest(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "precision": precision,
@@ -194,7 +227,7 @@ def environment(precision: str, device: str) -> dict[str, str]:
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return in what two of them differ, in a line; nothing, if they don't."""
     changes = [
-        f"{key} {_short(key, before[key])} → {_short(key, now[key])}"
+        f"{_SHOWN.get(key, key)} {_short(key, before[key])} → {_short(key, now[key])}"
         for key in now
         if before.get(key, now[key]) != now[key]
     ]
@@ -202,4 +235,4 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _short(key: str, value: str) -> str:
-    return value[:8] if key == "commit" else value
+    return value[:8] if key in ("commit", "source") else value

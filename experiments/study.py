@@ -283,8 +283,7 @@ class _Sweep:
         self.parent: Run | None = None
         self.load: MachineLoad
         self.notes: tuple[str, ...] = ()
-        fixed = self.space.fixed
-        self.environment = environment(fixed["precision"], fixed["device"])
+        self.environment: dict[str, str]
         self.made_with = settings.made_with(data)
         self.without_run: list[tuple[Trial, TrainConfig]] = []
         self.with_run: set[int] = set()
@@ -313,6 +312,8 @@ class _Sweep:
 
     def connect(self) -> tuple[Tracker, Run]:
         """Open MLflow's experiment and the run that the trials' runs hang under."""
+        fixed = self.space.fixed
+        self.environment = environment(fixed["precision"], fixed["device"])
         with self.interrupts.at_once():
             from tracking.machine_load import MachineLoad
             from tracking.patience import Patience
@@ -580,7 +581,7 @@ class _Sweep:
         )
 
     def _environment_tags(self) -> dict[str, str]:
-        names = ("commit", "uncommitted", "python", "torch")
+        names = ("commit", "uncommitted", "source", "python", "torch")
         return {f"code.{name}": self.environment[name] for name in names}
 
     def _tags(self, number: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +29,7 @@ from experiments.identity import (
     differences,
     digest_of_cnn,
     name_of,
+    source_digest,
     split_digest,
     training_digest,
 )
@@ -44,7 +46,7 @@ def settings(mlflow_store: str, tmp_path: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def nothing_is_cached() -> Any:
-    cached = digest_of_cnn, training_digest, code_state
+    cached = digest_of_cnn, training_digest, code_state, source_digest
     for each in cached:
         each.cache_clear()
     yield
@@ -184,6 +186,48 @@ def test_another_commit_or_version_is_said(
     assert note.startswith("this study was begun with another environment: commit ")
     assert "→ ffffffff, uncommitted" in note
     assert note.endswith("→ cnn/model.py")
+
+
+def test_code_that_no_digest_of_calls_sees_is_noted_though_git_sees_no_difference(
+    settings: Settings, coloured_noise: Dataset, cnn_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The loop of training, in a file that had changes before, too; or where there is no git.
+    state = {"commit": "unknown", "uncommitted": "cnn/training.py"}
+    monkeypatch.setattr(experiments.identity, "code_state", lambda: state)
+    started = start(settings, coloured_noise)
+    before = source_digest()
+    (run, _) = MlflowClient().search_runs([started.experiment_id])
+    assert run.data.tags["code.source"] == before
+    edit(cnn_copy / "training.py", "stepper(images, labels)", "stepper(255 - images, labels)")
+    (note,) = start(replace(settings, trials=2), coloured_noise).notes
+    change = f"code in cnn {before[:8]} → {source_digest()[:8]}"
+    assert note == f"this study was begun with another environment: {change}"
+
+
+def test_comments_docstrings_and_layout_are_no_code(cnn_copy: Path) -> None:
+    before = source_digest()
+    edit(cnn_copy / "model.py", "Three 5×5 convolutions", "Some convolutions")
+    edit(cnn_copy / "model.py", "import copy\n", "# why\nimport copy  # so\n\n")
+    assert source_digest() == before
+    edit(cnn_copy / "model.py", "manual_seed(seed)", "manual_seed(seed + 1)")  # initial weights
+    assert source_digest() != before
+
+
+@pytest.fixture
+def cnn_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of `cnn`, as they are read for their digest."""
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(cnn.__path__[0]), copy)
+    monkeypatch.setattr(experiments.identity.cnn, "__path__", [str(copy)])
+    return copy
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Put a text in place of another, and let the next digest read it."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    source_digest.cache_clear()
 
 
 def test_what_an_older_study_does_not_note_is_no_difference() -> None:

@@ -175,6 +175,11 @@ def check_uri(uri: str) -> None:
             f"{what}, which MLflow can't use: say http://HOST:PORT for a server, "
             "sqlite:///mlflow.db for a file, or postgresql+psycopg://USER@HOST/DATABASE"
         )
+    elif re.fullmatch(r"sqlite(\+\w+)?:///?((file)?:memory:.*|.*\bmode=memory\b.*|\?.*)?", uri):
+        raise ValueError(
+            f"{what}, in memory: all runs would be gone with the process; say sqlite:///mlflow.db "
+            "for a file"
+        )
 
 
 def table_names(url: str) -> set[str]:
