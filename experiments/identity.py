@@ -59,7 +59,7 @@ def digest_of_cnn(num_classes: int) -> str:
 def split_digest(data: Dataset) -> str:
     """Return 32 hex digits of which images are in which split, and in which order they come."""
     digest = hashlib.sha256()
-    for split in (data.train, data.validation, data.test):
+    for split in (data.train, data.validation):  # nothing of the test split is looked at
         digest.update(split.rows.numpy().astype("<i8").tobytes())
     digest.update(epoch_order(100, seed=1, epoch=2).numpy().astype("<i8").tobytes())
     return digest.hexdigest()[:32]
