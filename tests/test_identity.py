@@ -218,7 +218,7 @@ def cnn_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of `cnn`, as they are read for their digest."""
     copy = tmp_path / "copy"
     shutil.copytree(Path(cnn.__path__[0]), copy)
-    monkeypatch.setattr(experiments.identity.cnn, "__path__", [str(copy)])
+    monkeypatch.setattr(cnn, "__path__", [str(copy)])
     return copy
 
 

@@ -67,6 +67,19 @@ def test_a_folder_may_have_any_name(tmp_path: Path, database: Path, name: str) -
     assert kept.is_relative_to(folder / "mlruns")
 
 
+def test_mlflow_makes_its_database_beside_no_folder_of_an_encoded_name(tmp_path: Path) -> None:
+    folder = tmp_path / "été, it's (1)"
+    folder.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        check=True,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert [each.name for each in tmp_path.iterdir()] == [folder.name]
+
+
 def test_the_default_store_is_named_only_where_none_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

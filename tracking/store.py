@@ -106,8 +106,11 @@ def default_store() -> dict[str, str]:
 
 
 def _is_odd(path: str) -> bool:
-    """Return whether a path means something else where it stands in an address."""
-    return bool(re.search("[%#?]", path))
+    """Return whether a path is written otherwise in an address, or means something else there.
+
+    MLflow makes a folder of the name as it is written there. A space it reads as one.
+    """
+    return quote(path, safe="/ +") != path
 
 
 def default_location(experiment: str) -> str | None:
