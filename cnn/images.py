@@ -51,15 +51,16 @@ _LARGE = 2**25  # pixels
 _LARGE_JPEG2000 = 2**21  # pixels: each can be a tenth of a kilobyte in memory
 _LARGE_FILE = 2**25  # bytes: some parsers are written in Python
 _LARGE_SCANS = 2**30  # pixels, each counted once for each scan of a JPEG
+_LARGE_TEXT = 2**18  # bytes: of a PBM, PGM or PPM in digits, whose comments are cut out one by one
+_LARGE_TAG = 2**16  # numbers in a TIFF's tag, of which Python makes objects: a strip or tile each
+
+_BYTES = {1, 2, 7}
+"""TIFF's numbers for the types whose values stay bytes."""
 
 # Encoders make ten scans or so.
 MAX_SCANS = 100
 
 _NAMES_SHOWN = 3
-
-# Images of more pixels than this are decoded one at a time, so that threads don't add up.
-_LARGE = 2**25
-_one_large_image = threading.Lock()
 
 # Files and folders that systems and file managers leave behind, in lower case, beside those whose
 # name starts with a dot: of Windows, macOS, Linux, Synology, QNAP and NetApp. Some hold thumbnails
@@ -173,7 +174,7 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
     if not encoded:
         raise ValueError(f"{name} is no image: it is empty")
     try:
-        if len(encoded) > _LARGE_FILE:
+        if _is_demanding_to_parse(encoded):
             return _decode_confined(encoded)
         with _opened(encoded) as image:
             return _decode_confined(encoded) if _is_demanding(image, encoded) else _pixels(image)
@@ -248,6 +249,30 @@ def _is_demanding(image: Image.Image, encoded: bytes) -> bool:
         tags = image.tag_v2  # type: ignore[attr-defined]
         return bool(tags.get(322, 1) * tags.get(323, 1) > _LARGE)  # width and height of a tile
     return False
+
+
+def _is_demanding_to_parse(encoded: bytes) -> bool:
+    """Return whether it may take long, or much memory, to find out what image a file is."""
+    if encoded.startswith((b"P1", b"P2", b"P3")):
+        return len(encoded) > _LARGE_TEXT
+    if encoded.startswith((b"II", b"MM")):
+        return len(encoded) > _LARGE_FILE or _largest_tag(encoded) > _LARGE_TAG
+    return len(encoded) > _LARGE_FILE
+
+
+def _largest_tag(encoded: bytes) -> int:
+    """Return the most numbers in a tag of a TIFF's first directory, bytes and text left out."""
+    order = "<" if encoded.startswith(b"II") else ">"
+    if 43 in encoded[2:4]:  # BigTIFF, of which there is none so small
+        return len(encoded)
+    try:
+        (start,) = struct.unpack_from(f"{order}I", encoded, 4)
+        (num_tags,) = struct.unpack_from(f"{order}H", encoded, start)
+    except struct.error:
+        return 0
+    tags = encoded[start + 2 : start + 2 + 12 * num_tags]
+    entries = struct.iter_unpack(f"{order}HHI4x", tags[: len(tags) // 12 * 12])
+    return max((count for _, kind, count in entries if kind not in _BYTES), default=0)
 
 
 def _num_scans(encoded: bytes) -> int:

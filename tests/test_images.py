@@ -563,3 +563,38 @@ def test_threads_decode_alike():
     with ThreadPoolExecutor(4) as pool:
         parallel = list(pool.map(decode, data))
     np.testing.assert_array_equal(parallel, [decode(item) for item in data])
+
+
+def _saved(file_format: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(stream, file_format)
+    return stream.getvalue()
+
+
+def _tiff_of_strips(count: int) -> bytes:
+    """Return a grey TIFF of 32 × 32 pixels that names so many strips, all at byte 8."""
+    tags = [(256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, count, 8), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, count, 8)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    strips = b"\x08\0\0\0" * count
+    return b"II*\0" + struct.pack("<I", 8 + len(strips)) + strips + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "demanding"),
+    [
+        (_saved("TIFF"), False),
+        (_tiff_of_strips(100_000), True),
+        (b"P3\n32 32\n255\n" + b"7 " * 3072, False),
+        (b"P3\n32 32\n255\n" + b"#\n" * 200_000 + b"7 " * 3072, True),
+    ],
+)
+def test_what_takes_pillow_long_to_parse_is_left_to_a_process_with_limits(
+    encoded, demanding, monkeypatch
+):
+    confined = []
+    monkeypatch.setattr(images, "_decode_confined", confined.append)
+
+    decode(encoded)
+
+    assert bool(confined) == demanding
