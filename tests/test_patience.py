@@ -108,7 +108,7 @@ def test_a_server_that_is_away_is_known_after_the_clients_own_retries(
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
