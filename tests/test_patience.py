@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,32 @@ def test_a_locked_database_and_a_gateway_without_a_server_are_away() -> None:
     assert is_away(MlflowException("(sqlite3.OperationalError) database is locked"))
     assert is_away(MlflowException("API request to x failed with error code 503 != 200."))
     assert not is_away(MlflowException("API request to x failed with error code 404 != 200."))
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_server_that_is_away_is_known_after_the_clients_own_retries(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+
+    class Unavailable(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = MlflowClient(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(MlflowException, match=f"too many {status} error") as raised:
+            client.create_run("1")
+        server.shutdown()
+    assert is_away(raised.value)
 
 
 def test_a_client_repeats_what_can_be_repeated_only() -> None:

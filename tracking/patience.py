@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 LOOK_EVERY_SECONDS = 0.2
+
+# The second is what is left of an answer once MLflow's client has tried again itself.
+_UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
 
 NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log_outputs"}
 """What a server may have done though its answer was lost: tried again by those who can tell."""
@@ -107,8 +111,7 @@ def is_away(error: BaseException) -> bool:
         if isinstance(seen, requests.ConnectionError | requests.Timeout):
             return True
         seen = seen.__cause__ or seen.__context__
-    unavailable = any(f"failed with error code {code}" in str(error) for code in (502, 503, 504))
-    return unavailable or is_database_away(error)
+    return bool(_UNAVAILABLE.search(str(error))) or is_database_away(error)
 
 
 def is_locked(error: BaseException) -> bool:
