@@ -246,6 +246,7 @@ def test_what_is_no_absence_is_not_waited_out() -> None:
         "the connection is lost",
         "(2003, \"Can't connect to MySQL server on 'h'\")",
         "(2013, 'Lost connection to MySQL server during query')",
+        "Can't reconnect until invalid transaction is rolled back. Please rollback() fully",
     ],
 )
 def test_a_server_that_is_away_is_known_by_what_it_says(text: str) -> None:

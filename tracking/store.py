@@ -44,6 +44,8 @@ _DATABASE_AWAY = re.compile(
     r"|the database system is (?:starting up|shutting down|in recovery|not yet accepting)"
     r"|(?:too many clients|connection slots are reserved|could not fork new process)"
     r"|(?:Lost connection to|Can't connect to) MySQL|MySQL server has gone away"
+    # SQLAlchemy's, where the connection was lost amid a transaction; the next one is whole again.
+    r"|Can't reconnect until invalid transaction is rolled back"
     r"|TEMPORARILY_UNAVAILABLE|database is locked",
     re.DOTALL | re.IGNORECASE,
 )
