@@ -24,6 +24,9 @@ TRIES_OF_ARTIFACTS = 4
 # The second is what is left of an answer once MLflow's client has tried again itself.
 _UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
 
+# The second is what is left of an answer once MLflow's client has tried again itself.
+_UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
+
 NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log_outputs"}
 """What a server may have done though its answer was lost: tried again by those who can tell."""
 
