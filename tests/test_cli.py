@@ -124,7 +124,7 @@ def test_every_command_ends_in_a_line_where_its_output_can_not_be_written(comman
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("stopped: can't write the output: No space left on device")
+    assert line == "stopped: can't write the output: No space left on device"
 
 
 def test_text_that_the_terminal_can_not_show_is_escaped() -> None:

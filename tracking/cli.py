@@ -107,27 +107,30 @@ def _run_command(
     resume: str,
     exits_at_once: bool,
 ) -> int:
-    then = f"; {resume}" if resume else ""
+    begun = ""  # of --help, nothing goes on
     try:
         with _signals(_interrupted(resume), exits_at_once=exits_at_once):
-            code = _run(parser, run, argv)
+            options = _parsed(parser, argv)
+            if isinstance(options, int):
+                code = options
+            else:
+                begun = resume
+                code = run(options) or 0
             _flush()
     except OutputError as error:
         _discard_output()
-        is_closed = isinstance(error.__cause__, BrokenPipeError)
         # `| head` has had enough: nobody is surprised, unless work was stopped by it.
-        if resume or not is_closed:
-            _complain(f"stopped: can't write the output: {error}{then}")
+        if begun or not isinstance(error.__cause__, BrokenPipeError):
+            _complain(_stopped(f"can't write the output: {error}", begun))
         return 1
     except ValueError as error:
-        line = _line(error)
-        if is_passing(error):
-            _complain(f"stopped: {line}{then}" if resume else f"{parser.prog}: error: {line}")
-            return 1
-        _complain(f"{parser.prog}: error: {line}")
-        return 2
+        if begun and is_passing(error):
+            _complain(_stopped(_line(error), begun))
+        else:
+            _complain(f"{parser.prog}: error: {_line(error)}")
+        return 1 if is_passing(error) else 2
     except MemoryError:
-        _complain(f"stopped: this machine has not enough memory for it{then}")
+        _complain(_stopped("this machine has not enough memory for it", begun))
         return 1
     except KeyboardInterrupt:
         _complain(_interrupted(resume))
@@ -135,16 +138,18 @@ def _run_command(
     return code
 
 
-def _run(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], int | None],
-    argv: Sequence[str] | None,
-) -> int:
+def _parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace | int:
     try:
-        options = parser.parse_args(argv)
+        options: argparse.Namespace = parser.parse_args(argv)
     except SystemExit as done:  # --help
         return int(done.code or 0)
-    return run(options) or 0
+    return options
+
+
+def _stopped(reason: str, resume: str) -> str:
+    return f"stopped: {reason}; {resume}" if resume else f"stopped: {reason}"
 
 
 def _line(error: BaseException) -> str:
