@@ -190,7 +190,8 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
     dataset = split_pool(pool, digest, seed, name=source.name, source=source.address)
-    return replace(dataset, notes=notes + _notes(dataset, pool), checked=states)
+    notes += tuple(_notes_of_copies(dataset, pool))
+    return replace(dataset, notes=notes, checked=states)
 
 
 def open_cached(
@@ -273,10 +274,6 @@ def _share(count: int, *, percent: int) -> int:
 # What people should know of a split
 
 
-def _notes(dataset: Dataset, pool: Pool) -> tuple[str, ...]:
-    return (*_notes_of_copies(dataset, pool), *_notes_of_resolution(dataset))
-
-
 def _notes_of_copies(dataset: Dataset, pool: Pool) -> Iterator[str]:
     """Tell of images that are in two splits: what is measured on them is memory."""
     first = np.arange(len(pool.images))
@@ -297,8 +294,8 @@ def _notes_of_copies(dataset: Dataset, pool: Pool) -> Iterator[str]:
             )
 
 
-def _notes_of_resolution(dataset: Dataset) -> Iterator[str]:
-    """Tell of a validation split whose accuracy can't tell configurations apart."""
+def notes_on_choosing(dataset: Dataset) -> Iterator[str]:
+    """Tell of a validation split whose accuracy can't tell configurations apart, a line each."""
     labels = dataset.validation.labels
     size = len(labels)
     if size < MIN_VALIDATION:

@@ -272,14 +272,14 @@ def workers_and_data(
     open_workers = _on_ray if options.engine == "ray" else _on_this_machine
     # The workers start while we import.
     with open_workers(options) as (pool, num_workers, device):
-        from cnn.data import load
+        from cnn.data import load, notes_on_choosing
         from experiments.storage import check_storage
 
         settings = replace(settle(num_workers), worker_device=device)
         check_storage(settings.storage)
         check_tracking()
         data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
-        for note in data.notes:
+        for note in (*data.notes, *notes_on_choosing(data)):
             print(f"note: {printable(note)}", file=sys.stderr)
         pool.open(data, options.data_dir)
         yield settings, data, pool

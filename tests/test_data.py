@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from cnn import data
-from cnn.data import DATASETS, is_known, load, open_cached
+from cnn.data import DATASETS, is_known, load, notes_on_choosing, open_cached
 
 ROOT = Path(__file__).parents[1]
 
@@ -875,12 +875,13 @@ def test_copies_within_a_drawn_data_set_are_counted_slowly_and_fast_alike(tmp_pa
 
 
 def test_digits_have_no_notes(digits_dir):
-    assert load("digits", data_dir=digits_dir, seed=0).notes == ()
+    digits = load("digits", data_dir=digits_dir, seed=0)
+    assert (digits.notes, [*notes_on_choosing(digits)]) == ((), [])
 
 
 def test_a_small_validation_split_is_told_of_with_its_resolution(tmp_path, data_dir):
     folder = make_folder(tmp_path / "images", {"a": 40, "b": 20}, size=(2, 2))
-    assert load(str(folder), data_dir=data_dir, seed=0).notes == (
+    assert tuple(notes_on_choosing(load(str(folder), data_dir=data_dir, seed=0))) == (
         "the validation split has 12 images, fewer than 100: one image is 8.3 points of accuracy, "
         "so smaller differences between configurations can't be seen",
     )
@@ -888,7 +889,7 @@ def test_a_small_validation_split_is_told_of_with_its_resolution(tmp_path, data_
 
 def test_a_validation_split_of_nearly_one_class_is_told_of(tmp_path, data_dir):
     folder = make_folder(tmp_path / "images", {"a": 500, "b": 20}, size=(4, 4))
-    (note,) = load(str(folder), data_dir=data_dir, seed=0).notes
+    (note,) = notes_on_choosing(load(str(folder), data_dir=data_dir, seed=0))
     assert note == (
         "100 of 104 validation images are of class 'a': a network that always answers so has "
         "96.2 % accuracy"
