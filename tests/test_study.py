@@ -834,7 +834,14 @@ def test_an_experiment_that_is_deleted_ends_a_sweep_for_good(
     assert isinstance(ended, SweepEnded)
     assert ended.outcome == "failed"
     assert "active" in ended.reason or "deleted" in ended.reason
-    assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
+    # Restored, it goes on where it was.
+    assert TrialState.FAIL not in {trial.state for trial in trials(settings, data)}
+    assert experiment is not None
+    client.restore_experiment(experiment.experiment_id)
+    run_sweep(settings, data, trains(good))
+    assert {trial.state for trial in trials(settings, data)} == {TrialState.COMPLETE}
+    assert {run.info.status for run in client_runs()} == {"FINISHED"}
+    assert len(trial_runs()) == settings.trials
 
 
 def test_what_can_not_be_closed_keeps_nothing_else_open(

@@ -174,6 +174,15 @@ class Tracker:
         parent = None if under is None else Run(self.client, under, self.experiment_id)
         return self.start_run(name, tags=tags, parent=parent)
 
+    def is_active(self) -> bool:
+        """Return whether the experiment is still there, and nobody has deleted it."""
+        try:
+            return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
     def find_run(self, run_id: str) -> Run | None:
         """Return the run with this id in this experiment, unless it is not there or deleted."""
         try:
