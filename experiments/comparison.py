@@ -349,6 +349,7 @@ class _Comparison:
             self.record.set_user_attr("test_rounds", rounds)
         if "ended" in rounds[-1]:
             return
+        errors: tuple[type[BaseException], ...] = (ValueError, *recording_errors())
         for trial in _finished(open_study(confirmation, self.data, storage=self.storage)):
             if trial.user_attrs.get("outcome") != "complete":
                 continue
@@ -360,7 +361,7 @@ class _Comparison:
             loss, seed = trial.params["loss"], trial.params["seed"]
             try:
                 accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
-            except (ValueError, *recording_errors()) as error:
+            except errors as error:
                 # Deleted in between: as if it had been before. The other models are shown the test.
                 if is_passing(error) or self.tracker.find_run(run.run_id) is not None:
                     raise
