@@ -601,7 +601,7 @@ def _folder(folder: Path) -> Source:
     # Training needs an image of each class, and so does each split that is drawn from the same.
     least = 3 if test is None else 2
     files, labels = _labelled_files(train, classes, least=least, passed_over=passed_over)
-    notes += _notes_of_inner_splits(train, files)
+    notes += _notes_of_inner_splits(train, files) + _notes_of_numbered(train, classes)
     test_labels: list[int] = []
     if test is not None:
         differing = sorted(set(classes) ^ set(_folders(test, passed_over)))
@@ -732,6 +732,20 @@ def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
     return (
         f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
         "the splits are drawn anew",
+    )
+
+
+def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
+    """Tell of fold1/CLASS and fold2/CLASS, whose outer folders are taken for the classes."""
+    if len({re.sub(r"\d+", "", name) for name in classes}) > 1:
+        return ()
+    first, *others = (_folders(folder / name) for name in classes)
+    if len(first) < 2 or any(names != first for names in others):
+        return ()
+    return (
+        f"the classes are {', '.join(map(repr, classes[:3]))}{' …' if len(classes) > 3 else ''}; "
+        f"in each are folders {', '.join(map(repr, first[:3]))}{' …' if len(first) > 3 else ''}: "
+        "if those are the classes, put the images together, as CLASS/*",
     )
 
 

@@ -349,6 +349,7 @@ class _Comparison:
             self.record.set_user_attr("test_rounds", rounds)
         if "ended" in rounds[-1]:
             return
+        errors: tuple[type[BaseException], ...] = (ValueError, *recording_errors())
         for trial in _finished(open_study(confirmation, self.data, storage=self.storage)):
             if trial.user_attrs.get("outcome") != "complete":
                 continue
@@ -358,7 +359,13 @@ class _Comparison:
             if run is None or _last_round(run) >= len(rounds):
                 continue  # deleted by the user, or seen to before this process was started
             loss, seed = trial.params["loss"], trial.params["seed"]
-            accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
+            try:
+                accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
+            except errors as error:
+                # Deleted in between: as if it had been before. The other models are shown the test.
+                if is_passing(error) or self.tracker.find_run(run.run_id) is not None:
+                    raise
+                continue
             yield ModelTested(loss=loss, seed=seed, accuracy=accuracy)
         rounds[-1]["ended"] = _now()
         self.record.set_user_attr("test_rounds", rounds)

@@ -633,6 +633,8 @@ class _Sweep:
             running is not None
             and not is_passing(error)
             and self.tracker.find_run(running.run.run_id) is None
+            # With its experiment, it may come back, and the trial goes on then.
+            and self.tracker.is_active()
         )
         if running is None or not is_deleted:
             raise error

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -18,6 +19,7 @@ from tracking_helpers import new_store
 
 from cnn.data import Dataset
 from cnn.training import TrainConfig
+from experiments import comparison
 from experiments.comparison import (
     ComparisonEnded,
     Event,
@@ -35,6 +37,7 @@ from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Re
 from experiments.study import TrialProgressed
 from experiments.summary import summarise
 from tracking.predict import load_run
+from tracking.runs import Run as TrackedRun
 
 LOSSES = ("mse", "cross_entropy")
 BY_TIME = ["run_id", "seconds", "images_per_second"]
@@ -320,6 +323,25 @@ def test_the_test_split_is_looked_at_once_unless_a_second_time_is_asked_for(
     assert sorted(results(plan).repeats["test_evaluations"]) == [1] * 2 + [2] * 4
     assert results(plan).provenance["test split looked at"] == "2 times"
     assert num_tested(run(plan, data, retest=True)) == 6  # fewer repeats than there are
+
+
+def test_a_run_that_is_deleted_while_the_test_split_is_shown_is_passed_over(
+    plan: Plan, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, deleted = comparison.test_model, []
+
+    def test_model(run: TrackedRun, *args: Any, **kwargs: Any) -> float:
+        if not deleted:
+            deleted.append(run.run_id)
+            MlflowClient().delete_run(run.run_id)
+        return real(run, *args, **kwargs)
+
+    monkeypatch.setattr(comparison, "test_model", test_model)
+    events = run(plan, data)
+    ended = events[-1]
+    assert isinstance(ended, ComparisonEnded)
+    assert (ended.outcome, ended.reason) == ("complete", "")
+    assert sum(isinstance(event, ModelTested) for event in events) == 3  # of four
 
 
 def test_there_can_be_more_repeats_before_it_was_looked_at(plan: Plan, data: Dataset) -> None:

@@ -816,6 +816,29 @@ def test_splits_within_the_classes_are_told_of(tmp_path, data_dir):
     assert any("folders 'test', 'train': they are read as one" in note for note in dataset.notes)
 
 
+def test_numbered_folders_with_the_same_folders_in_each_are_told_of(tmp_path, data_dir):
+    parts = dict.fromkeys(["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"], 3)
+    dataset = load(str(make_folder(tmp_path / "images", parts)), data_dir=data_dir, seed=0)
+    assert dataset.classes == ("fold1", "fold2")
+    assert any("in each are folders 'cat', 'dog': if those" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("cat/front", "cat/back", "dog/front", "dog/back"),  # other names
+        ("class1", "class2"),
+        ("0", "1", "10"),
+        ("1/a", "1/b", "2/c", "2/d"),
+        ("1/all", "2/all"),
+    ],
+)
+def test_ordinary_folders_are_not_told_of(tmp_path, data_dir, parts):
+    folder = make_folder(tmp_path / "images", dict.fromkeys(parts, 3))
+    notes = load(str(folder), data_dir=data_dir, seed=0).notes
+    assert not any("if those are the classes" in note for note in notes)
+
+
 def test_what_systems_leave_behind_is_no_class_and_no_image(folder, data_dir):
     before = load(str(folder), data_dir=data_dir, seed=0)
     for name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "#recycle", ".cache"):

@@ -793,7 +793,7 @@ def test_a_start_that_is_refused_draws_what_it_would_have_drawn(
     other = replace(settings, storage=f"sqlite:///{tmp_path / 'other.db'}", experiment="others")
     with monkeypatch.context() as patch:
         stale_run_id(patch)
-        with pytest.raises(ValueError, match="not found"):
+        with pytest.raises(ValueError, match="no run '0+', of MLFLOW_RUN_ID: unset that"):
             run_sweep(other, data, trains(good))
     run_sweep(other, data, trains(good))
     assert [trial.params for trial in trials(other, data)] == undisturbed
@@ -834,7 +834,14 @@ def test_an_experiment_that_is_deleted_ends_a_sweep_for_good(
     assert isinstance(ended, SweepEnded)
     assert ended.outcome == "failed"
     assert "active" in ended.reason or "deleted" in ended.reason
-    assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
+    # Restored, it goes on where it was.
+    assert TrialState.FAIL not in {trial.state for trial in trials(settings, data)}
+    assert experiment is not None
+    client.restore_experiment(experiment.experiment_id)
+    run_sweep(settings, data, trains(good))
+    assert {trial.state for trial in trials(settings, data)} == {TrialState.COMPLETE}
+    assert {run.info.status for run in client_runs()} == {"FINISHED"}
+    assert len(trial_runs()) == settings.trials
 
 
 def test_what_can_not_be_closed_keeps_nothing_else_open(

@@ -102,7 +102,18 @@ class Tracker:
         with opening() as client:
             adopted = os.environ.get("MLFLOW_RUN_ID")
             if adopted:
-                run = client.get_run(adopted).info
+                try:
+                    run = client.get_run(adopted).info
+                except MlflowException as error:
+                    if error.error_code not in (
+                        "RESOURCE_DOES_NOT_EXIST",
+                        "INVALID_PARAMETER_VALUE",
+                    ):
+                        raise
+                    # MLflow's words say nothing of the variable, which a shell may have kept.
+                    raise ValueError(
+                        f"there is no run {adopted!r}, of MLFLOW_RUN_ID: unset that"
+                    ) from error
                 if run.lifecycle_stage != "active":
                     raise ValueError(f"run {adopted}, of MLFLOW_RUN_ID, is deleted: unset that")
                 found = client.get_experiment(run.experiment_id)
@@ -162,6 +173,15 @@ class Tracker:
             return run_before
         parent = None if under is None else Run(self.client, under, self.experiment_id)
         return self.start_run(name, tags=tags, parent=parent)
+
+    def is_active(self) -> bool:
+        """Return whether the experiment is still there, and nobody has deleted it."""
+        try:
+            return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
 
     def find_run(self, run_id: str) -> Run | None:
         """Return the run with this id in this experiment, unless it is not there or deleted."""
