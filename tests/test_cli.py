@@ -225,6 +225,7 @@ def test_a_flag_like_none_has_no_hint(capsys: pytest.CaptureFixture[str]) -> Non
         "postgresql+psycopg://u:my secret@host/x",
         "postgresql+psycopg://u:my/se:cret @@host/x",
         "http://u:12secret@host:5000",
+        "postgresql+psycopg://u@host/x?password=my secret&a=b",
         "http://u:s e c r e t@host:5000 and http://v:secret@other",
     ],
 )

@@ -520,6 +520,25 @@ def test_what_is_no_model_is_a_line_and_nothing_is_copied(
     assert list(scratch.iterdir()) == []
 
 
+def test_whatever_the_client_of_a_store_raises_is_a_line(
+    mlflow_store: str,
+    scratch: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NoCredentialsError(Exception):  # botocore's derive from nothing else
+        pass
+
+    def get_repository(location: str) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    registry = "mlflow.store.artifact.artifact_repository_registry"
+    monkeypatch.setattr(f"{registry}.get_artifact_repository", get_repository)
+    np.save("a.npy", EXAMPLES)
+    line = refused(capfd, "s3://bucket/model")
+    assert "can't fetch the model s3://bucket/model: Unable to locate credentials" in line
+
+
 def test_a_recorded_model_that_is_a_folder_of_others_is_not_copied(
     tmp_path: Path, scratch: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,7 @@ def _of_logged(client: Client, model_id: str) -> tuple[str, dict[str, str]]:
 
 def _fetched(location: str, digests: Mapping[str, str], uri: str) -> Stored:
     """Return the files at a location, which have these digests; the URI is for messages."""
+    from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import get_local_path_or_none
 
     try:
@@ -144,7 +145,9 @@ def _fetched(location: str, digests: Mapping[str, str], uri: str) -> Stored:
     except ValueError as error:
         line = f"{shortened(uri)} can't be used as a model: {one_line(error)}"
         raise ValueError(line) from error
-    except (ImportError, OSError) as error:  # a kind of store that takes another package, say
+    except MlflowException:
+        raise
+    except Exception as error:  # each kind of store has a client with errors of its own
         line = f"can't fetch the model {shortened(uri)}: {one_line(error)}"
         raise refusal(line, error) from error
     return stored

@@ -105,6 +105,8 @@ class Tally:
             columns |= {"true": self.true, "correct": self.correct}
         counts = pd.DataFrame(columns, index=pd.Index(list(self.classes), dtype=object))
         counts = counts[counts.any(axis=1)].sort_index()
+        if not len(counts):
+            return "no image could be read"
         lines = [counts.rename_axis("class").reset_index().to_string(index=False)]
         labelled, correct = self.true.sum(), self.correct.sum()
         if labelled:

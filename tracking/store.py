@@ -380,7 +380,7 @@ def without_passwords(text: str) -> str:
     text = re.sub(
         r"(?<=://)([^/@:\s]*):(?!\d{1,5}(?:[/\s'\",;:)]|$)(?!\S*@))(?:(?!://).)*@", r"\1:***@", text
     )
-    return re.sub(r"(?<=password=)[^&\s'\"]*", "***", text)
+    return re.sub(r"(?<=password=)[^&'\"]*?(?=&|['\"]|\s\(|: |$)", "***", text)
 
 
 @contextmanager
