@@ -7,7 +7,6 @@ environment, as a file, or as a hash, and never on a command line, which all on 
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracking.files import replacing
 from tracking.store import environment
 
 if TYPE_CHECKING:
@@ -63,12 +63,9 @@ class Passwords:
         """Return what a file says; one that isn't there gets a new password."""
         path = self.folder / name
         if not path.exists():
-            draft = path.with_suffix(".draft")
-            draft.unlink(missing_ok=True)  # of a start that was killed
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with os.fdopen(os.open(draft, flags, 0o600), "w") as stream:
-                stream.write(f"{secrets.token_urlsafe(24)}\n")
-            draft.rename(path)
+            path.with_suffix(".draft").unlink(missing_ok=True)  # an earlier version's, or planted
+            with replacing(path, mode=0o600) as stream:
+                stream.write(f"{secrets.token_urlsafe(24)}\n".encode())
         return path.read_text().strip()
 
     def own(self, name: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from tracking.cli import OutputError
 from tracking.store import NotNowError
 
 STOP_SECONDS = 60
@@ -195,7 +196,7 @@ def _listener(port: int) -> str:
 
 def say(line: str) -> None:
     """Print a line for who looks on; servers run on where nobody can."""
-    with suppress(OSError):
+    with suppress(OSError, OutputError):
         print(line, file=sys.stderr, flush=True)
 
 

@@ -815,3 +815,14 @@ def test_a_signal_stops_both(free: list[str], name: str, tmp_path: Path) -> None
 
 def test_the_help_says_what_is_taken_where_nothing_is_said() -> None:
     assert build_parser().format_help().count("(default: ") == 4
+
+
+def test_a_line_that_nobody_can_read_does_not_end_the_servers(tmp_path: Path) -> None:
+    script = (
+        "from experiments.supervision import say; from tracking.cli import Parser, run_command\n"
+        "def run(options):\n say('a server is started again'); open('on', 'w').close()\n"
+        "run_command(Parser(prog='tool'), run, [])"
+    )
+    command = f'PYTHONPATH={REPOSITORY} {sys.executable} -c "{script}" 2>/dev/full'
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False)
+    assert (tmp_path / "on").exists()
