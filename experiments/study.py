@@ -233,7 +233,8 @@ def sweep(
         check_batch_size(batch_size, data)
     with ExitStack() as stack:
         interrupts = interrupts or Interrupts()
-        check_tracking()
+        if storage is None:  # else both databases have been looked at
+            check_tracking()
         study = open_study(settings, data, interrupts, storage=storage)
         stack.enter_context(held(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts, under)
@@ -800,7 +801,8 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    check_storage(settings.storage)
+    if storage is None:
+        check_storage(settings.storage)
     identity, made = settings.identity(data), settings.made_with(data)
     patience = storage_patience(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.cli import Parser, run_command
 from tracking.store import check_location, one_line, reading
-from tracking.text import escape_formula, printable
+from tracking.text import escape_formula, listed, printable
 
 if TYPE_CHECKING:
     import mlflow
@@ -41,7 +41,6 @@ _PAGE = 100
 # Databases sort anew for each page, which takes longer than to read it.
 _NEXT_PAGE = 1000
 _FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED'"
-_NAMES_SHOWN = 8
 _REPEATS = "confirm"
 """The tag `stage` of a comparison's repeats."""
 _DATASETS = 20
@@ -568,8 +567,9 @@ def described(run: Run) -> str:
 def _find_experiment(client: mlflow.MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        others = [experiment.name for experiment in client.search_experiments(max_results=_PAGE)]
-        raise ValueError(f"there is no experiment {name!r}, only {listed(others)}{_advice(name)}")
+        experiments = client.search_experiments(max_results=_PAGE)
+        others = listed(sorted(experiment.name for experiment in experiments))
+        raise ValueError(f"there is no experiment {name!r}, only {others}{_advice(name)}")
     if found.lifecycle_stage != "active":
         raise ValueError(
             f"experiment {name!r} is deleted: restore it by `mlflow experiments restore "
@@ -628,7 +628,7 @@ def _why_none(
     if known and metric not in known:
         return (
             f"no finished run of experiment {name!r}{among} has the metric {metric!r}: "
-            f"choose one of {listed(known)}"
+            f"choose one of {listed(sorted(known))}"
         )
     if among and not known:
         others = client.search_runs([experiment_id], _FINISHED, max_results=_PAGE)
@@ -648,21 +648,14 @@ def _what_there_is(runs: Sequence[Run]) -> str:
     losses = {run.data.params["loss"] for run in runs if "loss" in run.data.params}
     studies = {run.data.tags["study"] for run in runs if "study" in run.data.tags}
     datasets = {run.data.params["dataset"] for run in runs if "dataset" in run.data.params}
-    parts = [f"losses {listed(losses)}"] if losses else []
-    parts += [f"studies {listed(studies)}"] if studies else []
-    parts += [f"data sets {listed(datasets)}"] if datasets else []
+    parts = [f"losses {listed(sorted(losses))}"] if losses else []
+    parts += [f"studies {listed(sorted(studies))}"] if studies else []
+    parts += [f"data sets {listed(sorted(datasets))}"] if datasets else []
     return f" has a model; those that have: {'; '.join(parts) or len(runs)}"
 
 
 def _advice(experiment: str) -> str:
     return f"; this makes one: python -m experiments.sweep --experiment {shlex.quote(experiment)}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return names in quotes, as many as a line takes."""
-    quoted = [repr(name) for name in sorted(names)]
-    more = len(quoted) - _NAMES_SHOWN
-    return ", ".join(quoted[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 # The command line

@@ -79,7 +79,7 @@ def fetch(uri: str) -> Stored:
         return _fetched(str(folder), {}, uri)
     if ":/" not in uri:
         raise ValueError(
-            f"there is no model {shortened(uri)!r}: give a URI, or a folder with a file MLmodel"
+            f"there is no model {shown_uri(uri)!r}: give a URI, or a folder with a file MLmodel"
         )
     with reading() as client:
         return _fetched(*_located(client, uri), uri)
@@ -95,7 +95,7 @@ def check_stored(client: Client, uri: str) -> None:
         _fetched(location, digests, uri)
 
 
-def shortened(uri: str) -> str:
+def shown_uri(uri: str) -> str:
     """Return a URI as a line can show it: without passwords, and not too long."""
     uri = without_passwords(uri)
     return uri if len(uri) <= _SHOWN else f"{uri[:_SHOWN]} …"
@@ -143,12 +143,12 @@ def _fetched(location: str, digests: Mapping[str, str], uri: str) -> Stored:
         stored = read_folder(Path(folder)) if folder is not None else _downloaded(location)
         _check_digests(stored, digests)
     except ValueError as error:
-        line = f"{shortened(uri)} can't be used as a model: {one_line(error)}"
+        line = f"{shown_uri(uri)} can't be used as a model: {one_line(error)}"
         raise ValueError(line) from error
     except MlflowException:
         raise
     except Exception as error:  # each kind of store has a client with errors of its own
-        line = f"can't fetch the model {shortened(uri)}: {one_line(error)}"
+        line = f"can't fetch the model {shown_uri(uri)}: {one_line(error)}"
         raise refusal(line, error) from error
     return stored
 

@@ -28,7 +28,7 @@ from tracking.best import (
 from tracking.cli import Parser, run_command
 from tracking.description import read_description
 from tracking.drafts import check_drafts, draft_files, open_draft
-from tracking.fetching import fetch, shortened
+from tracking.fetching import fetch, shown_uri
 from tracking.labelling import Tally, chunk_size, label
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
@@ -206,11 +206,11 @@ def load_model(uri: str) -> Predictor:
     try:
         about = read_description(stored.description)
     except ValueError as error:
-        line = f"{shortened(uri)} can't be used as a model: {one_line(error)}"
+        line = f"{shown_uri(uri)} can't be used as a model: {one_line(error)}"
         raise ValueError(line) from error
     shape = about.image_shape
     return Predictor(
-        model=_load_graph(shortened(uri), stored.graph, shape, num_classes=len(about.classes)),
+        model=_load_graph(shown_uri(uri), stored.graph, shape, num_classes=len(about.classes)),
         classes=about.classes,
         image_shape=shape,
         uri=without_passwords(uri),

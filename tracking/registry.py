@@ -14,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import DEFAULT_METRIC, described, listed, model_uri
+from tracking.best import DEFAULT_METRIC, described, model_uri
 from tracking.fetching import check_stored, digest_tags
 from tracking.store import is_passing, one_line
+from tracking.text import listed
 
 if TYPE_CHECKING:
     import mlflow
@@ -297,10 +298,10 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            names = [model.name for model in self.client.search_registered_models(max_results=100)]
+            found = self.client.search_registered_models(max_results=100)
+            names = listed(sorted(model.name for model in found)) if found else "none"
             raise _NoModelError(
-                f"there is no registered model {self.name!r}, only {listed(names) or 'none'}; "
-                f"--run-id ID makes it"
+                f"there is no registered model {self.name!r}, only {names}; --run-id ID makes it"
             ) from error
 
     def _versions_of(self, run: Run) -> list[ModelVersion]:
