@@ -343,6 +343,14 @@ def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None
         yield pool, workers or max(1, pool.room()), device
 
 
+def check_out(folder: Path, flag: str) -> None:
+    """Raise ValueError if nothing could be written to a folder, hours before it is."""
+    from tracking.report import check_folder
+
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    check_folder(there, option=flag)
+
+
 def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
     """Return the settings of a command line; `others` are those that it has no flags for."""
     from cnn.losses import LOSSES

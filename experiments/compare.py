@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     def settle(num_workers: int) -> Settings:
         from experiments.comparison import Plan
 
-        _check_out(options.out)
+        command.check_out(options.out, "--out")
         others = {"pruner": "none", "timeout": 0, "register": "none"}
         settings = command.settings_of(options, num_workers, **others)
         Plan(settings=settings, repeats=options.repeats)  # is checked before anything is begun
@@ -124,14 +124,6 @@ def _run(options: argparse.Namespace) -> int:
 
         plan = Plan(settings=settings, repeats=options.repeats)
         return _compare(options, plan, data, pool)
-
-
-def _check_out(out: Path) -> None:
-    """Raise ValueError if no report could be written there, hours before it is."""
-    from tracking.report import check_folder
-
-    there = next(each for each in (out, *out.absolute().parents) if each.exists())
-    check_folder(there, option="--out")
 
 
 def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Pool) -> int:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     def settle(num_workers: int) -> Settings:
+        if options.tensorboard is not None:
+            if find_spec("tensorboard") is None:
+                raise ValueError("--tensorboard needs TensorBoard: pip install '.[tensorboard]'")
+            command.check_out(options.tensorboard, "--tensorboard")
         return command.settings_of(options, num_workers)
 
     with command.workers_and_data(options, settle) as (settings, data, pool):

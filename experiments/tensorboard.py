@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.study import SweepEvent, TrialEnded, TrialProgressed, TrialStarted
+from tracking.drafts import writing
 
 
 class EventFiles(AbstractContextManager["EventFiles"]):
@@ -18,7 +19,15 @@ class EventFiles(AbstractContextManager["EventFiles"]):
         self.writers: dict[int, SummaryWriter] = {}
 
     def show(self, event: SweepEvent) -> None:
-        """Write what an event holds."""
+        """Write what an event holds.
+
+        Raises:
+            NotNowError: the disk said no.
+        """
+        with writing("TensorBoard's event files"):
+            self._write(event)
+
+    def _write(self, event: SweepEvent) -> None:
         match event:
             case TrialStarted(trial=trial, config=config):
                 name = f"{trial:03d} {config.loss} lr={config.learning_rate:.3g}"
@@ -34,5 +43,6 @@ class EventFiles(AbstractContextManager["EventFiles"]):
                 self.writers.pop(trial).close()
 
     def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
+        with writing("TensorBoard's event files"):
+            for writer in self.writers.values():
+                writer.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -157,6 +158,24 @@ def test_tensorboard_files_hold_every_metric(tmp_path: Path) -> None:
     assert events.Scalars("val/accuracy")[-1].value == pytest.approx(0.9)
 
 
+def test_a_disk_that_is_full_of_event_files_stops_a_sweep_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    assert main([*SMALL, "--tensorboard", str(tmp_path / "tb")]) == 1
+    assert capsys.readouterr().err == (
+        "stopped: can't write TensorBoard's event files: No space left on device; "
+        "the same command continues the study\n"
+    )
+    client = MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'cnn-sweep'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -181,6 +200,10 @@ def test_tensorboard_files_hold_every_metric(tmp_path: Path) -> None:
         (["--device", "tpu"], "device 'tpu' is not here"),
         (["--storage", "sqlite:////proc/none/o.db"], "'sqlite:////proc/none/o.db' can't be opened"),
         (["--storage", "optuna.db"], "'optuna.db' is no address of a database: say sqlite:///"),
+        (
+            ["--tensorboard", "/dev/null"],
+            "can't write --tensorboard: there is no folder '/dev/null'",
+        ),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )
