@@ -46,7 +46,7 @@ def record(scratch: Path) -> Path:
     import numpy as np
 
     from cnn.losses import softmax
-    from cnn.model import CNN, Classifier
+    from cnn.networks import CNN, Classifier
     from tracking.runs import save_model
 
     network = Classifier(CNN(10), softmax).eval()

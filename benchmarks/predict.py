@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from benchmarks.common import REPOSITORY, markdown, spread
-from experiments.machine import machine
-from tracking.ahead import num_cores
+from cnn.devices import machine, num_cores
 
 if TYPE_CHECKING:
     from tracking.predict import Predictor
@@ -84,7 +83,7 @@ def store_model(folder: Path) -> str:
     import numpy as np
 
     from cnn.losses import softmax
-    from cnn.model import Classifier, build_cnn
+    from cnn.networks import Classifier, build_cnn
     from tracking.runs import Tracker
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"

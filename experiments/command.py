@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import num_cores
+from cnn.devices import num_cores
 from tracking.cli import INTERRUPTED, run_command
 from tracking.store import check_tracking, sqlite_file, without_passwords
 from tracking.text import printable

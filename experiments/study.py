@@ -27,10 +27,11 @@ import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
-from cnn.model import CNN, Classifier
-from cnn.training import TrainConfig, check_batch_size
+from cnn.networks import CNN, Classifier
+from cnn.training import check_batch_size
 from experiments.heartbeat import Heartbeat
 from experiments.identity import check_same, differences, environment
 from experiments.interrupts import InterruptionError, Interrupts

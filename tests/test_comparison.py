@@ -17,8 +17,8 @@ from mlflow.tracking._tracking_service.utils import _get_store
 from small_sweep import small_settings
 from tracking_helpers import new_store
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
 from experiments import comparison
 from experiments.comparison import (
     ComparisonEnded,

@@ -28,7 +28,7 @@ import experiments.workers
 from benchmarks import faults
 from cnn.data import load
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier
+from cnn.networks import CNN, Classifier
 from experiments.jobs import Event
 from experiments.sweep import main
 from tracking.runs import save_model

@@ -17,10 +17,10 @@ from real_workers import data_dir as data_dir
 
 from benchmarks import faults
 from cnn.data import Dataset
+from cnn.devices import num_cores
 from experiments.checkpoints import Checkpoints
 from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
 from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 

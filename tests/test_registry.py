@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from tracking_helpers import log_model, new_store, record
 
 import experiments.workers
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
 from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep

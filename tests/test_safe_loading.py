@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier
+from cnn.networks import CNN, Classifier
 from tracking.predict import load_model, main
 from tracking.runs import Tracker, save_model
 from tracking.safety import harmless

@@ -24,8 +24,8 @@ import tracking.best
 import tracking.predict
 import tracking.promote
 from benchmarks import faults
+from cnn.config import TrainConfig
 from cnn.data import load
-from cnn.training import TrainConfig
 from experiments.jobs import Event
 from tracking.best import best_run, model_uri
 

@@ -23,8 +23,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from small_sweep import small_settings
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
 from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
 from experiments.jobs import CheckpointLost, Event, JobMoved

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import num_cores
 from tracking.best import (
     DEFAULT_METRIC,
     add_choice_flags,
@@ -29,7 +28,7 @@ from tracking.cli import Parser, run_command
 from tracking.description import read_description
 from tracking.drafts import check_drafts, draft_files, open_draft
 from tracking.fetching import fetch, shown_uri
-from tracking.labelling import Tally, chunk_size, label
+from tracking.labelling import Tally, chunk_size, label, use_available_cores
 from tracking.outputs import FORMATS, Format, format_of, table
 from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
 from tracking.safety import load_graph
@@ -369,7 +368,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.report:
         _check_folder(options, target)
     predictor, why = _chosen(options)
-    _use_cores_there_are()
+    use_available_cores()
     source = open_source(
         options.source,
         classes=predictor.classes,
@@ -398,13 +397,6 @@ def _run(options: argparse.Namespace) -> int:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if tally.failed else 0
-
-
-def _use_cores_there_are() -> None:
-    """Have PyTorch compute on no more cores than a container has a quota for."""
-    import torch
-
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def _written(

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import ahead, num_cores
+from tracking.ahead import ahead
 from tracking.arrays import check_labels, is_one_image, read_arrays
 from tracking.inputs import Item, Paths, Table, listed_paths, read_list
 from tracking.text import listed, shortened
@@ -251,6 +251,8 @@ Row = tuple[str, Item, str | None]
 
 def _decoded(rows: Iterator[Row], size: int, *, has_labels: bool) -> Iterator[Chunk]:
     """Decode images in threads, ahead of what is asked for: up to two chunks, or some megabytes."""
+    from cnn.devices import num_cores
+
     names: list[str] = []
     labels: list[str | None] = []
     results: list[npt.NDArray[np.uint8] | str] = []
