@@ -57,15 +57,8 @@ from experiments.study import (
     trials_table,
 )
 from experiments.trial_cache import TrialCache
-from tracking.store import (
-    check_tracking,
-    is_passing,
-    one_line,
-    reading,
-    refusal,
-    sqlite_file,
-    without_passwords,
-)
+from tracking.errors import is_passing, one_line, refusal, without_passwords
+from tracking.store import check_tracking, reading, sqlite_file
 
 if TYPE_CHECKING:
     import mlflow
@@ -248,7 +241,7 @@ class _Comparison:
     def connect(self) -> Run:
         """Open the run that all others hang under."""
         with self.interrupts.at_once():
-            from tracking.patience import Patience
+            from tracking.retries import Patience
             from tracking.runs import Tracker
 
             patience = Patience(

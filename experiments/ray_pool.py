@@ -39,7 +39,7 @@ from experiments.jobs import (
     environment,
 )
 from experiments.ray_worker import Images, Place, Step, actor_class, versions
-from tracking.store import NotNowError
+from tracking.errors import NotNowError
 
 if TYPE_CHECKING:
     from cnn.config import TrainConfig

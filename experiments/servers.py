@@ -45,8 +45,9 @@ from experiments.supervision import (
     stop_orphaned,
 )
 from tracking.cli import Parser, run_command
-from tracking.drafts import writing
-from tracking.store import NotNowError, environment, one_line
+from tracking.errors import NotNowError, one_line
+from tracking.files import writing
+from tracking.store import environment
 
 # What is slow to import (MLflow) is imported where it is needed: --help is not.
 

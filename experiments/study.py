@@ -61,19 +61,13 @@ from experiments.storage import (
     storage_patience,
 )
 from experiments.trial_cache import TrialCache
-from tracking.store import (
-    check_tracking,
-    is_passing,
-    one_line,
-    refusal,
-    sqlite_file,
-    without_passwords,
-)
+from tracking.errors import is_passing, one_line, refusal, without_passwords
+from tracking.store import check_tracking, sqlite_file
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
 if TYPE_CHECKING:
-    from tracking.machine_load import MachineLoad
     from tracking.runs import Run, Tracker
+    from tracking.system_metrics import MachineLoad
 
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
@@ -317,9 +311,9 @@ class _Sweep:
         fixed = self.space.fixed
         self.environment = environment(fixed["precision"], fixed["device"])
         with self.interrupts.at_once():
-            from tracking.machine_load import MachineLoad
-            from tracking.patience import Patience
+            from tracking.retries import Patience
             from tracking.runs import Tracker
+            from tracking.system_metrics import MachineLoad
 
             timeout = self.settings.tracking_timeout
             patience = Patience(seconds=timeout, should_stop=self._should_wait_no_more)

@@ -27,8 +27,9 @@ from tracking.best import (
     main,
     model_uri,
 )
+from tracking.errors import one_line, without_passwords
 from tracking.runs import Run, Tracker
-from tracking.store import one_line, reading, without_passwords
+from tracking.store import reading
 
 
 @pytest.fixture

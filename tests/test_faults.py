@@ -31,8 +31,9 @@ from cnn.losses import PROBABILITIES
 from cnn.networks import CNN, Classifier
 from experiments.jobs import Event
 from experiments.sweep import main
+from tracking.errors import is_passing
 from tracking.runs import save_model
-from tracking.store import is_passing, make_whole
+from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -28,7 +28,7 @@ from ray._private import worker as private  # noqa: E402
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
 from experiments.ray_pool import Needs, RayPool, connected  # noqa: E402
-from tracking.store import NotNowError  # noqa: E402
+from tracking.errors import NotNowError  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

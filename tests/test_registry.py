@@ -24,8 +24,8 @@ from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep
 from experiments.sweep import build_parser, main
-from tracking.patience import Patience, PatientClient, TrackingAwayError
 from tracking.registry import Registry, _agreed, check_name, default_name, offer
+from tracking.retries import Patience, PatientClient, TrackingAwayError
 from tracking.runs import Run, Tracker
 
 DATA = {"dataset": "colours", "dataset_digest": "d1", "seed": 0, "loss": "mse"}

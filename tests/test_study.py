@@ -42,8 +42,8 @@ from experiments.study import (
     sweep,
     trials_table,
 )
+from tracking.errors import is_passing
 from tracking.runs import Run
-from tracking.store import is_passing
 
 METRICS = {
     "train/loss",

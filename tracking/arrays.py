@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tracking.store import one_line
+from tracking.errors import one_line
 from tracking.text import listed
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.cli import Parser, run_command
-from tracking.store import check_location, one_line, reading
+from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
+from tracking.errors import one_line
+from tracking.store import check_location, reading
 from tracking.text import escape_formula, listed, printable
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.store.entities import PagedList
 
-    from tracking.patience import PatientClient
+    from tracking.retries import PatientClient
 
 DEFAULT_METRIC = "val/accuracy"
 
@@ -659,36 +660,6 @@ def _advice(experiment: str) -> str:
 
 
 # The command line
-
-
-def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flags that say which runs to choose from: see `choice_filters`."""
-    parser.add_argument(
-        "--dataset",
-        metavar="NAME",
-        help="choose among the runs on this data set only: its name, its folder, or the first 8 "
-        "digits or more of its digest (default: that of the run that was started last)",
-    )
-    parser.add_argument(
-        "--study", metavar="NAME", help="choose among the runs of this Optuna study only"
-    )
-    parser.add_argument("--loss", metavar="NAME", help="choose among the runs with this loss only")
-    parser.add_argument(
-        "--where",
-        metavar="CONDITION",
-        help="choose among the runs for which this holds, in MLflow's search syntax, say "
-        "\"params.batch_size = '64' and metrics.`val/loss` < 0.5\"",
-    )
-
-
-def choice_filters(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what those flags say, as `choose` takes it."""
-    return {
-        "dataset": options.dataset,
-        "study": options.study,
-        "loss": options.loss,
-        "where": options.where,
-    }
 
 
 def table(choice: Choice, top: int) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tracking.description import MAX_BYTES
+from tracking.errors import one_line, refusal, without_passwords
 from tracking.safety import MAX_ARCHIVE
-from tracking.store import environment, one_line, reading, refusal, without_passwords
+from tracking.store import environment, reading
 
 if TYPE_CHECKING:
     import mlflow
 
-    from tracking.patience import PatientClient
+    from tracking.retries import PatientClient
 
     Client = mlflow.MlflowClient | PatientClient
 

@@ -15,25 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import (
-    DEFAULT_METRIC,
-    add_choice_flags,
-    choice_filters,
-    choose,
-    described,
-    model_uri,
-    warn_of_others,
-)
-from tracking.cli import Parser, run_command
+from tracking.best import DEFAULT_METRIC, choose, described, model_uri, warn_of_others
+from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
 from tracking.description import read_description
 from tracking.drafts import check_drafts, draft_files, open_draft
+from tracking.errors import one_line, without_passwords
 from tracking.fetching import fetch, shown_uri
+from tracking.files import check_folder
 from tracking.labelling import Tally, chunk_size, label, use_available_cores
 from tracking.outputs import FORMATS, Format, format_of, table
-from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
+from tracking.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
 from tracking.safety import load_graph
 from tracking.sources import Chunk, Source, check, class_names, dataset_of, open_source
-from tracking.store import one_line, reading, without_passwords
+from tracking.store import reading
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracking.best import DEFAULT_METRIC, described, model_uri
+from tracking.errors import is_passing, one_line
 from tracking.fetching import check_stored, digest_tags
-from tracking.store import is_passing, one_line
 from tracking.text import listed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from tracking.patience import PatientClient
+    from tracking.retries import PatientClient
 
 CHAMPION = "champion"
 

@@ -41,7 +41,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from tracking.fetching import DESCRIPTION, read_folder
-from tracking.patience import Patience, PatientClient
+from tracking.retries import Patience, PatientClient
 from tracking.safety import harmless
 from tracking.store import check_location, default_location, opening
 
