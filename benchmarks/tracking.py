@@ -58,7 +58,7 @@ def prepare_ours() -> Callable[[int, Times], None]:
     from cnn.config import TrainConfig
     from cnn.losses import softmax
     from cnn.networks import CNN, Classifier
-    from tracking.runs import Tracker
+    from tracking.tracker import Tracker
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path('ours.db').absolute()}"
     tracker = Tracker.open("benchmark")

@@ -17,9 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cnn.images import (
-    IMAGE_SIZE,
-)
+from cnn.images import IMAGE_SIZE
 
 Bytes = npt.NDArray[np.uint8]
 

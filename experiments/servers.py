@@ -37,13 +37,7 @@ from experiments.accounts import (
     make_users,
 )
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.supervision import (
-    LOOK_SECONDS,
-    Server,
-    check_port,
-    running,
-    stop_orphaned,
-)
+from experiments.supervision import LOOK_SECONDS, Server, check_port, running, stop_orphaned
 from tracking.cli import Parser, run_command
 from tracking.errors import NotNowError, one_line
 from tracking.files import writing

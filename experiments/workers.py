@@ -27,14 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoints import Checkpoints
-from experiments.jobs import (
-    Event,
-    JobEnded,
-    JobFailed,
-    environment,
-    set_arithmetic,
-    train_job,
-)
+from experiments.jobs import Event, JobEnded, JobFailed, environment, set_arithmetic, train_job
 
 if TYPE_CHECKING:
     from cnn.cache import FileStates

@@ -32,7 +32,7 @@ from cnn.networks import CNN, Classifier
 from experiments.jobs import Event
 from experiments.sweep import main
 from tracking.errors import is_passing
-from tracking.runs import save_model
+from tracking.models.recording import save_model
 from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]

@@ -4,8 +4,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tracking import system_metrics
-from tracking.runs import Run, Tracker
+from tracking.runs import Run
 from tracking.system_metrics import MachineLoad
+from tracking.tracker import Tracker
 
 
 @pytest.fixture

@@ -22,14 +22,8 @@ from small_sweep import small_settings
 
 from cnn.data import Dataset
 from experiments.study import open_study, sweep
-from tracking.retries import (
-    ArtifactStoreError,
-    Patience,
-    PatientClient,
-    TrackingAwayError,
-    is_away,
-)
-from tracking.runs import Tracker
+from tracking.retries import ArtifactStoreError, Patience, PatientClient, TrackingAwayError, is_away
+from tracking.tracker import Tracker
 
 
 def away() -> MlflowException:

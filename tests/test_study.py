@@ -506,7 +506,7 @@ def test_the_first_trials_train_before_mlflow_is_opened(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = FakePool(trains(good), num_workers=2)
-    monkeypatch.setattr("tracking.runs.Tracker.open", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tracking.tracker.Tracker.open", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(sweep(replace(settings, workers=2), data, pool))
     assert sorted(pool.jobs) == [0, 1]

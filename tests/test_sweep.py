@@ -23,7 +23,7 @@ from experiments.command import _num_workers
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
 from experiments.sweep import build_parser, main
-from tracking.best import model_uri
+from tracking.run_search import model_uri
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tracking.drafts import Draft
+    from tracking.models.predictor import Predictor
     from tracking.outputs import Format
-    from tracking.predict import Predictor
     from tracking.sources import Chunk, Source
 
 # Read and written at once, in images: enough to make the cost of a chunk small.

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import described
 from tracking.cli import Parser, run_command
 from tracking.errors import NotNowError, one_line
 from tracking.figures import FIGURES
 from tracking.files import check_folder, open_folder, writing
 from tracking.measures import BINS, Counter, Measures
 from tracking.outputs import Csv, format_of
+from tracking.run_search import described
 from tracking.store import reading
 from tracking.text import escape_formulas, escaped
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+import mlflow
+from mlflow.exceptions import MlflowException
+
 from tracking.errors import is_refused_user, one_line, refusal, without_passwords
 from tracking.files import open_own
 
@@ -166,7 +169,6 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import requests
     import sqlalchemy
     from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
 
     patience = {key: value for key, value in _PATIENCE.items() if key not in os.environ}
     with environment(patience | default_store()):
@@ -322,3 +324,29 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+DEFAULT_EXPERIMENT = "cnn-sweep"
+
+
+def default_experiment() -> str:
+    """Return the name of the experiment that is meant where none is named.
+
+    That is the one which `mlflow run` or the user's environment has chosen, else `cnn-sweep`.
+    """
+    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return str(_client().get_experiment(experiment_id).name)
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+
+
+def _client() -> mlflow.MlflowClient:
+    return mlflow.MlflowClient()
+
+
+def quoted(value: str) -> str:
+    """Return a value as MLflow's search language takes it: it knows two quotes, and no escape."""
+    if "'" not in value:
+        return f"'{value}'"
+    if '"' not in value:
+        return f'"{value}"'
+    raise ValueError(f"{value!r} holds both kinds of quotes: MLflow can't search for it")
