@@ -74,7 +74,7 @@ def made_up(num_training: int, num_validation: int, *, contrast: float, tint: fl
     pool = torch.from_numpy(images.clip(0, 255).astype(np.uint8))
     rows = torch.arange(count)
     train, validation = (
-        Split(pool=pool, pool_labels=torch.from_numpy(labels), rows=part)
+        Split(all_images=pool, all_labels=torch.from_numpy(labels), rows=part)
         for part in (rows[:num_training], rows[num_training:])
     )
     return Dataset(

@@ -33,8 +33,9 @@ import torch
 from benchmarks import tutorial
 from benchmarks.common import made_up, make_parser, markdown, spread
 from benchmarks.gpu_checks import CHECKS, digests, precisions, run_checks
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig, train
+from cnn.training import train
 
 TUTORIAL = "tutorial's way, float32" + ("" if tutorial.HAS_TORCHVISION else ", without torchvision")
 REPEATS, SEEDS, CPU_SEEDS = 7, 8, 3

@@ -18,18 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import made_up
 from cnn import training
+from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Dataset, Split
+from cnn.devices import resolve_precision
 from cnn.losses import LOSSES
-from cnn.training import (
-    OPTIMIZERS,
-    PRECISIONS,
-    Checkpoint,
-    Epoch,
-    TrainConfig,
-    evaluate,
-    resolve_precision,
-    train,
-)
+from cnn.optimizers import OPTIMIZERS
+from cnn.training import Checkpoint, Epoch, evaluate, train
 
 Check = Callable[[str], None]
 """It takes a device, and raises an AssertionError that says what does not hold."""
@@ -113,7 +107,7 @@ def check_devices(device: str) -> None:
     devices: set[str] = set()
 
     def noted(split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
-        tensors = (split.pool, split.pool_labels, split.rows, indices)
+        tensors = (split.all_images, split.all_labels, split.rows, indices)
         devices.update(tensor.device.type for tensor in tensors)
         return batch(split, indices)
 

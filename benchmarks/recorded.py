@@ -95,7 +95,7 @@ def _probabilities(model_id: str) -> bytes:
     """Return the bits of what a model predicts for some noise."""
     import numpy as np
 
-    from tracking.predict import load_model
+    from tracking.models.predictor import load_model
 
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     return load_model(f"models:/{model_id}").probabilities(noise).tobytes()

@@ -26,12 +26,11 @@ from pathlib import Path
 from benchmarks import tutorial
 from benchmarks.common import make_parser, markdown, matrix_product_rate, spread
 from benchmarks.tutorial import Trained
+from cnn.config import TrainConfig
 from cnn.data import Dataset, load
-from cnn.training import TrainConfig, resolve_precision
+from cnn.devices import machine, num_cores, resolve_precision
 from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.machine import machine
 from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
 
 OPERATIONS = 69e6
 """Multiplications and additions for an image, forward and backward, without the gradient of the

@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import num_cores
+from cnn.devices import num_cores
 from tracking.cli import INTERRUPTED, run_command
-from tracking.store import check_tracking, sqlite_file, without_passwords
+from tracking.errors import without_passwords
+from tracking.store import check_tracking, sqlite_file
 from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from experiments.jobs import Pool
     from experiments.settings import Settings
 
-# Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
+# Unless the user says otherwise. A server that is away is waited for by `tracking.retries`, which
 # hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -345,7 +346,7 @@ def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None
 
 def check_out(folder: Path, flag: str) -> None:
     """Raise ValueError if nothing could be written to a folder, hours before it is."""
-    from tracking.report import check_folder
+    from tracking.files import check_folder
 
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     check_folder(there, option=flag)

@@ -57,21 +57,15 @@ from experiments.study import (
     trials_table,
 )
 from experiments.trial_cache import TrialCache
-from tracking.store import (
-    check_tracking,
-    is_passing,
-    one_line,
-    reading,
-    refusal,
-    sqlite_file,
-    without_passwords,
-)
+from tracking.errors import is_passing, one_line, refusal, without_passwords
+from tracking.store import check_tracking, reading, sqlite_file
 
 if TYPE_CHECKING:
     import mlflow
     import numpy.typing as npt
 
-    from tracking.runs import Run, Tracker
+    from tracking.runs import Run
+    from tracking.tracker import Tracker
 
 LEAST_PROBABILITY = 1e-6
 """What a smaller one counts as in the negative log-likelihood, which would be infinite at 0."""
@@ -248,8 +242,8 @@ class _Comparison:
     def connect(self) -> Run:
         """Open the run that all others hang under."""
         with self.interrupts.at_once():
-            from tracking.patience import Patience
-            from tracking.runs import Tracker
+            from tracking.retries import Patience
+            from tracking.tracker import Tracker
 
             patience = Patience(
                 seconds=self.plan.settings.tracking_timeout, should_stop=self.interrupts
@@ -384,7 +378,7 @@ class _Comparison:
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     """Show a run's model the test split, record what it makes of it, and return its accuracy."""
     from tracking.measures import Counter
-    from tracking.predict import load_run
+    from tracking.selection import load_run
 
     model = load_run(run.run_id)
     labels = data.test.labels.numpy()

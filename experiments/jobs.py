@@ -17,8 +17,8 @@ from experiments.checkpoints import CheckpointError, key_of, pack, unpack
 if TYPE_CHECKING:
     import numpy as np
 
+    from cnn.config import TrainConfig
     from cnn.data import Dataset
-    from cnn.training import TrainConfig
 
 ALLOCATOR = {
     # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch

@@ -27,6 +27,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import cnn
 import experiments
+from cnn.devices import machine, num_cores
 from experiments.checkpoints import Checkpoints
 from experiments.jobs import (
     CheckpointLost,
@@ -37,14 +38,12 @@ from experiments.jobs import (
     JobMoved,
     environment,
 )
-from experiments.machine import machine
 from experiments.ray_worker import Images, Place, Step, actor_class, versions
-from tracking.ahead import num_cores
-from tracking.store import NotNowError
+from tracking.errors import NotNowError
 
 if TYPE_CHECKING:
+    from cnn.config import TrainConfig
     from cnn.data import Dataset
-    from cnn.training import TrainConfig
 
 STEPS_AHEAD = 2
 """Calls under way of a worker that trains."""
@@ -307,13 +306,13 @@ class RayPool:
                 or nodes have other versions.
             NotNowError: too few workers came.
         """
-        pool = data.train.pool.numpy()
+        pool = data.train.all_images.numpy()
         self._checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir.resolve())
         self._about = Images(
             name=data.name,
             source=data.source,
             digest=data.digest,
-            labels=data.train.pool_labels.numpy(),
+            labels=data.train.all_labels.numpy(),
             classes=data.classes,
             given_test=len(data.test) if data.given_test else 0,
         )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from cnn.config import TrainConfig
     from cnn.data import Dataset
-    from cnn.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,10 @@ class Images:
 
     def split(self, images: npt.NDArray[np.uint8], seed: int) -> Dataset:
         """Return the data set, split with a seed."""
-        from cnn.data import Pool, split_pool
+        from cnn.cache import ImagePool
+        from cnn.data import split_pool
 
-        pool = Pool(
+        pool = ImagePool(
             images=images, labels=self.labels, classes=self.classes, given_test=self.given_test
         )
         with warnings.catch_warnings():

@@ -27,18 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoints import Checkpoints
-from experiments.jobs import (
-    Event,
-    JobEnded,
-    JobFailed,
-    environment,
-    set_arithmetic,
-    train_job,
-)
+from experiments.jobs import Event, JobEnded, JobFailed, environment, set_arithmetic, train_job
 
 if TYPE_CHECKING:
-    from cnn.data import Dataset, FileStates
-    from cnn.training import TrainConfig
+    from cnn.cache import FileStates
+    from cnn.config import TrainConfig
+    from cnn.data import Dataset
 
 MAX_IDLE_DEATHS = 3
 """Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
@@ -97,7 +91,7 @@ class ProcessPool:
 
     def hardware(self) -> str:
         """Return what this machine is."""
-        from experiments.machine import machine
+        from cnn.devices import machine
 
         return machine()
 

@@ -9,8 +9,8 @@ from typing import Self
 import pytest
 
 import experiments.workers
-from cnn.model import build_cnn
-from cnn.training import TrainConfig
+from cnn.config import TrainConfig
+from cnn.networks import build_cnn
 from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed
 
 Script = Callable[[int, TrainConfig], Iterable[Event]]

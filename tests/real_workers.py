@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset, load
-from cnn.training import TrainConfig
 from experiments.jobs import Event, JobEnded, JobFailed, Pool
 
 

@@ -13,8 +13,8 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_STORED, ZipFile
 import pytest
 import torch
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
 from experiments import checkpoints
 from experiments.checkpoints import CheckpointError, Checkpoints, unpack
 from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, train_job

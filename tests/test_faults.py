@@ -28,11 +28,12 @@ import experiments.workers
 from benchmarks import faults
 from cnn.data import load
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier
+from cnn.networks import CNN, Classifier
 from experiments.jobs import Event
 from experiments.sweep import main
-from tracking.runs import save_model
-from tracking.store import is_passing, make_whole
+from tracking.errors import is_passing
+from tracking.models.recording import save_model
+from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -27,7 +27,7 @@ from PIL import Image
 from test_outputs import predictor_of, use
 
 from tracking import arrays, files, inputs, parquet_reader
-from tracking.drafts import open_folder
+from tracking.files import open_folder
 from tracking.inputs import Table
 from tracking.predict import main
 from tracking.store import make_whole

@@ -26,7 +26,8 @@ from torch import Tensor
 from tracking_helpers import COLOURS, ColourModel
 
 from tracking import drafts, labelling, outputs, predict
-from tracking.predict import Predictor, main
+from tracking.models.predictor import Predictor
+from tracking.predict import main
 
 ROOT = Path(__file__).parents[1]
 ENDINGS = (".csv", ".parquet", ".jsonl")

@@ -22,8 +22,11 @@ from tracking_helpers import COLOURS, ColourModel, log_model, new_store, record
 import tracking
 from cnn import data
 from tracking import labelling, predict
-from tracking.predict import Predictor, load_best, load_model, load_run, main
-from tracking.runs import Run, Tracker
+from tracking.models.predictor import Predictor, load_model
+from tracking.predict import main
+from tracking.runs import Run
+from tracking.selection import load_best, load_run
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 SEED = 3

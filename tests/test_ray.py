@@ -17,10 +17,10 @@ from real_workers import data_dir as data_dir
 
 from benchmarks import faults
 from cnn.data import Dataset
+from cnn.devices import num_cores
 from experiments.checkpoints import Checkpoints
 from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
 from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -28,7 +28,7 @@ from ray._private import worker as private  # noqa: E402
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
 from experiments.ray_pool import Needs, RayPool, connected  # noqa: E402
-from tracking.store import NotNowError  # noqa: E402
+from tracking.errors import NotNowError  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

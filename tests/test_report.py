@@ -27,7 +27,7 @@ from tracking_helpers import COLOURS, log_model, new_store
 from tracking import figures, labelling, predict, report
 from tracking.measures import Counter
 from tracking.report import FILES, count, data_name
-from tracking.runs import Tracker
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,10 +24,11 @@ import tracking.best
 import tracking.predict
 import tracking.promote
 from benchmarks import faults
+from cnn.config import TrainConfig
 from cnn.data import load
-from cnn.training import TrainConfig
 from experiments.jobs import Event
-from tracking.best import best_run, model_uri
+from tracking.run_search import model_uri
+from tracking.selection import best_run
 
 REPOSITORY = Path(__file__).parents[1]
 USERS = ("admin", "alice", "bob", "carol")
@@ -246,7 +247,7 @@ def test_what_a_user_may_not_see_is_one_line(
 
 
 def promote_the_second(*options: str) -> int:
-    second = tracking.best.choose("not-for-carol", top=2).ranked[1]
+    second = tracking.selection.choose("not-for-carol", top=2).ranked[1]
     return tracking.promote.main(["cnn-digits", "--run-id", second.info.run_id, *options])
 
 

@@ -35,7 +35,7 @@ from benchmarks.faults import free_port
 from experiments.accounts import OWNER, USER_CONNECTIONS, Passwords
 from experiments.servers import build_parser, main
 from experiments.supervision import Server, running, stop_orphaned
-from tracking.store import NotNowError
+from tracking.errors import NotNowError
 
 REPOSITORY = Path(__file__).parents[1]
 Test = TypeVar("Test", bound=Callable[..., object])

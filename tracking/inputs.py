@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from tracking import parquet_reader
-from tracking.store import one_line
+from tracking.errors import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]

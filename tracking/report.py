@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -18,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import described
 from tracking.cli import Parser, run_command
-from tracking.drafts import open_folder, writing
+from tracking.errors import NotNowError, one_line
 from tracking.figures import FIGURES
+from tracking.files import check_folder, open_folder, writing
 from tracking.measures import BINS, Counter, Measures
 from tracking.outputs import Csv, format_of
-from tracking.store import NotNowError, one_line, reading
+from tracking.run_search import described
+from tracking.store import reading
 from tracking.text import escape_formulas, escaped
 
 if TYPE_CHECKING:
@@ -353,32 +353,6 @@ def _of_the_model(values: Mapping[str, float], run: Run) -> list[Any]:
 
 
 # The command line
-
-
-def check_folder(folder: Path, *, option: str, source: str = "") -> None:
-    """Raise ValueError if a report can't be written to a folder.
-
-    Args:
-        folder: which need not exist, but the one that it is in.
-        option: what names it, for the message.
-        source: what is labelled: no figure may get among its images.
-    """
-    try:
-        target = folder.resolve()
-        place = target if target.exists() else target.parent
-        if not place.is_dir():
-            raise ValueError(f"can't write {option}: there is no folder {str(place)!r}")
-        # The mode too: for root everything is writable, also what was made read-only on purpose.
-        if not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
-            raise ValueError(f"can't write {option}: {str(place)!r} is read-only")
-        for images in filter(None, (source, source.rpartition(":")[0])):
-            if Path(images).is_dir() and target.is_relative_to(Path(images).resolve()):
-                raise ValueError(
-                    f"can't write {option}: {str(folder)!r} is in {images!r}, and the figures "
-                    "would be among its images"
-                )
-    except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
-        raise ValueError(f"can't write {option} {str(folder)!r}: {one_line(error)}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:

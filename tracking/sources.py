@@ -22,16 +22,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import ahead, num_cores
-from tracking.arrays import check_labels, is_one_image, read_arrays
+from tracking.ahead import ahead
+from tracking.arrays import is_one_image, read_arrays
 from tracking.inputs import Item, Paths, Table, listed_paths, read_list
-from tracking.text import listed, shortened
+from tracking.models.labels import class_names
+from tracking.text import listed
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    Labels = Sequence[str | None] | Sequence[int] | npt.NDArray[Any]
 
 ARRAYS = (".npy", ".npz")
 TABLES = (".parquet", ".pq")
@@ -40,9 +39,6 @@ SPLITS = {"train": "train", "validation": "validation", "val": "validation", "te
 # What a thread decodes at a time, and how many bytes of encoded images are read ahead at most.
 _BLOCK = 32
 _BYTES_AHEAD = 2**26
-
-# Of an array of labels: each of them is 40 kB at most.
-_LABELS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +247,8 @@ Row = tuple[str, Item, str | None]
 
 def _decoded(rows: Iterator[Row], size: int, *, has_labels: bool) -> Iterator[Chunk]:
     """Decode images in threads, ahead of what is asked for: up to two chunks, or some megabytes."""
+    from cnn.devices import num_cores
+
     names: list[str] = []
     labels: list[str | None] = []
     results: list[npt.NDArray[np.uint8] | str] = []
@@ -403,32 +401,6 @@ def _part(images: npt.NDArray[Any], part: slice) -> npt.NDArray[Any]:
             images.filename, images.dtype, "r", images.offset, images.shape, order=order
         )
     return images[part]
-
-
-def class_names(labels: Labels, classes: Sequence[str], *, size: int) -> list[str | None]:
-    """Return labels as class names: they are that already (or None), or positions in `classes`.
-
-    Raises ValueError for others, and unless there are `size` of them.
-    """
-    import numpy as np
-
-    array: npt.NDArray[Any] = np.asarray(labels)
-    check_labels(array.shape, array.dtype, size=size)
-    names: dict[Any, str | None] = {name: name for name in classes} | {None: None}
-    if array.dtype.kind in "iu":
-        wrong = array[(array < 0) | (array >= len(classes))]
-        if len(wrong):
-            raise ValueError(f"label {wrong[0]} is not in 0 to {len(classes) - 1}")
-        names = dict(enumerate(classes))
-    found: list[str | None] = []
-    for start in range(0, size, _LABELS_AT_ONCE):
-        given = array[start : start + _LABELS_AT_ONCE].tolist()
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            name = shortened(str(unknown[0]), 100)
-            raise ValueError(f"label {name!r} is no class of the model: {listed(classes)}")
-        found += [names[name] for name in given]
-    return found
 
 
 # Splits of data sets

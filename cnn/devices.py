@@ -1,0 +1,119 @@
+"""What this machine has: processor cores, GPUs, fast arithmetic."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that `auto` stands for, or check that the one named is there.
+
+    Raises:
+        ValueError: there is no such device; the message says which there are.
+    """
+    import torch
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return "cuda" if len(available) > 1 else "cpu"
+    if name in available or (name == "cuda" and len(available) > 1):
+        return name
+    raise ValueError(f"device {name!r} is not here: choose auto, or one of {', '.join(available)}")
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """Return the precision that `auto` stands for on a device: bfloat16 where that is faster.
+
+    That is on GPUs from Ampere on and on processors with bfloat16 instructions (AMX, AVX-512).
+    """
+    import torch
+
+    from cnn.config import PRECISIONS, check_choice
+
+    if name != "auto":
+        check_choice("precision", name, ["auto", *PRECISIONS])
+        return name
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = any(bfloat16_units().values())
+    return "bfloat16" if fast else "float32"
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use: those that it may run on, within its quota.
+
+    A part of a core counts as one: threads that take turns use it, and wait for each other no more
+    than they do for other processes.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Return how many cores' time Linux' control groups let this process have, as containers do.
+
+    That is the least of its group and of those that this is in, as far as they can be seen: in a
+    container, they may be at the top of what is mounted, whatever the path says. (The kernel's
+    documentation: admin-guide/cgroup-v2, `cpu.max`; scheduler/sched-bwc, `cpu.cfs_quota_us`.)
+    """
+    try:
+        groups = [line.split(":", 2) for line in _OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    least = math.inf
+    for _, controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mounted in (controllers or ".", "cpu" if controllers else "unified"):
+            group = _CGROUPS / mounted / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(_CGROUPS):
+                    least = min(least, _quota_in(folder))
+    return least
+
+
+def _quota_in(group: Path) -> float:
+    """Return how many cores' time a control group may have, by its files of either version."""
+    with suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return math.inf if int(quota) < 0 else int(quota) / int(period)
+    return math.inf
+
+
+def bfloat16_units() -> dict[str, bool]:
+    """Return which of a processor's units for fast bfloat16 products this one has, by name."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "AMX": bool(capabilities.get("amx_tile")),
+        "AVX-512 bfloat16": bool(capabilities.get("avx512_bf16")),
+    }
+
+
+def machine() -> str:
+    """Return what this machine is, as far as it matters for speed."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    units = bfloat16_units().items()
+    has = ", ".join(unit if there else f"no {unit}" for unit, there in units)
+    return f"{num_cores()} cores of {name} ({has}), PyTorch {torch.__version__}"
