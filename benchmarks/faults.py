@@ -10,9 +10,9 @@ is reached. A fault is one of these:
   freed and the sweep started again. This needs the right to mount a small file system.
 
 Each disturbed sweep is compared with the undisturbed one: every trial finished once; Optuna and
-MLflow agree on each; no run is RUNNING; every model is linked to a run; every metric is there once at
-each step; the registry has one version, of the best trial, with the alias. All values but times are
-equal, bit for bit.
+MLflow agree on each; no run is RUNNING; every model is linked to a run; every metric is there once
+at each step; the registry has one version, of the best trial, with the alias. All values but times
+are equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Findings:
         return f"{self.sweeps} sweeps, {faults or 'undisturbed'}: {len(self.problems)} differences"
 
     def wait(self, process: subprocess.Popen[bytes], seconds: float, timing: Timing) -> bool:
-        """Wait some seconds, or to the end after enough faults; return whether it is time for one."""
+        """Wait some seconds, or after enough faults to the end; return whether a fault is due."""
         enough = self.faults.total() >= timing.num_faults or bool(self.problems)
         return not ended(process, HANG_SECONDS if enough else seconds) and not enough
 
@@ -177,9 +177,7 @@ def run_undisturbed(sweep: Sweep, num_faults: int = 1) -> Timing:
 
 
 @contextmanager
-def killed(
-    sweep: Sweep, timing: Timing, rng: random.Random, findings: Findings
-) -> Iterator[Sweep]:
+def killed(sweep: Sweep, timing: Timing, rng: random.Random, findings: Findings) -> Iterator[Sweep]:
     """Kill the main process or its worker."""
     spared = -1  # the trial whose worker was killed: it would fail the second time, as it should
     process = sweep.start()

@@ -1,4 +1,4 @@
-"""What a sweep has recorded in Optuna and MLflow, and how two sweeps differ: `benchmarks.faults`."""
+"""What a sweep recorded in Optuna and MLflow, and how two sweeps differ: for `benchmarks.faults`."""
 
 from __future__ import annotations
 
