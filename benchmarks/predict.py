@@ -182,8 +182,8 @@ def files_to_read(options: argparse.Namespace) -> list[Path]:
 
 def write_parquet(files: list[Path]) -> None:
     """Write the files' bytes into a Parquet file, in row groups of a thousand."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pa.table({"image": [file.read_bytes() for file in files]})
     pq.write_table(table, "a.parquet.in.parquet", row_group_size=1000)

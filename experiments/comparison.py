@@ -377,7 +377,7 @@ class _Comparison:
 
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     """Show a run's model the test split, record what it makes of it, and return its accuracy."""
-    from tracking.measures import Counter
+    from tracking.evaluation.metrics import Counter
     from tracking.selection import load_run
 
     model = load_run(run.run_id)
