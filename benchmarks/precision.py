@@ -20,8 +20,8 @@ from scipy import stats
 from benchmarks.common import markdown, small_data
 from cnn.config import PRECISIONS, TrainConfig
 from cnn.devices import machine, num_cores
-from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.workers import ProcessPool
+from experiments.engine.base import EpochEnded, JobEnded, JobFailed
+from experiments.engine.processes import ProcessPool
 
 LEARNING_RATES = {"cross_entropy": 0.01, "mse": 0.2, "l1": 0.2}
 

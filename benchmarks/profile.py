@@ -15,7 +15,7 @@ import time
 
 from benchmarks.common import markdown, matrix_product_rate
 from cnn.devices import machine
-from experiments.jobs import environment
+from experiments.engine.job import environment
 
 SETTINGS = environment(num_threads=1)
 KINDS = {

@@ -34,8 +34,8 @@ from benchmarks.usual import Trained, seed, tutorial
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.devices import machine, num_cores, resolve_precision
-from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.workers import ProcessPool
+from experiments.engine.base import EpochEnded, JobEnded, JobFailed
+from experiments.engine.processes import ProcessPool
 
 OPERATIONS = 69e6
 """An image's multiplications and additions, forwards and backwards, without the gradient of the

@@ -28,9 +28,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
+from experiments.engine.base import WorkerPool
 from experiments.identity import check_same
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import Pool
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings
 from experiments.space import Point
@@ -163,7 +163,7 @@ Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded
 def compare(
     plan: Plan,
     data: Dataset,
-    pool: Pool,
+    pool: WorkerPool,
     interrupts: Interrupts,
     *,
     open_data: Callable[[int], Dataset],
@@ -223,7 +223,7 @@ class _Comparison:
         self,
         plan: Plan,
         data: Dataset,
-        pool: Pool,
+        pool: WorkerPool,
         interrupts: Interrupts,
         record: Study,
         storage: TrialCache,
