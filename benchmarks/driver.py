@@ -42,7 +42,7 @@ def methods() -> list[tuple[str, type, str]]:
     from experiments.heartbeat import Heartbeat
     from experiments.space import Space
     from experiments.study import _RunningTrial, _Sweep
-    from tracking.tracker import Run
+    from tracking.runs import Run
 
     return [
         (WAIT, SimulatedPool, "wait"),

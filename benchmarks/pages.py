@@ -1,8 +1,8 @@
 """Pictures of MLflow and of Optuna's dashboard in a real browser: `python -m benchmarks.pages`.
 
-It starts `mlflow server` on the records of a comparison, or `optuna-dashboard` on a study, and opens
-the pages in Chromium. It fails if one doesn't show what it should, and keeps a picture of each for
-the documentation. A test does the same with a small comparison.
+It starts `mlflow server` on the records of a comparison, or `optuna-dashboard` on a study, and
+opens the pages in Chromium. It fails if one does not show what it should, and keeps a picture of
+each for the documentation. A test does the same with a small comparison.
 """
 
 from __future__ import annotations

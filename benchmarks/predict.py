@@ -115,8 +115,8 @@ def image_files(source: Path | None, number: int, side: int) -> list[Path]:
 def compare(model: str, files: list[Path], rounds: int) -> None:
     """Time each way in turns, and print a table."""
     import mlflow
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     import torch
 
     from tracking.models.predictor import load_model

@@ -5,7 +5,7 @@
 It reads the learning curves of a study without pruning (a sweep with `--sampler random --pruner
 none`), and replays sweeps over them. A replay draws `--trials` of the curves in random order and
 gives them, epoch by epoch, to Optuna, whose pruner decides which trials end early. Every pruner
-gets the same draws, with one worker and with two, whose epochs take 1 ± 0.1 units of time. The draws
+gets the same draws, with one worker and with two, whose epochs take 1 ± 0.1 units of time. Draws
 share curves, so their spread is that of order and choice among these trials, not of new trainings.
 
 For each pruner, median and quartiles over all replays:

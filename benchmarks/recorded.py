@@ -1,4 +1,4 @@
-"""What a sweep recorded in Optuna and MLflow, and how two sweeps differ: for `benchmarks.faults`."""
+"""What sweeps recorded in Optuna and MLflow, and how two differ, for `benchmarks.faults`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.networks import build_cnn
-from experiments.jobs import EpochEnded, Event, JobEnded
+from experiments.engine.base import EpochEnded, Event, JobEnded
 
 BEST_LEARNING_RATES = {"l1": 0.3, "mse": 0.2, "cross_entropy": 0.02}
 

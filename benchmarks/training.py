@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import tutorial
@@ -29,8 +30,8 @@ from benchmarks.tutorial import Trained
 from cnn.config import TrainConfig
 from cnn.data import Dataset, load
 from cnn.devices import machine, num_cores, resolve_precision
-from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.workers import ProcessPool
+from experiments.engine.base import EpochEnded, JobEnded, JobFailed
+from experiments.engine.processes import ProcessPool
 
 OPERATIONS = 69e6
 """Multiplications and additions for an image, forward and backward, without the gradient of the
@@ -60,8 +61,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ProcessPool(num_cores()) as pool:
         data = first_images(options.dataset, Path(folder), options.images, options.data_dir)
         pool.open(data, options.data_dir)
-        warm_up = {"loss": "mse", "learning_rate": 0.01, "batch_size": 256, "epochs": 1}
-        train_at_once(pool, [TrainConfig(**warm_up, seed=n) for n in range(pool.num_idle)])
+        warm_up = TrainConfig(loss="mse", learning_rate=0.01, batch_size=256, epochs=1)
+        train_at_once(pool, [replace(warm_up, seed=n) for n in range(pool.num_idle)])
         results: Results = defaultdict(list)
         rates = []
         for repeat in range(options.repeats):

@@ -28,9 +28,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
+from experiments.engine.base import WorkerPool
 from experiments.identity import check_same
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import Pool
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings
 from experiments.space import Point
@@ -163,7 +163,7 @@ Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded
 def compare(
     plan: Plan,
     data: Dataset,
-    pool: Pool,
+    pool: WorkerPool,
     interrupts: Interrupts,
     *,
     open_data: Callable[[int], Dataset],
@@ -223,7 +223,7 @@ class _Comparison:
         self,
         plan: Plan,
         data: Dataset,
-        pool: Pool,
+        pool: WorkerPool,
         interrupts: Interrupts,
         record: Study,
         storage: TrialCache,
@@ -377,7 +377,7 @@ class _Comparison:
 
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     """Show a run's model the test split, record what it makes of it, and return its accuracy."""
-    from tracking.measures import Counter
+    from tracking.evaluation.metrics import Counter
     from tracking.selection import load_run
 
     model = load_run(run.run_id)

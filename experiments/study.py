@@ -32,10 +32,18 @@ from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
 from cnn.networks import CNN, Classifier
 from cnn.training import check_batch_size
+from experiments.engine.base import (
+    CheckpointLost,
+    EpochEnded,
+    Event,
+    JobEnded,
+    JobFailed,
+    JobMoved,
+    WorkerPool,
+)
 from experiments.heartbeat import Heartbeat
 from experiments.identity import check_same, differences, environment
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved, Pool
 from experiments.ranking import best_first
 from experiments.settings import Settings
 from experiments.space import make_pruner
@@ -192,7 +200,7 @@ SweepEvent = (
 def sweep(
     settings: Settings,
     data: Dataset,
-    pool: Pool,
+    pool: WorkerPool,
     interrupts: Interrupts | None = None,
     *,
     under: str | None = None,
@@ -260,7 +268,7 @@ class _Sweep:
         self,
         settings: Settings,
         study: Study,
-        pool: Pool,
+        pool: WorkerPool,
         data: Dataset,
         interrupts: Interrupts,
         under: str | None,

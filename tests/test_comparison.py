@@ -30,9 +30,9 @@ from experiments.comparison import (
     compare,
     load_results,
 )
+from experiments.engine.base import EpochEnded
 from experiments.figure_data import best_settings
 from experiments.interrupts import Interrupts
-from experiments.jobs import EpochEnded
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.study import TrialProgressed
 from experiments.summary import summarise

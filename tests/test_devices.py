@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cnn import devices
-from experiments.command import _num_threads
+from experiments.engine.launch import _num_threads
 
 V1 = "4:cpu,cpuacct:{}\n3:memory:/elsewhere\n0::/elsewhere\n"
 V2 = "0::{}\n"

@@ -33,8 +33,8 @@ from torch import Tensor
 from cnn.images import decode, resize
 from tracking import predict
 from tracking.models.predictor import Predictor
-from tracking.outputs import format_of
 from tracking.predict import main
+from tracking.prediction.formats import format_of
 
 EXAMPLES = os.environ.get("EXAMPLES")
 

@@ -17,10 +17,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from tracking_helpers import log_model, new_store, record
 
-import experiments.workers
+import experiments.engine.processes
 from cnn.config import TrainConfig
 from cnn.data import Dataset
-from experiments.jobs import Event
+from experiments.engine.base import Event
 from experiments.settings import Settings
 from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep
 from experiments.sweep import build_parser, main
@@ -545,7 +545,9 @@ def test_the_command_prints_what_came_of_it(
         yield epoch(job, 1, good(job, config))
         yield weights(job, num_classes=10)
 
-    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script))
+    monkeypatch.setattr(
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: FakePool(script)
+    )
     arguments = ["--trials", "2", "--epochs", "1", "--workers", "1"]
     assert main([*arguments, "--register", "my model"]) == 0
     line = "  registered:        version 1 of my model: the champion, as there was none before\n"

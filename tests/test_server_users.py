@@ -18,15 +18,15 @@ from fake_pool import FakePool, fails, trains, weights
 from mlflow import MlflowClient
 from mlflow.server import get_app_client
 
+import experiments.engine.processes
 import experiments.sweep
-import experiments.workers
 import tracking.best
 import tracking.predict
 import tracking.promote
 from benchmarks import faults
 from cnn.config import TrainConfig
 from cnn.data import load
-from experiments.jobs import Event
+from experiments.engine.base import Event
 from tracking.run_search import model_uri
 from tracking.selection import best_run
 
@@ -159,7 +159,9 @@ def fake_sweep(*options: str) -> int:
     """Run the command line of a sweep, of two trials that nobody trains."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            experiments.workers, "ProcessPool", lambda *_, **__: FakePool(all_but_the_first)
+            experiments.engine.processes,
+            "ProcessPool",
+            lambda *_, **__: FakePool(all_but_the_first),
         )
         command = ["--trials", "2", "--epochs", "1", "--workers", "1", "--pruner", "none"]
         return experiments.sweep.main([*command, "--tracking-timeout", "0", *options])

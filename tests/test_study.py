@@ -25,9 +25,9 @@ from small_sweep import small_settings
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
+from experiments.engine.base import CheckpointLost, Event, JobMoved
 from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
-from experiments.jobs import CheckpointLost, Event, JobMoved
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,

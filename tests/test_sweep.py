@@ -19,7 +19,7 @@ from cnn.config import PRECISIONS
 from cnn.devices import num_cores
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
-from experiments.command import _num_workers
+from experiments.engine.launch import _num_workers
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
 from experiments.sweep import build_parser, main

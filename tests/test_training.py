@@ -21,7 +21,7 @@ from cnn.losses import LOSSES
 from cnn.networks import build_cnn
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from cnn.training import CHECK_EVERY, check_batch_size, epoch_order, evaluate, train
-from experiments.jobs import train_job
+from experiments.engine.job import train_job
 
 # Of the data set that the tests train on.
 TRAINING_IMAGES, VALIDATION_IMAGES = 130, 40

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
-from tracking.drafts import check_drafts, draft_files, open_draft
 from tracking.errors import one_line
+from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
 from tracking.files import check_folder
-from tracking.labelling import Tally, chunk_size, label, use_available_cores
 from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
-from tracking.outputs import FORMATS, Format, format_of, table
-from tracking.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
+from tracking.prediction.chunks import Chunk, Source
+from tracking.prediction.drafts import check_drafts, draft_files, open_draft
+from tracking.prediction.formats import FORMATS, Format, format_of, table
+from tracking.prediction.pipeline import Tally, chunk_size, label, use_available_cores
+from tracking.prediction.sources import check, open_source
+from tracking.prediction.splits import dataset_of
 from tracking.run_search import described, model_uri
 from tracking.selection import DEFAULT_METRIC, choose
 from tracking.selection import load_best as load_best
-from tracking.sources import Chunk, Source, check, dataset_of, open_source
 from tracking.store import reading
 
 if TYPE_CHECKING:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tracking.outputs import table
+from tracking.prediction.formats import table
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tracking.drafts import Draft
     from tracking.models.predictor import Predictor
-    from tracking.outputs import Format
-    from tracking.sources import Chunk, Source
+    from tracking.prediction.chunks import Chunk, Source
+    from tracking.prediction.drafts import Draft
+    from tracking.prediction.formats import Format
 
 # Read and written at once, in images: enough to make the cost of a chunk small.
 CHUNK = 1024

@@ -11,7 +11,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def ahead(
+def prefetch(
     work: Callable[[Given], Made], pieces: Iterable[tuple[Given, float]], *, threads: int
 ) -> Iterator[Made]:
     """Do work on pieces in threads, and yield the results in order.
