@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the description as it is, and adds each option's default to its help."""
+
+
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m benchmarks.NAME`; its help begins with the description."""
-    return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog = f"python -m benchmarks.{name}"
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=_Help)
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:

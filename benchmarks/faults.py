@@ -18,7 +18,6 @@ are equal, bit for bit.
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 from benchmarks import processes, recorded
 from benchmarks.common import make_parser
@@ -48,7 +48,7 @@ class Sweep:
     folder: Path
     command: tuple[str, ...]
     uri: str = ""
-    """MLflow's server (default: MLflow's database in the folder)."""
+    """MLflow's server; empty: MLflow's database in the folder."""
 
     @property
     def log(self) -> Path:
@@ -68,92 +68,79 @@ class Sweep:
         """Return how many epochs are recorded."""
         return recorded.count(self.folder, recorded.EPOCHS)
 
-    def end(self, process: subprocess.Popen[bytes], findings: Findings) -> None:
-        """Note a problem unless the last start of the sweep has succeeded."""
-        if process.poll() != 0:
-            process.kill()
-            findings.problems.append(
-                f"the last start ended with {process.poll()}: {self.printed()[-3000:]}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Times of the undisturbed sweep, from which the random times of faults follow."""
-
-    start_up: float
-    """Seconds to the first epoch."""
-    work: float
-    """Seconds from there to the end."""
-    num_faults: int
-
-    def draw(self, rng: random.Random) -> float:
-        """Return how many seconds after its start a sweep is to be disturbed."""
-        return rng.uniform(0, 2 * (self.start_up + self.work / self.num_faults))
+    def wait_for_epoch(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until an epoch is recorded, or the process has ended."""
+        while not self.num_epochs() and not ended(process, 0.05):
+            pass
 
 
 @dataclass(kw_only=True)
-class Findings:
-    """How sweeps were disturbed, and what was wrong with them."""
+class Faults:
+    """When sweeps are disturbed, how they were, and what was wrong with them."""
 
+    number: int
+    start_up: float
+    """Seconds of the undisturbed sweep to its first epoch."""
+    work: float
+    """Seconds from there to its end."""
+    rng: Random
     sweeps: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
+    done: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{number} × {what}" for what, number in sorted(self.faults.items()))
-        return f"{self.sweeps} sweeps, {faults or 'undisturbed'}: {len(self.problems)} differences"
+        done = ", ".join(f"{number} × {what}" for what, number in sorted(self.done.items()))
+        return f"{self.sweeps} sweeps, {done or 'undisturbed'}: {len(self.problems)} differences"
 
-    def wait(self, process: subprocess.Popen[bytes], seconds: float, timing: Timing) -> bool:
-        """Wait some seconds, or after enough faults to the end; return whether a fault is due."""
-        enough = self.faults.total() >= timing.num_faults or bool(self.problems)
+    @property
+    def enough(self) -> bool:
+        """Whether no sweep is to be disturbed any more."""
+        return self.done.total() >= self.number or bool(self.problems)
+
+    def due(self, process: subprocess.Popen[bytes], seconds: float = 0) -> bool:
+        """Wait for the next fault, by default at a random time; return whether it is due."""
+        seconds = seconds or self.rng.uniform(0, 2 * (self.start_up + self.work / self.number))
+        enough = self.enough
         return not ended(process, HANG_SECONDS if enough else seconds) and not enough
 
-
-Mode = Callable[[Sweep, Timing, random.Random, Findings], AbstractContextManager[Sweep]]
-"""Runs a sweep with faults until it has finished. Within the context, its records can be read."""
+    def end(self, process: subprocess.Popen[bytes], sweep: Sweep) -> None:
+        """Note a problem unless the last start of a sweep has succeeded."""
+        if process.poll() != 0:
+            process.kill()
+            end = f"the last start ended with {process.poll()}: {sweep.printed()[-3000:]}"
+            self.problems.append(end)
 
 
 def main() -> int:
     """Run, disturb, compare, and print the differences."""
     parser = make_parser("faults", __doc__)
-    mode = parser.add_mutually_exclusive_group()
-    for name in MODES:
-        mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name)
-    parser.add_argument("--number", type=int, default=50, help="of faults (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=12, help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the random times (default: %(default)s)"
-    )
-    parser.set_defaults(mode="kill")
+    kinds, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    for name in KINDS:
+        kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name)
+    add("--number", type=int, default=50, help="of faults")
+    add("--trials", type=int, default=12, help="of a sweep")
+    add("--epochs", type=int, default=4, help="of a trial")
+    add("--seed", type=int, default=0, help="of the random times")
+    parser.set_defaults(kind="kill")
     options = parser.parse_args()
-    command = sweep_command(options.trials, options.epochs)
     with tempfile.TemporaryDirectory() as folder:
-        findings = run(options.mode, command, Path(folder), options.number, options.seed)
-    for problem in findings.problems[:MAX_SHOWN]:
-        print(f"  {problem}")
-    print(f"{options.trials} trials of {options.epochs} epochs; {findings}")
-    return bool(findings.problems)
-
-
-def run(mode: str, command: tuple[str, ...], folder: Path, number: int, seed: int) -> Findings:
-    """Run the sweep undisturbed, then disturbed until there were enough faults; compare each."""
-    findings, rng = Findings(), random.Random(seed)
-    undisturbed = Sweep(folder=folder / "undisturbed", command=command)
-    timing = run_undisturbed(undisturbed, number)
-    print(f"undisturbed: {timing.start_up:.1f} s to the first epoch, {timing.work:.1f} s more")
-    expected = recorded.read(undisturbed.folder)
-    while findings.faults.total() < number and not findings.problems:
-        findings.sweeps += 1
-        sweep = replace(undisturbed, folder=folder / f"sweep{findings.sweeps}")
-        sweep.folder.mkdir()
-        with MODES[mode](sweep, timing, rng, findings) as sweep:
-            if not findings.problems:
-                found = recorded.read(sweep.folder, sweep.uri)
-                findings.problems += recorded.compare(expected, found)
-        print(findings, flush=True)
-    return findings
+        command = sweep_command(options.trials, options.epochs)
+        undisturbed = Sweep(folder=Path(folder, "undisturbed"), command=command)
+        faults = run_undisturbed(undisturbed, options.number, options.seed)
+        print(f"undisturbed: {faults.start_up:.1f} s to the first epoch, {faults.work:.1f} s more")
+        expected = recorded.read(undisturbed.folder)
+        while not faults.enough:
+            faults.sweeps += 1
+            sweep = replace(undisturbed, folder=Path(folder, f"sweep{faults.sweeps}"))
+            sweep.folder.mkdir()
+            with KINDS[options.kind](sweep, faults) as sweep:
+                if not faults.problems:
+                    found = recorded.read(sweep.folder, sweep.uri)
+                    faults.problems += recorded.compare(expected, found)
+            print(faults, flush=True)
+    print(*(f"  {problem}" for problem in faults.problems[:MAX_SHOWN]), sep="\n")
+    print(f"{options.trials} trials of {options.epochs} epochs; {faults}")
+    return bool(faults.problems)
 
 
 def sweep_command(trials: int, epochs: int) -> tuple[str, ...]:
@@ -164,91 +151,92 @@ def sweep_command(trials: int, epochs: int) -> tuple[str, ...]:
     return (*command, "--max-failures", "99", "--tracking-timeout", str(HANG_SECONDS))
 
 
-def run_undisturbed(sweep: Sweep, num_faults: int = 1) -> Timing:
-    """Run a sweep in a new folder, and return its times."""
+def run_undisturbed(sweep: Sweep, number: int = 1, seed: int = 0) -> Faults:
+    """Run a sweep in a new folder; return the faults to come, whose times follow from its own."""
     sweep.folder.mkdir()
     start = time.monotonic()
     process = sweep.start()
-    while not sweep.num_epochs() and not ended(process, 0.05):
-        pass
+    sweep.wait_for_epoch(process)
     first = time.monotonic()
     assert process.wait() == 0, sweep.printed()
-    return Timing(start_up=first - start, work=time.monotonic() - first, num_faults=num_faults)
+    work = time.monotonic() - first
+    return Faults(number=number, start_up=first - start, work=work, rng=Random(seed))
+
+
+# Each kind of fault runs a sweep until it has finished. Within the context, its records can be read.
 
 
 @contextmanager
-def killed(sweep: Sweep, timing: Timing, rng: random.Random, findings: Findings) -> Iterator[Sweep]:
+def killed(sweep: Sweep, faults: Faults) -> Iterator[Sweep]:
     """Kill the main process or its worker."""
     spared = -1  # the trial whose worker was killed: it would fail the second time, as it should
     process = sweep.start()
-    while findings.wait(process, timing.draw(rng), timing):
+    while faults.due(process):
         workers = processes.children(process.pid)
         trial = recorded.count(sweep.folder, recorded.FINISHED)  # the number of the next one
-        if rng.random() < 0.5 and workers and trial != spared:
+        if faults.rng.random() < 0.5 and workers and trial != spared:
             with suppress(ProcessLookupError):
                 os.kill(workers[0], signal.SIGKILL)
-            findings.faults["killed worker"] += 1
+            faults.done["killed worker"] += 1
             spared = trial
         else:
             process.kill()
             process.wait()
-            findings.faults["killed main process"] += 1
+            faults.done["killed main process"] += 1
             process = sweep.start()
-    sweep.end(process, findings)
+    faults.end(process, sweep)
     yield sweep
 
 
 @contextmanager
-def without_server(
-    sweep: Sweep, timing: Timing, rng: random.Random, findings: Findings
-) -> Iterator[Sweep]:
+def without_server(sweep: Sweep, faults: Faults) -> Iterator[Sweep]:
     """Stop the MLflow server of a sweep that goes on, and start the server again."""
     port = processes.free_port()
     sweep = replace(sweep, uri=f"http://127.0.0.1:{port}")
     server = processes.start_mlflow(sweep.folder, port)
     try:
         process = sweep.start()
-        # A sweep that starts without its server is refused: the first fault comes later.
-        while not sweep.num_epochs() and not ended(process, 0.05):
-            pass
-        while findings.wait(process, rng.uniform(0, timing.start_up), timing):
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        sweep.wait_for_epoch(process)  # a sweep that starts without its server is refused
+        while faults.due(process, faults.rng.uniform(0, faults.start_up)):
+            number = faults.rng.choice([signal.SIGKILL, signal.SIGTERM])
             processes.stop_group(server, number)
-            findings.faults[f"server ended by {number.name}"] += 1
-            time.sleep(rng.uniform(0, timing.start_up))
+            faults.done[f"server ended by {number.name}"] += 1
+            time.sleep(faults.rng.uniform(0, faults.start_up))
             server = processes.start_mlflow(sweep.folder, port)
-        sweep.end(process, findings)
+        faults.end(process, sweep)
         yield sweep
     finally:
         processes.stop_group(server, signal.SIGKILL)
 
 
 @contextmanager
-def on_full_disk(
-    sweep: Sweep, timing: Timing, rng: random.Random, findings: Findings
-) -> Iterator[Sweep]:
+def on_full_disk(sweep: Sweep, faults: Faults) -> Iterator[Sweep]:
     """Fill the disk until the sweep has stopped for that."""
     with small_disk(sweep.folder, DISK_MEGABYTES):
         process = sweep.start()
-        while findings.wait(process, timing.draw(rng), timing):
-            if rng.random() < 0.3:  # it is full when the sweep starts
+        while faults.due(process):
+            if faults.rng.random() < 0.3:  # it is full when the sweep starts
                 process.kill()
                 process.wait()
-            ballast = fill(sweep.folder, spare=rng.choice([0, 0, 10_000, 100_000]))
+            ballast = fill(sweep.folder, spare=faults.rng.choice([0, 0, 10_000, 100_000]))
             before = sweep.log.stat().st_size
             if process.poll() is not None:
                 process = sweep.start()
             if not ended(process, HANG_SECONDS) or process.returncode != 0:
-                findings.faults["disk filled"] += 1
-                findings.problems += wrong_message(process.poll(), sweep.printed(before))
+                faults.done["disk filled"] += 1
+                faults.problems += wrong_message(process.poll(), sweep.printed(before))
                 process.kill()
                 ballast.unlink()
                 process = sweep.start()
-        sweep.end(process, findings)
+        faults.end(process, sweep)
         yield sweep
 
 
-MODES: dict[str, Mode] = {"kill": killed, "server": without_server, "full-disk": on_full_disk}
+KINDS: dict[str, Callable[[Sweep, Faults], AbstractContextManager[Sweep]]] = {
+    "kill": killed,
+    "server": without_server,
+    "full-disk": on_full_disk,
+}
 
 
 def wrong_message(code: int | None, text: str) -> list[str]:

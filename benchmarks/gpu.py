@@ -51,14 +51,11 @@ LAST_RESORT_SECONDS = 470
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure and print."""
     parser = make_parser("gpu", __doc__)
-    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=420, help="for all of it (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--images", type=int, default=20_480, help="to train on (default: %(default)s)"
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512, 2048])
+    add = parser.add_argument
+    add("--device", default="cuda", help="as PyTorch names it")
+    add("--seconds", type=float, default=420, help="time for all of it")
+    add("--images", type=int, default=20_480, help="to train on")
+    add("--batch-sizes", type=int, nargs="+", default=[64, 512, 2048], help="to train with")
     options = parser.parse_args(argv)
     device = options.device
     if device != "cpu" and not torch.cuda.is_available():
@@ -125,14 +122,9 @@ def trained(way: str, data: Dataset, device: str, batch_size: int) -> tuple[floa
     """Return the images per second of a training in some way, and a digest of its end."""
     rate = learning_rate(batch_size)
     if way == TUTORIAL:
+        sizes = {"num_classes": len(data.classes), "batch_size": batch_size, "epochs": 2}
         baseline = tutorial.train(
-            data.train,
-            data.validation,
-            num_classes=len(data.classes),
-            batch_size=batch_size,
-            learning_rate=rate,
-            epochs=2,
-            device=device,
+            data.train, data.validation, **sizes, learning_rate=rate, device=device
         )
         return baseline.images_per_second, ""
     config = TrainConfig(

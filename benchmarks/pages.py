@@ -36,26 +36,12 @@ localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 def main() -> None:
     """Make the pictures."""
     parser = make_parser("pages", __doc__)
-    parser.add_argument("name", help="of the comparison; with --dashboard, of a study")
-    parser.add_argument(
-        "--store",
-        default="sqlite:///mlflow.db",
-        metavar="URI",
-        help="MLflow's database (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=FIGURES,
-        metavar="DIR",
-        help="the folder for the pictures (default: benchmarks/figures)",
-    )
-    parser.add_argument(
-        "--dashboard",
-        metavar="URL",
-        help="the storage of the study: show it in Optuna's dashboard (pip install "
-        "optuna-dashboard), not MLflow's pages",
-    )
+    add = parser.add_argument
+    add("name", help="of the comparison; with --dashboard, of a study")
+    add("--store", default="sqlite:///mlflow.db", metavar="URI", help="MLflow's database")
+    add("--out", type=Path, default=FIGURES, metavar="DIR", help="the folder for the pictures")
+    about = "the study's storage: show Optuna's dashboard (package optuna-dashboard), not MLflow"
+    add("--dashboard", metavar="URL", help=about)
     options = parser.parse_args()
     if options.dashboard:
         with dashboard(options.dashboard) as address:

@@ -137,8 +137,8 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
 def main() -> None:
     """Draw, assess and print."""
     parser = make_parser("planted", __doc__)
-    parser.add_argument("--studies", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--studies", type=int, default=2000, help="of the first table")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
     options = parser.parse_args()
     gc.freeze()  # statsmodels collects garbage in each correction: give it less to look at
     rng = np.random.default_rng(options.seed)

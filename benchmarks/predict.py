@@ -53,24 +53,13 @@ PEAK = (
 def main() -> None:
     """Measure and print."""
     parser = make_parser("predict", __doc__)
-    parser.add_argument("--images", type=int, default=10_000, help="(default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="in which each way runs once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="of images (default: JPEG files of noise)"
-    )
-    parser.add_argument(
-        "--side", type=int, default=32, help="pixels of a file of noise (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--memory",
-        type=int,
-        nargs="*",
-        default=[10_000, 1_000_000],
-        metavar="IMAGES",
-        help="measure memory with these numbers of images; without one: not (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("--images", type=int, default=10_000, help="number of images")
+    add("--rounds", type=int, default=5, help="each way runs once in each")
+    add("--folder", type=Path, metavar="DIR", help="of images; None: JPEG files of noise")
+    add("--side", type=int, default=32, help="pixels of a file of noise")
+    sizes, about = [10_000, 1_000_000], "numbers of images to measure memory with; may be none"
+    add("--memory", type=int, nargs="*", default=sizes, metavar="IMAGES", help=about)
     options = parser.parse_args()
     source = options.folder and options.folder.resolve()
     with tempfile.TemporaryDirectory() as folder:

@@ -79,14 +79,13 @@ class Replay:
 def main() -> None:
     """Read, replay, print and draw."""
     parser = make_parser("pruning", __doc__)
-    parser.add_argument("--study", required=True, metavar="NAME", help="without pruning")
-    parser.add_argument(
-        "--storage", default="sqlite:///optuna.db", metavar="URL", help="(default: %(default)s)"
-    )
-    parser.add_argument("--trials", type=int, default=30, help="of a sweep (default: %(default)s)")
-    parser.add_argument("--replays", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw curves and replays")
+    add = parser.add_argument
+    add("--study", required=True, metavar="NAME", help="a study without pruning")
+    add("--storage", default="sqlite:///optuna.db", metavar="URL", help="the study's database")
+    add("--trials", type=int, default=30, help="of a replay")
+    add("--replays", type=int, default=1000, help="for each pruner and number of workers")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--figure", type=Path, metavar="FILE", help="draw the curves and the replays")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     epochs, curves = read_curves(options.storage, options.study)

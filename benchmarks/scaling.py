@@ -23,7 +23,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -36,7 +36,6 @@ from experiments.command import MLFLOW_SETTINGS
 from experiments.settings import Settings
 
 PARTS = ("costs", "workers")
-DATABASES = ("sqlite", "postgresql")
 PRUNERS = {"tpe": "one_epoch", "random": "median"}
 """The pruner that each sampler is measured with: what one costs, the other doesn't change."""
 
@@ -52,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ |= {k: v for k, v in MLFLOW_SETTINGS.items() if k not in os.environ}
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)
-    with tempfile.TemporaryDirectory() as folder, chdir(folder), Bench.opened(options) as bench:
+    bench = Bench(options=options)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), mlflow_access(options.server):
         server = "MLflow's server" if options.server else "no server"
-        print(f"{machine()}; {options.database}, {server}\n", flush=True)
+        print(f"{machine()}; SQLite, {server}\n", flush=True)
         if "costs" in options.parts:
             print(f"{costs_table(bench.costs())}\n", flush=True)
         if "workers" in options.parts:
@@ -64,30 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = make_parser("scaling", __doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: both)")
-    add("--database", choices=DATABASES, default="sqlite", help=f"of Optuna and MLflow {default}")
-    add(
-        "--server",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="MLflow's server; --no-server: the driver writes to MLflow's database itself",
-    )
-    add("--epochs", type=int, default=20, help=f"of a trial {default}")
-    add("--samplers", nargs="+", choices=PRUNERS, default=list(PRUNERS), help="(default: both)")
-    add("--history", type=int, nargs="+", default=[100, 1000], help=f"earlier trials {default}")
-    add("--trials", type=int, default=10, help=f"that are measured in one repeat {default}")
-    add("--repeats", type=int, default=3, help=f"for each row of the first table {default}")
-    add(
-        "--workers",
-        type=_row,
-        nargs="+",
-        default=[(8, 3), (100, 3), (1000, 3), (1000, 30)],
-        metavar="WORKERSxSECONDS",
-        help="rows of the second table: workers, and seconds of an epoch "
-        "(default: 8x3 100x3 1000x3 1000x30)",
-    )
-    add("--seconds", type=float, default=90.0, help=f"for each row of the second table {default}")
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables")
+    about = "MLflow's server; without it, the driver writes to MLflow's database itself"
+    add("--server", action=argparse.BooleanOptionalAction, default=True, help=about)
+    add("--epochs", type=int, default=20, help="of a trial")
+    add("--samplers", nargs="+", choices=PRUNERS, default=list(PRUNERS), help="of the studies")
+    add("--history", type=int, nargs="+", default=[100, 1000], help="numbers of earlier trials")
+    add("--trials", type=int, default=10, help="that are measured in one repeat")
+    add("--repeats", type=int, default=3, help="of each row of the first table")
+    rows, about = [(8, 3), (100, 3), (1000, 3), (1000, 30)], "rows of the second table"
+    add("--workers", type=_row, nargs="+", default=rows, metavar="WORKERSxSECONDS", help=about)
+    add("--seconds", type=float, default=90.0, help="of each row of the second table")
     options = parser.parse_args(argv)
     if min(options.history) < NUM_ORIGINALS:
         parser.error(f"--history must be ≥ {NUM_ORIGINALS}, not {min(options.history)}")
@@ -101,26 +89,9 @@ def _row(text: str) -> tuple[int, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Databases and servers, and what is measured on them."""
+    """What is measured, in databases in the working folder."""
 
     options: argparse.Namespace
-    storage: str
-    """Optuna's database."""
-
-    @classmethod
-    @contextmanager
-    def opened(cls, options: argparse.Namespace) -> Iterator[Bench]:
-        """Start the databases and servers in the working folder, and stop them at the end."""
-        with ExitStack() as stack:
-            url = f"sqlite:///{Path.cwd()}/{{}}.db"
-            if options.database == "postgresql":
-                url = stack.enter_context(postgresql())
-            access = {"MLFLOW_TRACKING_URI": url.format("mlflow")}
-            if options.server:
-                server = team_server(url.format("mlflow"), url.format("mlflow_users"))
-                access = stack.enter_context(server)
-            stack.enter_context(patch.dict(os.environ, access))
-            yield cls(options=options, storage=url.format("optuna"))
 
     def settings(self, sampler: str, *, trials: int, workers: int = COST_WORKERS) -> Settings:
         """Return the settings of a sweep."""
@@ -139,7 +110,7 @@ class Bench:
             device="cpu",
             precision="float32",
             study=sampler,
-            storage=self.storage,
+            storage="sqlite:///optuna.db",
             experiment="scaling",
             timeout=0,
             workers=workers,
@@ -152,7 +123,7 @@ class Bench:
         import optuna
 
         measure(self.settings(sampler, trials=NUM_ORIGINALS), epoch_seconds=0)
-        study = optuna.load_study(study_name=sampler, storage=self.storage)
+        study = optuna.load_study(study_name=sampler, storage="sqlite:///optuna.db")
         trials = study.get_trials()
         missing = max(0, num_trials - len(trials))
         study.add_trials(itertools.islice(itertools.cycle(trials[:NUM_ORIGINALS]), missing))
@@ -194,43 +165,27 @@ def give_up_unfinished(settings: Settings) -> None:
 
 
 @contextmanager
-def team_server(store: str, users: str) -> Iterator[dict[str, str]]:
-    """Start MLflow's server as a team does; give the variables by which one of its users asks it.
-
-    Args:
-        store: URL of the database of its runs.
-        users: URL of the database of its users.
-    """
+def mlflow_access(with_server: bool) -> Iterator[None]:
+    """Have MLflow on SQLite in the working folder, on a server as a team starts it, or without."""
     from experiments.accounts import Passwords, make_users
     from experiments.servers import mlflow_command, mlflow_settings
 
+    store = f"sqlite:///{Path.cwd()}/mlflow.db"
+    if not with_server:
+        with patch.dict(os.environ, {"MLFLOW_TRACKING_URI": store}):
+            yield
+        return
     passwords = Passwords(Path.cwd())
     for name in ("passwords", "users"):
         Path(name).mkdir()
-    command, variables = mlflow_command(store, "artifacts"), mlflow_settings(passwords, users)
     access = {"MLFLOW_TRACKING_USERNAME": "alice"}
     access["MLFLOW_TRACKING_PASSWORD"] = passwords.read("users/alice")
+    variables = mlflow_settings(passwords, users=f"sqlite:///{Path.cwd()}/mlflow_users.db")
+    command = mlflow_command(store, "artifacts")
     with serving(command, health="/health", environment=variables) as address:
         make_users(address, passwords)
-        yield {"MLFLOW_TRACKING_URI": address, **access}
-
-
-@contextmanager
-def postgresql() -> Iterator[str]:
-    """Start a server with three databases; give the URL of all, with {} for the name."""
-    import sqlalchemy
-
-    from tests.postgresql import find_programs, server
-
-    if find_programs() is None:
-        raise SystemExit("PostgreSQL is not installed")
-    with server() as url:
-        admin = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            for name in ("optuna", "mlflow", "mlflow_users"):
-                connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-        admin.dispose()
-        yield url.replace("/postgres?", "/{}?")
+        with patch.dict(os.environ, {**access, "MLFLOW_TRACKING_URI": address}):
+            yield
 
 
 def costs_table(rows: Mapping[tuple[str, int], Sequence[Measured]]) -> str:

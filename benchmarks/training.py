@@ -45,17 +45,13 @@ Results = dict[tuple[int, str], list[Trained]]
 def main() -> int:
     """Measure and print."""
     parser = make_parser("training", __doc__)
-    parser.add_argument("--dataset", default="cifar10", metavar="NAME|PATH")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=10_000,
-        help="how many to train on, and a tenth of them for validation (default: %(default)s)",
-    )
-    parser.add_argument("--epochs", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256])
+    add = parser.add_argument
+    add("--dataset", default="cifar10", metavar="NAME|PATH", help="as experiments.sweep takes it")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for decoded images")
+    add("--images", type=int, default=10_000, help="to train on; a tenth of them validates")
+    add("--epochs", type=int, default=3, help="of each training")
+    add("--repeats", type=int, default=3, help="of each way and batch size")
+    add("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="to train with")
     options = parser.parse_args()
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder, ProcessPool(num_cores()) as pool:
