@@ -138,7 +138,8 @@ def main() -> int:
                     found = recorded.read(sweep.folder, sweep.uri)
                     faults.problems += recorded.compare(expected, found)
             print(faults, flush=True)
-    print(*(f"  {problem}" for problem in faults.problems[:MAX_SHOWN]), sep="\n")
+    for problem in faults.problems[:MAX_SHOWN]:
+        print(f"  {problem}")
     print(f"{options.trials} trials of {options.epochs} epochs; {faults}")
     return bool(faults.problems)
 
@@ -163,7 +164,7 @@ def run_undisturbed(sweep: Sweep, number: int = 1, seed: int = 0) -> Faults:
     return Faults(number=number, start_up=first - start, work=work, rng=Random(seed))
 
 
-# Each kind of fault runs a sweep until it has finished. Within the context, its records can be read.
+# Each kind of fault runs a sweep until it has finished. The context is where its records are read.
 
 
 @contextmanager

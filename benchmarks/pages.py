@@ -1,15 +1,14 @@
-"""Pictures of MLflow and of Optuna's dashboard in a real browser: `python -m benchmarks.pages`.
+"""Pictures of MLflow's pages of a comparison in a real browser: `python -m benchmarks.pages`.
 
-It starts `mlflow server` on the records of a comparison, or `optuna-dashboard` on a study, and
-opens the pages in Chromium. It fails if one does not show what it should, and keeps a picture of
-each for the documentation. A test does the same with a small comparison.
+It starts `mlflow server` on the records of a comparison, and opens the pages in Chromium. It fails
+if one does not show what it should, and keeps a picture of each for the documentation. A test does
+the same with a small comparison.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,19 +35,12 @@ localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 def main() -> None:
     """Make the pictures."""
     parser = make_parser("pages", __doc__)
-    add = parser.add_argument
-    add("name", help="of the comparison; with --dashboard, of a study")
-    add("--store", default="sqlite:///mlflow.db", metavar="URI", help="MLflow's database")
-    add("--out", type=Path, default=FIGURES, metavar="DIR", help="the folder for the pictures")
-    about = "the study's storage: show Optuna's dashboard (package optuna-dashboard), not MLflow"
-    add("--dashboard", metavar="URL", help=about)
+    parser.add_argument("name", help="of the comparison")
+    parser.add_argument("--store", default="sqlite:///mlflow.db", help="MLflow's database")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="the folder for the pictures")
     options = parser.parse_args()
-    if options.dashboard:
-        with dashboard(options.dashboard) as address:
-            pictures = look_at_study(address, options.name, options.out)
-    else:
-        with served(options.store) as address:
-            pictures = look(address, options.name, options.out)
+    with served(options.store) as address:
+        pictures = look(address, options.name, options.out)
     print(*(f"{page}: {picture}" for page, picture in pictures.items()), sep="\n")
 
 
@@ -60,15 +52,6 @@ def chromium() -> str | None:
 def served(store: str) -> AbstractContextManager[str]:
     """Run MLflow's server on a store, in the working folder, and give its address."""
     return serving(mlflow_command(store), health="/health", environment=QUIET)
-
-
-def dashboard(storage: str) -> AbstractContextManager[str]:
-    """Run Optuna's dashboard of a storage, and give its address.
-
-    Put a password into `PGPASSWORD`, not into the URL: all users can read a command line.
-    """
-    command = str(Path(sys.executable).with_name("optuna-dashboard"))
-    return serving([command, "--server", "wsgiref", storage], health="/dashboard")
 
 
 def find(address: str, name: str) -> tuple[Any, list[Any], list[Any]]:
@@ -139,29 +122,6 @@ def look(address: str, name: str, out: Path) -> dict[str, Path]:
         # A repeat: its metrics, and its model.
         show(f"{runs}/{confirmed[0].info.run_id}", "val/accuracy", "test/accuracy", "model")
         keep("trial")
-    return pictures
-
-
-def look_at_study(address: str, name: str, out: Path) -> dict[str, Path]:
-    """Open a study's pages in Optuna's dashboard, and return the picture of each.
-
-    Raises:
-        playwright.sync_api.Error: a page doesn't show what it should.
-    """
-    pictures = {}
-    texts_of = {
-        "History": ["Objective 0", "Best Trial", "learning_rate"],
-        "Analytics": ["Hyperparameter Relationships", "Contour"],
-    }
-    with _browser() as page:
-        page.goto(f"{address}/dashboard")
-        page.get_by_text(f". {name}").click()
-        for link, texts in texts_of.items():
-            page.get_by_role("link", name=link).click()
-            for text in (f"{name} (id=", *texts):
-                page.get_by_text(text).first.wait_for()
-            which = link.lower()
-            pictures[which] = _picture(page, out / f"optuna-{which}.png")
     return pictures
 
 

@@ -82,15 +82,15 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
 
     A repeat without a test accuracy diverged.
     """
+    config = {"outcome": "complete", "learning_rate": 0.03, "batch_size": 64}
     repeats = [
         {
             **dict.fromkeys(REPEAT_COLUMNS, 0.5),
+            **config,
             "loss": loss,
             "trial": seed * len(losses) + column,
             "seed": seed,
             "outcome": "diverged" if math.isnan(test[seed, column]) else "complete",
-            "learning_rate": 0.03,
-            "batch_size": 64,
             "val_accuracy": validation[seed, column],
             "test_accuracy": test[seed, column],
             "test_evaluations": 1,
@@ -99,14 +99,7 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
         for column, loss in enumerate(losses)
     ]
     trials = [
-        {
-            **dict.fromkeys(TRIAL_COLUMNS, 0.5),
-            "loss": loss,
-            "trial": trial,
-            "outcome": "complete",
-            "learning_rate": 0.03,
-            "batch_size": 64,
-        }
+        {**dict.fromkeys(TRIAL_COLUMNS, 0.5), **config, "loss": loss, "trial": trial}
         for loss in losses
         for trial in range(12)
     ]

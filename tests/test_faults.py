@@ -381,12 +381,11 @@ def test_a_sweep_that_is_killed_ends_as_the_undisturbed_one(
 def test_a_sweep_whose_server_stops_ends_as_the_undisturbed_one(
     undisturbed: dict[str, Any], disturbed: faults.Sweep
 ) -> None:
-    findings = faults.Findings()
-    at_once = faults.Timing(start_up=0.01, work=0, num_faults=1)  # once there is an epoch
-    with faults.without_server(disturbed, at_once, Random(0), findings) as sweep:
-        assert not findings.problems
+    at_once = faults.Faults(number=1, start_up=0.01, work=0, rng=Random(0))  # after an epoch
+    with faults.without_server(disturbed, at_once) as sweep:
+        assert not at_once.problems
         assert recorded.compare(undisturbed, recorded.read(sweep.folder, sweep.uri)) == []
-    assert findings.faults.total() == 1
+    assert at_once.done.total() == 1
 
 
 @pytest.mark.parametrize(
