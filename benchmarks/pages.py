@@ -20,7 +20,7 @@ from benchmarks.processes import QUIET, mlflow_command, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-FIGURES = Path(__file__).parent / "figures"
+FIGURES = Path("benchmarks/figures")
 PAGE_MILLISECONDS = 60_000
 DRAWING_MILLISECONDS = 1_500
 """For what is drawn after its text is there."""

@@ -14,6 +14,7 @@ ratio to both limits. Memory is the peak of a process that predicts a memory-map
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -56,12 +57,13 @@ def main() -> None:
     add = parser.add_argument
     add("--images", type=int, default=10_000, help="number of images")
     add("--rounds", type=int, default=5, help="each way runs once in each")
-    add("--folder", type=Path, metavar="DIR", help="of images; None: JPEG files of noise")
+    about = "of images (default: JPEG files of noise)"
+    add("--folder", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=about)
     add("--side", type=int, default=32, help="pixels of a file of noise")
     sizes, about = [10_000, 1_000_000], "numbers of images to measure memory with; may be none"
     add("--memory", type=int, nargs="*", default=sizes, metavar="IMAGES", help=about)
     options = parser.parse_args()
-    source = options.folder and options.folder.resolve()
+    source = options.folder.resolve() if "folder" in options else None
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         model = store_model(Path(folder))

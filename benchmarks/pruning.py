@@ -1,7 +1,5 @@
 """How many epochs does pruning save, and what does it cost? `python -m benchmarks.pruning`.
 
-    python -m benchmarks.pruning --study NAME [--storage sqlite:///optuna.db] [--figure FILE]
-
 It reads the learning curves of a study without pruning (a sweep with `--sampler random --pruner
 none`), and replays sweeps over them. A replay draws `--trials` of the curves in random order and
 gives them, epoch by epoch, to Optuna, whose pruner decides which trials end early. Every pruner
@@ -27,6 +25,7 @@ them with the fewest epochs in all.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import math
 import random
@@ -80,12 +79,14 @@ def main() -> None:
     """Read, replay, print and draw."""
     parser = make_parser("pruning", __doc__)
     add = parser.add_argument
-    add("--study", required=True, metavar="NAME", help="a study without pruning")
+    name = "of a study without pruning"
+    add("--study", required=True, default=argparse.SUPPRESS, metavar="NAME", help=name)
     add("--storage", default="sqlite:///optuna.db", metavar="URL", help="the study's database")
     add("--trials", type=int, default=30, help="of a replay")
     add("--replays", type=int, default=1000, help="for each pruner and number of workers")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--figure", type=Path, metavar="FILE", help="draw the curves and the replays")
+    picture = "file for a figure of the curves and the replays"
+    add("--figure", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=picture)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     epochs, curves = read_curves(options.storage, options.study)
@@ -105,7 +106,7 @@ def main() -> None:
         print(f"\n{workers} worker{'s' if workers > 1 else ''}:\n\n{table(draws, replays)}")
         of_two = replays
     print(f"\nby the rule, the default is: {choose(draws, of_two)}")
-    if options.figure:
+    if "figure" in options:
         draw_figure(curves, draws, of_two, options.figure)
 
 
