@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from benchmarks.common import markdown, spread
-from experiments.command import MLFLOW_SETTINGS
+from experiments.cli import MLFLOW_SETTINGS
 from experiments.interrupts import Interrupts
 
 if TYPE_CHECKING:

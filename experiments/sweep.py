@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import command
+from experiments import cli
 from tracking.cli import Parser, leave
 from tracking.text import printable
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from experiments.study.settings import Settings
 
 EPILOG = f"""\
-{command.LOSSES_TEXT}
+{cli.LOSSES_TEXT}
 The same command again continues its study: --trials is the total. Runs and models go to MLflow
 (sqlite:///mlflow.db unless MLFLOW_TRACKING_URI says otherwise), the study to --storage.
 
@@ -40,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_data_flags(parser)
-    command.add_space_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_space_flags(parser)
     search = parser.add_argument_group("search")
     search.add_argument(
         "--trials",
@@ -79,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no trial after so long; 0 is no limit (default: %(default)s)",
     )
-    command.add_search_flags(search)
-    command.add_training_flags(parser)
-    command.add_engine_flags(parser)
+    cli.add_search_flags(search)
+    cli.add_training_flags(parser)
+    cli.add_engine_flags(parser)
     record = parser.add_argument_group("record")
     record.add_argument(
         "--study",
@@ -104,13 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write TensorBoard event files as well, a folder for each trial",
     )
-    command.add_record_flags(record)
+    cli.add_record_flags(record)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep of a command line, and return the exit code."""
-    return command.run(build_parser(), _run, argv)
+    return cli.run(build_parser(), _run, argv)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -118,10 +118,10 @@ def _run(options: argparse.Namespace) -> int:
         if options.tensorboard is not None:
             if find_spec("tensorboard") is None:
                 raise ValueError("--tensorboard needs TensorBoard: pip install '.[tensorboard]'")
-            command.check_out(options.tensorboard, "--tensorboard")
-        return command.settings_of(options, num_workers)
+            cli.check_out(options.tensorboard, "--tensorboard")
+        return cli.settings_of(options, num_workers)
 
-    with command.workers_and_data(options, settle) as (settings, data, pool):
+    with cli.workers_and_data(options, settle) as (settings, data, pool):
         return _sweep(options, settings, data, pool)
 
 
@@ -166,7 +166,7 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         )
         print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     if ended.outcome == "interrupted":
-        return command.interrupted(ended.reason)
+        return cli.interrupted(ended.reason)
     if ended.outcome == "failed":
         print(f"stopped: {printable(ended.reason)}", file=sys.stderr)
         return 1
@@ -193,8 +193,8 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
         f"{best['val_accuracy']:.2%}\n"
         f"{line}"
-        f"  compare the runs:  {command.ui_command()}\n"
-        f"                     then {command.ui_address(started.experiment_id)}\n"
+        f"  compare the runs:  {cli.ui_command()}\n"
+        f"                     then {cli.ui_address(started.experiment_id)}\n"
         f"  label images:      {label}"
     )
     return 0

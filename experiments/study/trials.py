@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.study.ranking import best_first
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from optuna import Study
 
 TRIALS_COLUMNS = [
     "trial",
@@ -64,3 +69,8 @@ def best_trial(study: Study) -> tuple[float, int] | None:
 def _last_value(trial: FrozenTrial) -> float:
     steps = trial.intermediate_values
     return steps[max(steps)] if steps else math.nan
+
+
+def finished_trials(study: Study) -> list[FrozenTrial]:
+    """Return the trials that are over, by their numbers."""
+    return study.get_trials(deepcopy=False, states=FINISHED)
