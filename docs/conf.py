@@ -14,11 +14,9 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import directives
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -30,8 +28,6 @@ copyright = ""  # noqa: A001 (Sphinx reads this name)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings: list[str] = []
-nitpicky = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_block"]
 myst_heading_anchors = 4
@@ -42,7 +38,6 @@ autodoc_typehints = "signature"
 autodoc_use_type_comments = False
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
-add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
@@ -59,29 +54,14 @@ html_theme_options: dict[str, Any] = {
     "show_prev_next": True,
     "navbar_align": "left",
     "header_links_before_dropdown": 7,
+    "navbar_end": ["search-button", "theme-switcher"],
+    "navbar_persistent": [],
     "footer_start": [],
     "footer_end": [],
     "back_to_top_button": False,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-
-COMMANDS = (
-    "experiments.sweep",
-    "experiments.compare",
-    "experiments.report",
-    "experiments.servers",
-    "tracking.predict",
-    "tracking.best",
-    "tracking.promote",
-    "tracking.report",
-)
-
-
-def parser_of(module: str) -> argparse.ArgumentParser:
-    """Return the parser of a command."""
-    parser: argparse.ArgumentParser = importlib.import_module(module).build_parser()
-    return parser
 
 
 def escaped(text: str) -> str:
@@ -105,36 +85,62 @@ def invocation(action: argparse.Action) -> str:
     return f"{names} {value}".strip()
 
 
-def command_page(module: str) -> Iterator[str]:
-    """Yield the lines, in Markdown, of a command's page: usage, options, exit codes."""
-    parser = parser_of(module)
+def introduction(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield in Markdown what a command does, and its usage."""
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=76)
     parser.color = False  # type: ignore[attr-defined]  # of Python 3.14
     yield from (escaped(parser.description or ""), "")
-    usage = parser.format_usage().removeprefix("usage: ").rstrip()
-    yield from ("```text", *inspect.cleandoc(usage).splitlines(), "```", "")
+    first, *rest = parser.format_usage().removeprefix("usage: ").splitlines()
+    yield from ("```text", first, *(f"    {line.strip()}" for line in rest), "```", "")
     yield f":::{{program}} {parser.prog}\n:::\n"
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield in Markdown a command's options, group by group, and its notes."""
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
+        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
         if not actions:
             continue
-        yield from (f"## {(group.title or '').capitalize()}", "", escaped(group.description or ""), "")
+        title = (group.title or "").capitalize()
+        yield from (f"## {title}", "", escaped(group.description or ""), "")
         for action in actions:
             text = (action.help or "") % {**vars(action), "prog": parser.prog}
             yield f"::::{{option}} {invocation(action)}\n{escaped(text)}\n::::\n"
+    yield "## Notes\n"
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(parser.epilog or "")):
         yield from (escaped(" ".join(paragraph.split())), "")
 
 
-class Command(SphinxDirective):
-    """`{command} experiments.sweep`: what `--help` says, as a page."""
+class Generated(SphinxDirective):
+    """Markdown that is generated from the code, in the place of the directive."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        """Return its nodes."""
+        return self.parse_text_to_nodes("\n".join(self.lines()), allow_section_headings=True)
+
+
+class Usage(Generated):
+    """`{usage} experiments.sweep`: what a command does, and its usage."""
 
     required_arguments = 1
 
-    def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(inspect.getfile(importlib.import_module(self.arguments[0])))
-        text = "\n".join(command_page(self.arguments[0]))
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        return introduction(importlib.import_module(self.arguments[0]).build_parser())
+
+
+class Options(Generated):
+    """`{options} experiments.sweep`: its options and notes, in sections."""
+
+    required_arguments = 1
+
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        return options(importlib.import_module(self.arguments[0]).build_parser())
 
 
 def losses_table() -> Iterator[str]:
@@ -149,11 +155,12 @@ def losses_table() -> Iterator[str]:
         yield "| " + " | ".join(escaped(" ".join(cell.split())) for cell in cells) + " |"
 
 
-class Losses(SphinxDirective):
+class Losses(Generated):
     """`{losses}`: the table of all losses."""
 
-    def run(self) -> list[nodes.Node]:
-        return self.parse_text_to_nodes("\n".join(losses_table()))
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        return losses_table()
 
 
 _attributes: dict[str, list[str]] = {}
@@ -179,7 +186,8 @@ def after_napoleon(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
-    app.add_directive("command", Command)
+    app.add_directive("usage", Usage)
+    app.add_directive("options", Options)
     app.add_directive("losses", Losses)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
