@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "docs" / "images"
 COMMAND = "python -m experiments.sweep"
-WIDTH, HEIGHT = 136, 26
+WIDTH, HEIGHT = 146, 26
 ENDED_IN_PICTURE = 14
 """How many trials have ended, at most, when the picture is taken: two others run then."""
 
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
-body {{ margin: 0; background: #16181d; display: inline-block }}
-pre {{ margin: 0; padding: 14px 18px; color: #d8dbe2; font: 13px/1.4 "DejaVu Sans Mono" }}
+body {{ margin: 0; background: #292929; display: inline-block }}
+pre {{ margin: 0; padding: 14px 18px; color: #c5c8c6; font: 13px/1.4 "DejaVu Sans Mono" }}
 </style><pre>$ {command}\n{code}</pre>"""
 
 
@@ -78,7 +79,8 @@ def as_html(screen: str) -> str:
     """Return what a terminal shows as HTML."""
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(Text.from_ansi(screen))
-    return console.export_html(inline_styles=True, code_format="{code}").rstrip()
+    html = console.export_html(theme=SVG_EXPORT_THEME, inline_styles=True, code_format="{code}")
+    return html.rstrip()
 
 
 @contextmanager
