@@ -48,14 +48,15 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_show_copyright = False
+html_use_index = False
 html_sidebars: dict[str, list[str]] = {"index": [], "tutorial": [], "contributing": []}
 html_theme_options: dict[str, Any] = {
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
     "navbar_align": "left",
     "header_links_before_dropdown": 7,
-    "navbar_end": ["search-button", "theme-switcher"],
-    "navbar_persistent": [],
+    "navbar_end": ["theme-switcher"],
+    "navbar_persistent": ["search-button"],
     "footer_start": [],
     "footer_end": [],
     "back_to_top_button": False,
@@ -120,6 +121,7 @@ class Generated(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return its nodes."""
+        self.env.note_reread()  # the code may have changed, where the page has not
         return self.parse_text_to_nodes("\n".join(self.lines()), allow_section_headings=True)
 
 
