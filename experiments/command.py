@@ -23,7 +23,7 @@ from tracking.text import printable
 if TYPE_CHECKING:
     from cnn.data import Dataset
     from experiments.engine.base import WorkerPool
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
 
 # Unless the user says otherwise. A server that is away is waited for by `tracking.retries`, which
 # hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
@@ -265,7 +265,7 @@ def workers_and_data(
     # The workers start while we import.
     with open_workers(options) as (pool, num_workers, device):
         from cnn.data import load, notes_on_choosing
-        from experiments.storage import check_storage
+        from experiments.study.storage import check_storage
 
         settings = replace(settle(num_workers), worker_device=device)
         check_storage(settings.storage)
@@ -288,7 +288,7 @@ def check_out(folder: Path, flag: str) -> None:
 def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
     """Return the settings of a command line; `others` are those that it has no flags for."""
     from cnn.losses import LOSSES
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
 
     given = {
         name: value

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from experiments.comparison import ComparisonEnded, Plan
     from experiments.engine.base import WorkerPool
     from experiments.results import Results
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
     from tracking.runs import Run
 
 EPILOG = f"""\
@@ -129,8 +129,8 @@ def _run(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool) -> int:
     from cnn.data import open_cached
     from experiments.comparison import ComparisonEnded, ModelTested, StageStarted, compare
-    from experiments.display import Display
     from experiments.interrupts import Interrupts
+    from experiments.study.progress import Display
 
     def open_data(seed: int) -> Dataset:
         return open_cached(data.digest, options.data_dir, seed, checked=data.checked)

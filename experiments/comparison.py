@@ -29,35 +29,31 @@ from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
 from experiments.engine.base import WorkerPool
-from experiments.identity import check_same
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.settings import Settings
-from experiments.space import Point
-from experiments.storage import (
-    agree,
+from experiments.study.controller import sweep
+from experiments.study.events import SweepEnded, SweepEvent
+from experiments.study.identity import check_same
+from experiments.study.opening import open_study
+from experiments.study.recorder import log_data
+from experiments.study.samplers import Point
+from experiments.study.settings import Settings
+from experiments.study.storage import (
     cause_of,
     check_storage,
     check_study_name,
     existing_name,
-    held,
     load_or_create,
     open_storage,
     recording_errors,
+    set_once,
     storage_errors,
-    storage_patience,
+    storage_retries,
+    study_lock,
 )
-from experiments.study import (
-    FINISHED,
-    SweepEnded,
-    SweepEvent,
-    log_data,
-    open_study,
-    sweep,
-    trials_table,
-)
-from experiments.trial_cache import TrialCache
-from tracking.errors import is_passing, one_line, refusal, without_passwords
+from experiments.study.trial_cache import TrialCache
+from experiments.study.trials import FINISHED, trials_table
+from tracking.errors import is_transient, one_line, refusal, without_passwords
 from tracking.store import check_tracking, reading, sqlite_file
 
 if TYPE_CHECKING:
@@ -189,7 +185,7 @@ def compare(
         check_tracking()
         record, storage = _open_record(plan, data, interrupts, retest=retest)
         name = record.study_name
-        stack.enter_context(held(plan.settings.storage, name))
+        stack.enter_context(study_lock(plan.settings.storage, name))
         running = _Comparison(plan, data, pool, interrupts, record, storage, open_data, retest)
         stack.callback(running.close)
         try:
@@ -204,7 +200,7 @@ def compare(
                 finish(load_results(name, plan.settings.storage), parent)
         except recording_errors() as error:
             # What waiting does not mend is not told as what the same command continues.
-            running.outcome = "interrupted" if is_passing(error) else "failed"
+            running.outcome = "interrupted" if is_transient(error) else "failed"
             running.reason = one_line(cause_of(error))
         running.close()
         yield ComparisonEnded(
@@ -242,13 +238,13 @@ class _Comparison:
     def connect(self) -> Run:
         """Open the run that all others hang under."""
         with self.interrupts.at_once():
-            from tracking.retries import Patience
+            from tracking.retries import RetryPolicy
             from tracking.tracker import Tracker
 
-            patience = Patience(
+            retries = RetryPolicy(
                 seconds=self.plan.settings.tracking_timeout, should_stop=self.interrupts
             )
-            self.tracker = Tracker.open(self.plan.settings.experiment, patience=patience)
+            self.tracker = Tracker.open(self.plan.settings.experiment, retries=retries)
         tags = {
             "comparison": self.name,
             "comparison_id": self.record.user_attrs["id"],
@@ -260,7 +256,7 @@ class _Comparison:
         params = self.record.user_attrs["plan"]
         parent.log_params({f"compare/{key}": value for key, value in params.items()})
         log_data(parent, self.data)
-        agree(self.record, "made_with", self.plan.settings.made_with(self.data))
+        set_once(self.record, "made_with", self.plan.settings.made_with(self.data))
         self.record.set_user_attr(
             "starts", [*self.record.user_attrs.get("starts", []), self._start()]
         )
@@ -332,7 +328,7 @@ class _Comparison:
             study = open_study(self.plan.search(self.name, loss), self.data, storage=self.storage)
             best = trials_table(study).query("outcome == 'complete'").head(1)
             found += [study.get_trials(deepcopy=False)[number].params for number in best["trial"]]
-        winners: list[dict[str, Any]] = agree(self.record, "winners", found)
+        winners: list[dict[str, Any]] = set_once(self.record, "winners", found)
         return winners
 
     def _test(self, confirmation: Settings) -> Iterator[ModelTested]:
@@ -357,7 +353,7 @@ class _Comparison:
                 accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
             except errors as error:
                 # Deleted in between: as if it had been before. The other models are shown the test.
-                if is_passing(error) or self.tracker.find_run(run.run_id) is not None:
+                if is_transient(error) or self.tracker.find_run(run.run_id) is not None:
                     raise
                 continue
             yield ModelTested(loss=loss, seed=seed, accuracy=accuracy)
@@ -423,9 +419,9 @@ def _open_record(
     settings = plan.settings
     check_storage(settings.storage)
     identity, made = plan.identity(data), settings.made_with(data)
-    patience = storage_patience(settings.tracking_timeout, should_stop)
+    retries = storage_retries(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):
-        storage = open_storage(settings.storage, patience)
+        storage = open_storage(settings.storage, retries)
         prefix = f"compare-{data.name}"
         name = settings.study or existing_name(storage, prefix, identity, made)
         check_study_name(name)
@@ -433,9 +429,9 @@ def _open_record(
         if "plan" not in record.user_attrs:
             if record.get_trials(deepcopy=False):
                 raise ValueError(f"study {name!r} is of a sweep: choose another --study")
-            agree(record, "id", uuid.uuid4().hex)
-            agree(record, "data", _data_facts(data))
-            agree(record, "plan", identity)
+            set_once(record, "id", uuid.uuid4().hex)
+            set_once(record, "data", _data_facts(data))
+            set_once(record, "plan", identity)
     before = (record.user_attrs["plan"], identity), (record.user_attrs.get("made_with"), made)
     check_same(f"comparison {name!r}", *before)
     rounds = record.user_attrs.get("test_rounds", [{}])

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from experiments.ranking import best_first
 from experiments.results import Results
+from experiments.study.ranking import best_first
 
 if TYPE_CHECKING:
     import optuna

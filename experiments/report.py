@@ -25,7 +25,7 @@ def write_report(results: Results, assessment: Assessment, folder: Path) -> None
     not at all; in one that is there, each file is replaced as a whole, and others stay.
 
     Raises:
-        NotNowError: the disk said no.
+        TransientError: the disk said no.
     """
     from experiments.page import FILES, contents
     from experiments.sections import make

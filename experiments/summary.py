@@ -36,8 +36,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from experiments.ranking import best_first
 from experiments.results import Results
+from experiments.study.ranking import best_first
 
 Floats = npt.NDArray[np.float64]
 

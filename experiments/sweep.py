@@ -17,8 +17,8 @@ from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
-    from experiments.settings import Settings
-    from experiments.study import SweepEnded, SweepStarted
+    from experiments.study.events import SweepEnded, SweepStarted
+    from experiments.study.settings import Settings
 
 EPILOG = f"""\
 {command.LOSSES_TEXT}
@@ -126,9 +126,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
-    from experiments.display import Display
     from experiments.interrupts import Interrupts
-    from experiments.study import BestRegistered, SweepEnded, SweepStarted, sweep
+    from experiments.study.controller import sweep
+    from experiments.study.events import BestRegistered, SweepEnded, SweepStarted
+    from experiments.study.progress import Display
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
@@ -137,7 +138,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         interrupts = stack.enter_context(Interrupts())
         observers: list[Any] = [stack.enter_context(Display(settings))]
         if options.tensorboard is not None:
-            from experiments.tensorboard import EventFiles
+            from experiments.study.tensorboard import EventFiles
 
             observers.append(stack.enter_context(EventFiles(options.tensorboard)))
         events = stack.enter_context(closing(sweep(settings, data, pool, interrupts)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.settings import Settings
+from experiments.study.settings import Settings
 
 
 def small_settings(storage: str, **changes: Any) -> Settings:

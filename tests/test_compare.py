@@ -15,8 +15,8 @@ from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.compare import build_parser, main
-from experiments.settings import Settings
-from experiments.space import SAMPLERS
+from experiments.study.samplers import SAMPLERS
+from experiments.study.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [

@@ -34,7 +34,7 @@ from experiments.engine.base import EpochEnded
 from experiments.figure_data import best_settings
 from experiments.interrupts import Interrupts
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.study import TrialProgressed
+from experiments.study.events import TrialProgressed
 from experiments.summary import summarise
 from tracking.runs import Run as TrackedRun
 from tracking.selection import load_run

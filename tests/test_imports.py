@@ -178,7 +178,7 @@ def test_a_worker_does_not_import_the_compiler() -> None:
 
 
 def test_the_workers_do_not_wait_for_mlflow() -> None:
-    loads = "import sys, experiments.study; print(sys.argv[1] in sys.modules)"
+    loads = "import sys, experiments.study.controller; print(sys.argv[1] in sys.modules)"
     assert in_a_new_process(loads, "mlflow", root=ROOT).strip() == "False"
 
 
@@ -190,18 +190,18 @@ def plant(root: Path, file: str, source: str) -> None:
 
 
 def test_a_module_that_imports_what_it_must_not_would_be_found(tmp_path: Path) -> None:
-    plant(tmp_path, "experiments/space.py", "")
+    plant(tmp_path, "experiments/study/space.py", "")
     plant(tmp_path, "cnn/good.py", "import json\n")
     plant(tmp_path, "cnn/networks.py", "from experiments import space\n")
-    plant(tmp_path, "tracking/runs.py", "import experiments.space\n")
+    plant(tmp_path, "tracking/runs.py", "import experiments.study.space\n")
     assert wrong_imports("cnn", root=tmp_path) == {"cnn.networks": {"experiments"}}
     assert wrong_imports("tracking", root=tmp_path) == {"tracking.runs": {"experiments"}}
     assert wrong_statements("cnn", root=tmp_path) == ["cnn/networks.py:1 imports experiments"]
 
 
 def test_an_import_that_goes_round_about_would_be_found(tmp_path: Path) -> None:
-    plant(tmp_path, "experiments/space.py", "")
-    plant(tmp_path, "helpers/names.py", "import experiments.space\n")
+    plant(tmp_path, "experiments/study/space.py", "")
+    plant(tmp_path, "helpers/names.py", "import experiments.study.space\n")
     plant(tmp_path, "cnn/networks.py", "import helpers.names\n")
     assert wrong_imports("cnn", root=tmp_path) == {"cnn.networks": {"experiments"}}
 

@@ -7,7 +7,8 @@ from typing import Any
 import optuna
 import pytest
 
-from experiments.space import Space, make_sampler
+from experiments.study.samplers import make_sampler
+from experiments.study.space import Space
 
 SPACE = Space(
     losses=("l1", "mse", "cross_entropy"),

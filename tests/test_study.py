@@ -26,10 +26,9 @@ from small_sweep import small_settings
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine.base import CheckpointLost, Event, JobMoved
-from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
-from experiments.settings import Settings
-from experiments.study import (
+from experiments.study.controller import sweep
+from experiments.study.events import (
     SweepEnded,
     SweepEvent,
     SweepStarted,
@@ -38,11 +37,12 @@ from experiments.study import (
     TrialProgressed,
     TrialStarted,
     TrialUnprotected,
-    open_study,
-    sweep,
-    trials_table,
 )
-from tracking.errors import is_passing
+from experiments.study.identity import digest_of_cnn, training_digest
+from experiments.study.opening import open_study
+from experiments.study.settings import Settings
+from experiments.study.trials import trials_table
+from tracking.errors import is_transient
 from tracking.runs import Run
 
 METRICS = {
@@ -689,8 +689,8 @@ def test_a_killed_process_holds_a_study_no_longer(
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     holding = (
-        "import sys, time; from experiments.storage import held\n"
-        "with held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
+        "import sys, time; from experiments.study.storage import study_lock\n"
+        "with study_lock(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
     )
     name = open_study(settings, data).study_name
     with subprocess.Popen(
@@ -709,7 +709,7 @@ def test_a_killed_process_holds_a_study_no_longer(
 def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.study.HANDED_OUT_AT_ONCE", 2)
+    monkeypatch.setattr("experiments.study.controller.MAX_DISPATCH", 2)
     handed_out: list[int] = []
 
     class Noting(FakePool):
@@ -770,7 +770,7 @@ def test_a_start_that_mlflow_refuses_leaves_nothing_running(
         refuse(patch)
         with pytest.raises(ValueError, match="^[^\n]+$") as error:
             run_sweep(settings, data, trains(good))
-    assert not is_passing(error.value)  # none of these is mended by waiting
+    assert not is_transient(error.value)  # none of these is mended by waiting
     assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
     client = MlflowClient()
     for experiment in client.search_experiments(ViewType.ALL):
@@ -877,4 +877,4 @@ def test_an_error_that_waiting_does_not_mend_is_told_as_such(
     monkeypatch.setattr(Run, "log_params", refuse)
     with pytest.raises(ValueError, match="params can't be changed") as error:
         run_sweep(settings, data, trains(good))
-    assert not is_passing(error.value)
+    assert not is_transient(error.value)

@@ -20,8 +20,9 @@ from cnn.devices import num_cores
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.engine.launch import _num_workers
-from experiments.settings import Settings
-from experiments.space import PRUNERS, SAMPLERS
+from experiments.study.pruners import PRUNERS
+from experiments.study.samplers import SAMPLERS
+from experiments.study.settings import Settings
 from experiments.sweep import build_parser, main
 from tracking.run_search import model_uri
 

@@ -12,9 +12,11 @@ from optuna.samplers import BaseSampler
 
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
-from experiments.identity import made_with
-from experiments.space import PRUNERS, SAMPLERS, Point, PointSampler, Space, make_sampler
-from experiments.storage import check_study_name
+from experiments.study.identity import made_with
+from experiments.study.pruners import PRUNERS
+from experiments.study.samplers import SAMPLERS, Point, PointSampler, make_sampler
+from experiments.study.space import Space
+from experiments.study.storage import check_study_name
 from tracking.registry import check_name, default_name
 
 

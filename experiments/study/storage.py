@@ -23,14 +23,14 @@ from alembic.util import CommandError
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import column, table
 
-from experiments.identity import name_of
-from experiments.trial_cache import TrialCache
+from experiments.study.identity import name_of
+from experiments.study.trial_cache import TrialCache
 from tracking.errors import AwayError, is_database_away, one_line, refusal, without_passwords
 from tracking.files import open_own
-from tracking.retries import ArtifactStoreError, Patience
+from tracking.retries import ArtifactStoreError, RetryPolicy
 from tracking.store import make_whole, sqlite_file, table_names, tracking_uri
 
 Result = TypeVar("Result")
@@ -56,9 +56,9 @@ SERVERS = ("postgresql", "mysql", "mariadb")
 ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "value_json")))
 
 
-def storage_patience(seconds: float, should_stop: Callable[[], bool]) -> Patience:
+def storage_retries(seconds: float, should_stop: Callable[[], bool]) -> RetryPolicy:
     """Return how long a storage that is open is waited for when it goes away."""
-    return Patience(
+    return RetryPolicy(
         seconds=seconds, should_stop=should_stop, why_away=_why_away, why_refused=lambda _: None
     )
 
@@ -69,12 +69,12 @@ def _why_away(error: BaseException) -> str | None:
     return f"the storage doesn't answer: {one_line(cause)}" if is_away else None
 
 
-def open_storage(url: str, patience: Patience | None = None) -> TrialCache:
+def open_storage(url: str, retries: RetryPolicy | None = None) -> TrialCache:
     """Open a storage that keeps heartbeats of its trials; it is made if it isn't there.
 
     Args:
         url: of the database.
-        patience: with a server that goes away later.
+        retries: how long to wait for a server that goes away later.
     """
     make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
     # It tells of what it tries otherwise when a server goes away: we wait, and say so once.
@@ -89,7 +89,7 @@ def open_storage(url: str, patience: Patience | None = None) -> TrialCache:
                     heartbeat_interval=INTERVAL_SECONDS,
                     grace_period=GRACE_SECONDS,
                 )
-            return TrialCache(RetryingStorage(backend, patience or storage_patience(0, bool)))
+            return TrialCache(RetryingStorage(backend, retries or storage_retries(0, bool)))
         except (RuntimeError, CommandError) as error:
             shown = without_passwords(url)
             line = f"the storage {shown!r} was made by another Optuna: {one_line(error)}"
@@ -112,14 +112,14 @@ def _engine_options(url: str) -> dict[str, Any]:
 class RetryingStorage:
     """Optuna's storage, of which every call is repeated while its server is away."""
 
-    def __init__(self, backend: RDBStorage, patience: Patience) -> None:
-        self._backend, self.patience = backend, patience
+    def __init__(self, backend: RDBStorage, retries: RetryPolicy) -> None:
+        self._backend, self.retries = backend, retries
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._backend, name)
         if not callable(value):
             return value
-        return lambda *args, **kwargs: self.patience.insist(lambda: value(*args, **kwargs))
+        return lambda *args, **kwargs: self.retries.call(lambda: value(*args, **kwargs))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         """Set a trial's state; one that was set, though the answer was lost, is no error."""
@@ -135,14 +135,14 @@ class RetryingStorage:
                     return True
                 raise
 
-        return self.patience.insist(call)
+        return self.retries.call(call)
 
 
-def patience_of(study: Study) -> Patience:
+def retries_of(study: Study) -> RetryPolicy:
     """Return how long the storage of a study is waited for when it goes away."""
     storage: Any = study._storage
-    patience: Patience = storage._backend.patience
-    return patience
+    retries: RetryPolicy = storage._backend.retries
+    return retries
 
 
 def transact(study: Study, do: Callable[[sqlalchemy.Connection], Result]) -> Result:
@@ -154,15 +154,28 @@ def transact(study: Study, do: Callable[[sqlalchemy.Connection], Result]) -> Res
         with backend.engine.begin() as connection:
             return do(connection)
 
-    return backend.patience.insist(once)
+    return backend.retries.call(once)
 
 
-def agree(study: Study, key: str, value: Any) -> Any:
+def set_once(study: Study, key: str, value: Any) -> Any:
     """Set an attribute of a study that has none, and return what it has: the first one decides."""
     row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
     with suppress(sqlalchemy.exc.IntegrityError):
         transact(study, lambda connection: connection.execute(ATTRIBUTES.insert().values(row)))
     return study.user_attrs[key]
+
+
+def set_attributes(
+    study: Study, trial: Trial | FrozenTrial, attributes: Mapping[str, object]
+) -> None:
+    """Set attributes of a trial. A `Trial` could do it; a resumed one would sample first."""
+    for key, value in attributes.items():
+        study._storage.set_trial_user_attr(trial._trial_id, key, value)
+
+
+def last_reported_epoch(trial: Trial) -> int:
+    """Return the last epoch that Optuna was told of, 0 for none."""
+    return max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=0)
 
 
 def load_or_create(**options: Any) -> Study:
@@ -311,7 +324,7 @@ def storage_errors(storage: str) -> Iterator[None]:
 
 
 @contextmanager
-def held(storage: str, study: str) -> Iterator[None]:
+def study_lock(storage: str, study: str) -> Iterator[None]:
     """Hold a study, on a storage that only one process may write to, until the block ends.
 
     A lock of the operating system's, which a dead process holds no longer.

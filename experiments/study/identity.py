@@ -31,7 +31,7 @@ from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from cnn.training import epoch_order
 
 PACKAGES = ("cnn", "experiments", "tracking")
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 _GIT_SECONDS = 5
 _FILES_SHOWN = 5

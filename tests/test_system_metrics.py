@@ -5,7 +5,7 @@ from mlflow import MlflowClient
 
 from tracking import system_metrics
 from tracking.runs import Run
-from tracking.system_metrics import MachineLoad
+from tracking.system_metrics import SystemMetrics
 from tracking.tracker import Tracker
 
 
@@ -28,7 +28,7 @@ def steps(run: Run, metric: str) -> list[int]:
 
 
 def test_a_sample_is_logged_every_ten_seconds(run: Run, clock: list[float]) -> None:
-    load = MachineLoad(run)
+    load = SystemMetrics(run)
     for clock[0] in range(25):
         load.log_if_due()
     assert steps(run, "system/cpu_utilization_percentage") == [1, 2]
@@ -41,7 +41,7 @@ def test_a_run_that_is_taken_up_again_goes_on_with_the_next_step(
     run: Run, clock: list[float]
 ) -> None:
     for _ in range(2):
-        load = MachineLoad(run)
+        load = SystemMetrics(run)
         clock[0] += 11
         load.log_if_due()
     assert steps(run, "system/cpu_utilization_percentage") == [1, 2]
@@ -55,7 +55,7 @@ def test_what_a_machine_can_not_tell_is_left_out(
 
     monkeypatch.setattr("psutil.net_io_counters", lambda: None)  # where there is no device
     monkeypatch.setattr("psutil.disk_usage", broken)
-    load = MachineLoad(run)
+    load = SystemMetrics(run)
     clock[0] = 11
     load.log_if_due()
     metrics = MlflowClient().get_run(run.run_id).data.metrics

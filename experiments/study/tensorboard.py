@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from experiments.study import SweepEvent, TrialEnded, TrialProgressed, TrialStarted
+from experiments.study.events import SweepEvent, TrialEnded, TrialProgressed, TrialStarted
 from tracking.files import writing
 
 
@@ -22,7 +22,7 @@ class EventFiles(AbstractContextManager["EventFiles"]):
         """Write what an event holds.
 
         Raises:
-            NotNowError: the disk said no.
+            TransientError: the disk said no.
         """
         with writing("TensorBoard's event files"):
             self._write(event)

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cnn.config import TrainConfig
-from experiments.settings import Settings
-from experiments.study import (
+from experiments.study.events import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
@@ -19,6 +18,7 @@ from experiments.study import (
     TrialStarted,
     TrialUnprotected,
 )
+from experiments.study.settings import Settings
 
 
 class Display(AbstractContextManager["Display"]):

@@ -21,8 +21,15 @@ from optuna.trial import TrialState
 from small_sweep import small_settings
 
 from cnn.data import Dataset
-from experiments.study import open_study, sweep
-from tracking.retries import ArtifactStoreError, Patience, PatientClient, TrackingAwayError, is_away
+from experiments.study.controller import sweep
+from experiments.study.opening import open_study
+from tracking.retries import (
+    ArtifactStoreError,
+    RetryingClient,
+    RetryPolicy,
+    TrackingAwayError,
+    is_away,
+)
 from tracking.tracker import Tracker
 
 
@@ -52,34 +59,34 @@ class Server:
 
 def test_a_call_is_repeated_until_there_is_an_answer() -> None:
     server = Server([away(), requests.Timeout("slow")])
-    assert Patience(seconds=5).insist(server.call) == "answer"
+    assert RetryPolicy(seconds=5).call(server.call) == "answer"
     assert server.calls == 3
 
 
 def test_patience_has_an_end() -> None:
     start = time.monotonic()
     with pytest.raises(TrackingAwayError, match="doesn't answer"):
-        Patience(seconds=0.5).insist(Server([away() for _ in range(99)]).call)
+        RetryPolicy(seconds=0.5).call(Server([away() for _ in range(99)]).call)
     assert time.monotonic() - start < 5
 
 
 def test_without_patience_there_is_one_call() -> None:
     server = Server([away()])
     with pytest.raises(TrackingAwayError):
-        Patience().insist(server.call)
+        RetryPolicy().call(server.call)
     assert server.calls == 1
 
 
 def test_another_error_is_not_waited_out() -> None:
     server = Server([MlflowException("no such run")])
     with pytest.raises(MlflowException, match="no such run"):
-        Patience(seconds=60).insist(server.call)
+        RetryPolicy(seconds=60).call(server.call)
     assert server.calls == 1
 
 
 def test_who_wants_to_stop_has_no_patience() -> None:
     with pytest.raises(TrackingAwayError):
-        Patience(seconds=60, should_stop=lambda: True).insist(Server([away()]).call)
+        RetryPolicy(seconds=60, should_stop=lambda: True).call(Server([away()]).call)
 
 
 def test_a_locked_database_and_a_gateway_without_a_server_are_away() -> None:
@@ -116,7 +123,7 @@ def test_a_server_that_is_away_is_known_after_the_clients_own_retries(
 
 def test_a_client_repeats_what_can_be_repeated_only() -> None:
     server = Server([away()])
-    client = PatientClient(server, Patience(seconds=5))  # type: ignore[arg-type]
+    client = RetryingClient(server, RetryPolicy(seconds=5))  # type: ignore[arg-type]
     assert client.log_batch("id") == "answer"
     server.failures = [away()]
     with pytest.raises(MlflowException):
@@ -126,7 +133,7 @@ def test_a_client_repeats_what_can_be_repeated_only() -> None:
 def test_a_run_that_was_made_though_the_answer_was_lost_is_not_made_twice(
     mlflow_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = Tracker.open("tests", patience=Patience(seconds=5))
+    tracker = Tracker.open("tests", retries=RetryPolicy(seconds=5))
     create_run, lost = MlflowClient.create_run, [away()]
 
     def losing(*args: Any, **kwargs: Any) -> Any:
@@ -172,13 +179,13 @@ def test_a_server_that_is_stopped_and_started_again_loses_no_metric(
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    patience = Patience(seconds=120)
+    retries = RetryPolicy(seconds=120)
     with real_server(tmp_path, port):
-        patience.insist(lambda: MlflowClient().search_experiments())
-        run = Tracker.open("tests", patience=patience).start_run("run")
+        retries.call(lambda: MlflowClient().search_experiments())
+        run = Tracker.open("tests", retries=retries).start_run("run")
         run.log_metrics({"val/accuracy": 0.1}, step=1)
     with pytest.raises(TrackingAwayError):
-        Patience().insist(lambda: MlflowClient().get_run(run.run_id))
+        RetryPolicy().call(lambda: MlflowClient().get_run(run.run_id))
     with real_server(tmp_path, port):
         run.log_metrics({"val/accuracy": 0.2}, step=2)  # while it starts
         run.end("complete")
@@ -203,14 +210,14 @@ def test_a_server_that_can_store_nothing_is_said_to_be_so(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:5000")
     monkeypatch.setattr("tracking.retries._is_well", lambda _: True)
     with pytest.raises(ArtifactStoreError, match="^the MLflow server http://h:5000 answers, but"):
-        Patience(seconds=60).insist(Server([error() for _ in range(99)]).call)
+        RetryPolicy(seconds=60).call(Server([error() for _ in range(99)]).call)
     # One that has just been started again is not.
     if is_reset:
-        assert Patience(seconds=60).insist(Server([error(), error()]).call) == "answer"
+        assert RetryPolicy(seconds=60).call(Server([error(), error()]).call) == "answer"
     # Nor is one that is away, or another error.
     monkeypatch.setattr("tracking.retries._is_well", lambda _: False)
     with pytest.raises((MlflowException, TrackingAwayError)):
-        Patience(seconds=0.2).insist(Server([error() for _ in range(99)]).call)
+        RetryPolicy(seconds=0.2).call(Server([error() for _ in range(99)]).call)
 
 
 @pytest.mark.slow
@@ -222,7 +229,7 @@ def test_a_sweep_on_a_server_that_can_store_nothing_is_refused_at_its_start(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     (tmp_path / "a_file").touch()
     with real_server(tmp_path, port, "--artifacts-destination", str(tmp_path / "a_file" / "x")):
-        Patience(seconds=120).insist(lambda: MlflowClient().search_experiments())
+        RetryPolicy(seconds=120).call(lambda: MlflowClient().search_experiments())
         settings = small_settings(f"sqlite:///{tmp_path / 'optuna.db'}", tracking_timeout=60)
         with pytest.raises(ValueError, match="answers, but can't store artifacts: its log says"):
             list(sweep(settings, coloured_noise, FakePool(trains(lambda job, _: 0.9))))
