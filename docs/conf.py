@@ -8,6 +8,7 @@ Build the site with warnings as errors:
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 import re
@@ -20,7 +21,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 project = "cnn-loss-sweep"
 author = ""
@@ -112,6 +114,17 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from (escaped(" ".join(paragraph.split())), "")
 
 
+def files_table(package: str) -> Iterator[str]:
+    """Yield in Markdown the files of a package, each with the first paragraph of its docstring."""
+    yield "| File | Its one job |"
+    yield "| --- | --- |"
+    for file in sorted((ROOT / package).glob("*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        if text and file.name != "__init__.py":
+            job = " ".join(text.partition("\n\n")[0].split()).rstrip(".:")
+            yield f"| `{package}/{file.name}` | {escaped(job)} |"
+
+
 class Generated(SphinxDirective):
     """Markdown that is generated from the code, in the place of the directive."""
 
@@ -157,6 +170,16 @@ def losses_table() -> Iterator[str]:
         yield "| " + " | ".join(escaped(" ".join(cell.split())) for cell in cells) + " |"
 
 
+class Files(Generated):
+    """`{files} cnn`: the files of a package, each with its one job."""
+
+    required_arguments = 1
+
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        return files_table(self.arguments[0])
+
+
 class Losses(Generated):
     """`{losses}`: the table of all losses."""
 
@@ -191,6 +214,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("usage", Usage)
     app.add_directive("options", Options)
     app.add_directive("losses", Losses)
+    app.add_directive("files", Files)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     return {"parallel_read_safe": True}
