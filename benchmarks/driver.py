@@ -21,7 +21,7 @@ from benchmarks.simulation import SimulatedPool
 from experiments.interrupts import Interrupts
 
 if TYPE_CHECKING:
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
 
 WAIT, CONNECT, REST = "wait", "connect", "rest"
 OF_AN_EPOCH = ("log to MLflow", "report to Optuna", "prune decision")
@@ -39,25 +39,26 @@ OF_A_TRIAL = (
 
 def methods() -> list[tuple[str, type, str]]:
     """Return the parts of a driver's work, and the methods that do them."""
-    from experiments.heartbeat import Heartbeat
-    from experiments.space import Space
-    from experiments.study import _RunningTrial, _Sweep
+    from experiments.study.controller import _Sweep
+    from experiments.study.heartbeat import Heartbeat
+    from experiments.study.recorder import Recorder, RunningTrial
+    from experiments.study.space import Space
     from tracking.runs import Run
 
     return [
         (WAIT, SimulatedPool, "wait"),
         (CONNECT, _Sweep, "connect"),
-        (CONNECT, _Sweep, "_rehearse"),
+        (CONNECT, _Sweep, "_warm_up_export"),
         ("count trials", _Sweep, "_has_more"),
         ("suggest", Heartbeat, "ask"),
         ("suggest", Space, "suggest"),
-        ("open run", _Sweep, "_begin_run"),
-        ("open run", _Sweep, "_reopen_run"),
-        ("open run", _RunningTrial, "__init__"),
+        ("open run", Recorder, "open_run"),
+        ("open run", Recorder, "reopen_run"),
+        ("open run", RunningTrial, "__init__"),
         ("log to MLflow", Run, "log_metrics"),
-        ("report to Optuna", _RunningTrial, "record"),
+        ("report to Optuna", RunningTrial, "record"),
         ("prune decision", _Sweep, "_should_prune"),
-        ("record model", _Sweep, "_record_model"),
+        ("record model", Recorder, "record_model"),
         ("close run", Run, "end"),
         ("tell Optuna", _Sweep, "_tell"),
         ("heartbeats", _Sweep, "_keep_alive"),
@@ -202,7 +203,8 @@ class _Stop(Interrupts):
 
 def measure(settings: Settings, *, epoch_seconds: float, seconds: float = math.inf) -> Measured:
     """Run a sweep with simulated workers, to its end or for some seconds."""
-    from experiments.study import SweepEnded, TrialEnded, TrialProgressed, sweep
+    from experiments.study.controller import sweep
+    from experiments.study.events import SweepEnded, TrialEnded, TrialProgressed
 
     pool, watch = SimulatedPool(settings.workers, epoch_seconds=epoch_seconds), Stopwatch()
     stop = _Stop(pool, watch, seconds)

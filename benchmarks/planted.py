@@ -27,9 +27,9 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.common import make_parser, markdown
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.statistics import Assessment, assess
-from experiments.summary import LEVEL, RELEVANT, interval, repeats_needed
+from experiments.comparison.assessment import Assessment, assess
+from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.comparison.tables import LEVEL, RELEVANT, interval, repeats_needed
 
 Floats = npt.NDArray[np.float64]
 

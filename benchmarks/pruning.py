@@ -39,7 +39,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import Trial, TrialState
 
 from benchmarks.common import make_parser, markdown
-from experiments.space import PRUNERS, make_pruner
+from experiments.study.pruners import PRUNERS, make_pruner
 
 HALF_A_POINT = 0.005
 OFTEN_ENOUGH = 0.95
@@ -144,7 +144,7 @@ def draw_trials(curves: Sequence[Curve], trials: int, replays: int, seed: int) -
 
 
 def replay(curves: Sequence[Curve], pruner: BasePruner, *, workers: int, seed: int) -> Replay:
-    """Sweep over some curves, as `experiments.study` does, with a number of workers.
+    """Sweep over some curves, as `experiments.study.controller` does, with a number of workers.
 
     The seed sets the times of epochs and, by the study's name, the brackets of Hyperband.
     """

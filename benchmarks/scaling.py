@@ -1,7 +1,7 @@
 """How many workers does one driver feed? `python -m benchmarks.scaling`, about ten minutes.
 
 Only the workers are simulated. Optuna's storage is real, and so are MLflow's server, started as
-`experiments.servers` does for a team, one of its users, and the driver, `experiments.study.sweep`.
+`experiments.servers` does for a team, one of its users, and the driver, `experiments.sweep`.
 A worker sleeps for each epoch (± 10 %), reports accuracies at which pruning prunes, and ends with
 the network's weights. Two tables:
 
@@ -32,8 +32,9 @@ from benchmarks.common import make_parser, markdown, spread
 from benchmarks.driver import OF_A_TRIAL, OF_AN_EPOCH, Measured, measure
 from benchmarks.processes import serving
 from cnn.devices import machine
-from experiments.command import MLFLOW_SETTINGS
-from experiments.settings import Settings
+from experiments.cli import MLFLOW_SETTINGS
+from experiments.study.parameters import Choices, LogRange
+from experiments.study.settings import Settings
 
 PARTS = ("costs", "workers")
 PRUNERS = {"tpe": "one_epoch", "random": "median"}
@@ -96,10 +97,11 @@ class Bench:
     def settings(self, sampler: str, *, trials: int, workers: int = COST_WORKERS) -> Settings:
         """Return the settings of a sweep."""
         return Settings(
-            losses=("l1", "mse", "cross_entropy"),
-            learning_rate_min=0.001,
-            learning_rate_max=1.0,
-            batch_sizes=(16, 32, 64, 128),
+            search={
+                "loss": Choices(("l1", "mse", "cross_entropy")),
+                "learning_rate": LogRange(0.001, 1.0),
+                "batch_size": Choices((16, 32, 64, 128)),
+            },
             trials=trials,
             epochs=self.options.epochs,
             seed=0,
