@@ -1,6 +1,6 @@
 """The tables of a comparison: what each loss came to, and how each pair of them differs.
 
-Chosen by measuring (`python -m benchmarks.planted` does it again):
+Chosen by measuring (`python -m benchmarks.planted` does most of it again):
 
 - The winner is the loss of the highest mean validation accuracy over its repeats; the test split is
   not asked. That alone does not make its lead on the test split unbiased: a training that had luck
