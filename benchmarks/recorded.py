@@ -134,8 +134,10 @@ def compare(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
             if value != other
         ]
     problems += [f"model {model} belongs to no run" for model in found["models"] - linked]
-    if len(expected["registered"]) != 1 or found["registered"] != expected["registered"]:
+    if found["registered"] != expected["registered"]:
         problems.append(f"registered is {found['registered']}, not {expected['registered']}")
+    if [each["aliases"] for each in found["registered"].values()] != [["champion"]]:
+        problems.append("not one version is registered, with the alias champion")
     return problems
 
 
