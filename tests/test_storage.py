@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
+from experiments.study.retrying_storage import RetryingStorage
 from experiments.study.storage import (
-    RetryingStorage,
     check_storage,
     open_storage,
     set_once,

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-import mlflow
-from mlflow.exceptions import MlflowException
-
 from tracking.errors import is_refused_user, one_line, refusal, without_passwords
 from tracking.files import open_own
 
@@ -169,6 +166,7 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import requests
     import sqlalchemy
     from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
 
     bounds = {key: value for key, value in _BOUNDS.items() if key not in os.environ}
     with environment(bounds | default_store()):

@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 import optuna
 import sqlalchemy
 from alembic.util import CommandError
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 from sqlalchemy import column, table
 
 from experiments.study.identity import name_of
+from experiments.study.retrying_storage import RetryingStorage
 from experiments.study.trial_cache import TrialCache
 from tracking.errors import AwayError, is_database_away, one_line, refusal, without_passwords
 from tracking.files import open_own
@@ -107,35 +108,6 @@ def _engine_options(url: str) -> dict[str, Any]:
     if parsed.get_backend_name() != "postgresql" or "connect_timeout" in parsed.query:
         return {}
     return {"connect_args": {"connect_timeout": CONNECT_SECONDS}}
-
-
-class RetryingStorage:
-    """Optuna's storage, of which every call is repeated while its server is away."""
-
-    def __init__(self, backend: RDBStorage, retries: RetryPolicy) -> None:
-        self._backend, self.retries = backend, retries
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._backend, name)
-        if not callable(value):
-            return value
-        return lambda *args, **kwargs: self.retries.call(lambda: value(*args, **kwargs))
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        """Set a trial's state; one that was set, though the answer was lost, is no error."""
-        tries = 0
-
-        def call() -> bool:
-            nonlocal tries
-            tries += 1
-            try:
-                return self._backend.set_trial_state_values(trial_id, state, values)
-            except UpdateFinishedTrialError:
-                if tries > 1 and self._backend.get_trial(trial_id).state == state:
-                    return True
-                raise
-
-        return self.retries.call(call)
 
 
 def retries_of(study: Study) -> RetryPolicy:

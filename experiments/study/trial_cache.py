@@ -12,7 +12,7 @@ from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.trial import TrialState
 
 if TYPE_CHECKING:
-    from experiments.study.storage import RetryingStorage
+    from experiments.study.retrying_storage import RetryingStorage
 
 REFRESH_SECONDS = 10.0
 """How old may be what is known of trials that are under way in other processes."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.results import Results
-from experiments.summary import LEVEL, MAX_REPEATS, POWER, RELEVANT
+from experiments.comparison.results import Results
+from experiments.comparison.tables import LEVEL, MAX_REPEATS, POWER, RELEVANT
 
 Row = Mapping[Hashable, Any]
-"""Of a table of `experiments.summary`."""
+"""Of a table of `experiments.comparison.tables`."""
 
 INTERVAL = f"{100 * (1 - LEVEL):g} % interval"
 NO_ANSWER = "Which loss is better can't be said"

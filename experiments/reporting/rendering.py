@@ -7,17 +7,23 @@ import hashlib
 import re
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pandas as pd
 import pyarrow as pa
 from markupsafe import Markup
 
-from experiments.drawing import SmallFigures, key, sheet
-from experiments.sections import FIGURES, TABLES, Gallery, Report
+from experiments.reporting.parts import Gallery, Report
+from experiments.reporting.sections import FIGURES, TABLES
+from experiments.reporting.small_multiples import SmallFigures, key, sheet
+from tracking.files import open_folder, writing
 from tracking.prediction.formats import Csv
 from tracking.text import escaped, printable
+
+if TYPE_CHECKING:
+    from experiments.comparison.assessment import Assessment
+    from experiments.comparison.results import Results
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -143,3 +149,21 @@ def _digest(script: str) -> str:
 def _embedded(table: pd.DataFrame) -> str:
     content = csv(table)
     return base64.b64encode(content).decode() if len(content) <= _EMBEDDED_BYTES else ""
+
+
+def write_report(results: Results, assessment: Assessment, folder: Path) -> None:
+    """Write report.html, report.md, and the data and figures of both, to a folder.
+
+    The same results give the same bytes. If there is no folder yet, it is there with all files or
+    not at all; in one that is there, each file is replaced as a whole, and others stay.
+
+    Raises:
+        TransientError: the disk said no.
+    """
+    from experiments.reporting.sections import make
+
+    made = contents(make(results, assessment))
+    with writing("the report"), open_folder(folder, FILES) as draft:
+        for name, content in made.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_bytes(content)

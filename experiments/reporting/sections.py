@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from experiments import figure_data, figures
-from experiments.drawing import Panel, SmallFigures, panels
-from experiments.figures import percent
-from experiments.results import Results
+from experiments.comparison.results import Results
+from experiments.reporting import figure_data, figures, optuna_figures
+from experiments.reporting.figures import percent
+from experiments.reporting.parts import (
+    Gallery,
+    Plot,
+    Report,
+    Section,
+    Table,
+    interval,
+    lead,
+    number,
+    plain,
+)
+from experiments.reporting.small_multiples import SmallFigures, panels
 
 if TYPE_CHECKING:
-    from experiments.statistics import Assessment
+    from experiments.comparison.assessment import Assessment
 
 FIGURES = ("learning_rates", "budget", "learning_curves", "confusions")
 TABLES = (
@@ -35,69 +45,6 @@ TABLES = (
 
 _CONFUSIONS_SHOWN = 3
 """Of each loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table as it is shown."""
-
-    caption: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    """Texts; the first of a row is what the row is about."""
-    data: str = ""
-    """Of which of `TABLES` it is."""
-    kind: str = "table"
-    """Or facts: each row a word and a text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Small figures, one a loss."""
-
-    name: str
-    """Of `FIGURES`."""
-    caption: str
-    small: SmallFigures
-    panels: Sequence[Panel]
-    data: str
-    kind: str = "gallery"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """An interactive plot."""
-
-    name: str
-    caption: str
-    figure: Mapping[str, Any]
-    """As Plotly's script takes it."""
-    data: str
-    kind: str = "plot"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the report, under a heading."""
-
-    id: str
-    title: str
-    texts: Sequence[str] = ()
-    items: Sequence[Table | Gallery | Plot] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """A whole report."""
-
-    name: str
-    answer: Sequence[str]
-    """Two sentences at most."""
-    missing: Sequence[str]
-    warnings: Sequence[str]
-    sections: Sequence[Section]
-    tables: Mapping[str, pd.DataFrame]
-    """Each of `TABLES`."""
 
 
 def make(results: Results, assessment: Assessment) -> Report:
@@ -275,25 +222,6 @@ def _best_settings(results: Results, best: pd.DataFrame) -> Table:
     )
 
 
-def interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> str:
-    """Return the mean of a measure, with its interval if there is one."""
-    mean = row.get(f"{name}_mean", row.get(name))
-    low, high = factor * row[f"{name}_low"], factor * row[f"{name}_high"]
-    text = number(factor * mean, digits)
-    return text if pd.isna(low) else f"{text} ({number(low, digits)} to {number(high, digits)})"
-
-
-def lead(pair: Mapping[Any, Any]) -> str:
-    """Return how many points the first of a pair is ahead, with the interval if there is one."""
-    ends = {f"difference_{end}": pair[end] for end in ("low", "high")}
-    return interval({"difference": pair["difference"], **ends}, "difference", 100, "+.2f")
-
-
-def number(value: Any, digits: str) -> str:
-    """Return a number as it is shown, if there is one."""
-    return "–" if pd.isna(value) else f"{value:{digits}}".replace("-", "−")
-
-
 def _learning_rates(results: Results) -> Section:
     small = figures.LearningRates(results)
     return _gallery(
@@ -367,7 +295,7 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
     }
     items: list[Table | Gallery | Plot] = [
         Plot(name=name, caption=caption, figure=json.loads(figure.to_json()), data=data)
-        for name, figure in figures.optuna_figures(results).items()
+        for name, figure in optuna_figures.optuna_figures(results).items()
         for caption, data in [captions[name]]
     ]
     shares = tables["importances"]
@@ -453,7 +381,7 @@ def _speed(tables: Mapping[str, pd.DataFrame]) -> Section:
 def _provenance(results: Results) -> Section:
     made = [[key, value] for key, value in results.provenance.items()]
     made.append(["this report", f"python -m experiments.report {shlex.quote(results.name)}"])
-    plan = [[key.replace("_", " "), _plain(value)] for key, value in results.plan.items()]
+    plan = [[key.replace("_", " "), plain(value)] for key, value in results.plan.items()]
     plan += [[f"{split} images", f"{number:,}"] for split, number in results.sizes.items()]
     return Section(
         id="made",
@@ -489,11 +417,3 @@ def _gallery(
             )
         ],
     )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "–" if value is None else str(value)

@@ -7,36 +7,31 @@ comparison's own name, which has no trials.
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
-import pandas as pd
 from optuna import Study
-from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
+from experiments.comparison.plan import ComparisonEnded, Event, ModelTested, Plan, StageStarted
+from experiments.comparison.results import Results, load_results
+from experiments.comparison.testing import last_round, test_model
 from experiments.engine.base import WorkerPool
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.study.controller import sweep
-from experiments.study.events import SweepEnded, SweepEvent
+from experiments.study.events import SweepEnded
 from experiments.study.identity import check_same
 from experiments.study.opening import open_study
 from experiments.study.recorder import log_data
-from experiments.study.samplers import Point
 from experiments.study.settings import Settings
 from experiments.study.storage import (
     cause_of,
@@ -52,108 +47,16 @@ from experiments.study.storage import (
     study_lock,
 )
 from experiments.study.trial_cache import TrialCache
-from experiments.study.trials import FINISHED, trials_table
+from experiments.study.trials import finished_trials, trials_table
 from tracking.errors import is_transient, one_line, refusal, without_passwords
-from tracking.store import check_tracking, reading, sqlite_file
+from tracking.store import check_tracking
 
 if TYPE_CHECKING:
-    import mlflow
-    import numpy.typing as npt
-
     from tracking.runs import Run
     from tracking.tracker import Tracker
 
-LEAST_PROBABILITY = 1e-6
-"""What a smaller one counts as in the negative log-likelihood, which would be infinite at 0."""
-
-CONFUSION_FILE = "test/confusion.json"
-ROUND_TAG = "test_round"
-"""Of a confirmed run: in which round its model was last shown the test split."""
 
 _PACKAGES = ("torch", "optuna", "mlflow", "numpy", "scipy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a comparison is told.
-
-    Raises:
-        ValueError: something is out of its range.
-    """
-
-    settings: Settings
-    """Of the search for one loss, but with all of the losses."""
-    repeats: int
-    """How often the best setting of each loss is trained again."""
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be ≥ 1, not {self.repeats}")
-        if self.settings.seed + self.repeats > 2**32 - 1:
-            raise ValueError(f"--seed + --repeats must be < 2**32: {self.settings.seed}")
-
-    @property
-    def seeds(self) -> range:
-        """The seeds of the repeats: the next ones after that of the search."""
-        return range(self.settings.seed + 1, self.settings.seed + 1 + self.repeats)
-
-    def identity(self, data: Dataset) -> dict[str, Any]:
-        """Return what makes two comparisons the same: all that they depend on but the repeats."""
-        return self.settings.identity(data) | {"trials": self.settings.trials}
-
-    def search(self, name: str, loss: str) -> Settings:
-        """Return the settings of the search for a loss' best setting."""
-        return replace(
-            self.settings,
-            losses=(loss,),
-            study=f"{name}/search/{loss}",
-            tags={"comparison": name, "stage": "search"},
-        )
-
-    def confirmation(self, name: str, winners: Sequence[Mapping[str, Any]]) -> Settings:
-        """Return the settings of the repeats: the winners with each seed, seed by seed."""
-        points = [Point(**winner, seed=seed) for seed in self.seeds for winner in winners]
-        return replace(
-            self.settings,
-            losses=tuple(winner["loss"] for winner in winners),
-            points=points,
-            trials=len(points),
-            study=f"{name}/confirm",
-            tags={"comparison": name, "stage": "confirm"},
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageStarted:
-    """A stage begins."""
-
-    title: str
-    settings: Settings | None
-    """Of its sweep, if it is one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelTested:
-    """A confirmed model was shown the test split."""
-
-    loss: str
-    seed: int
-    accuracy: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonEnded:
-    """Nothing runs any more, and all is recorded."""
-
-    name: str
-    outcome: str
-    """As that of a sweep."""
-    reason: str
-    experiment_id: str
-    parent_run_id: str
-
-
-Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded
 
 
 def compare(
@@ -340,13 +243,13 @@ class _Comparison:
         if "ended" in rounds[-1]:
             return
         errors: tuple[type[BaseException], ...] = (ValueError, *recording_errors())
-        for trial in _finished(open_study(confirmation, self.data, storage=self.storage)):
+        for trial in finished_trials(open_study(confirmation, self.data, storage=self.storage)):
             if trial.user_attrs.get("outcome") != "complete":
                 continue
             if self.interrupts():
                 return
             run = self.tracker.find_run(trial.user_attrs["run_id"])
-            if run is None or _last_round(run) >= len(rounds):
+            if run is None or last_round(run) >= len(rounds):
                 continue  # deleted by the user, or seen to before this process was started
             loss, seed = trial.params["loss"], trial.params["seed"]
             try:
@@ -369,41 +272,6 @@ class _Comparison:
             return
         with suppress(*recording_errors()):
             self.parent.end(self.outcome, reason=self.reason)
-
-
-def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
-    """Show a run's model the test split, record what it makes of it, and return its accuracy."""
-    from tracking.evaluation.metrics import Counter
-    from tracking.selection import load_run
-
-    model = load_run(run.run_id)
-    labels = data.test.labels.numpy()
-    probabilities = model.probabilities(data.test.images.numpy())
-    counter = Counter(model.classes)
-    counter.add(labels, probabilities)
-    measures = counter.measures()
-    of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    metrics = {
-        "test/accuracy": measures.accuracy[0],
-        "test/nll": float(-np.log(of_truth.clip(LEAST_PROBABILITY)).mean()),
-        "test/brier": measures.brier_score,
-        "test/ece": measures.calibration_error,
-    }
-    confusion = {"classes": list(model.classes), "images": measures.confusion.tolist()}
-    run.log_text(json.dumps(confusion), CONFUSION_FILE)
-    # Last, and all at once: where there are metrics, the rest is there, and the round is noted.
-    run.log_metrics(
-        metrics,
-        step=test_round,
-        tags={ROUND_TAG: str(test_round)},
-        model_id=run.model_id(),
-        data=(data.name, data.digest),
-    )
-    return metrics["test/accuracy"]
-
-
-def _last_round(run: Run) -> int:
-    return int(run.client.get_run(run.run_id).data.tags.get(ROUND_TAG, 0))
 
 
 def _open_record(
@@ -451,185 +319,6 @@ def _data_facts(data: Dataset) -> dict[str, Any]:
         "sizes": {split: len(images) for split, images in splits.items()},
         "given_test": data.given_test,
     }
-
-
-# What has come of it
-
-
-def load_results(name: str, storage: str) -> Results:
-    """Return what a comparison has come to so far.
-
-    Raises:
-        ValueError: there is none of this name in the storage, or it can't be read.
-    """
-    file = sqlite_file(storage)
-    if file is not None and not file.exists():
-        raise ValueError(f"there is no comparison here: the storage {storage!r} does not exist")
-    with storage_errors(storage), reading() as client:
-        opened = open_storage(storage)
-        try:
-            record = optuna.load_study(study_name=name, storage=opened)
-            plan = record.user_attrs["plan"]
-        except KeyError:
-            known = _known_comparisons(opened)
-            raise ValueError(
-                f"there is no comparison {name!r} in {without_passwords(storage)}, only "
-                f"{', '.join(known) or 'none'}"
-            ) from None
-        studies = {
-            loss: study
-            for loss in plan["losses"]
-            if (study := _study(f"{name}/search/{loss}", opened)) is not None
-        }
-        confirmed = _study(f"{name}/confirm", opened)
-        histories = _Histories(client)
-        trials = [histories.row(trial) for study in studies.values() for trial in _finished(study)]
-        repeats = [histories.row(trial) for trial in (_finished(confirmed) if confirmed else [])]
-        curves = [
-            *(curve for row in trials for curve in histories.curve("search", row)),
-            *(curve for row in repeats for curve in histories.curve("confirm", row)),
-        ]
-        about = record.user_attrs["data"]
-        classes = tuple(about["classes"])
-        repeated = {"repeats": record.user_attrs.get("repeats", 0)}
-        return Results(
-            name=name,
-            plan=plan | repeated | {"given_test": about["given_test"]},
-            classes=classes,
-            sizes=about["sizes"],
-            trials=pd.DataFrame(trials, columns=list(TRIAL_COLUMNS)),
-            repeats=pd.DataFrame(repeats, columns=list(REPEAT_COLUMNS)),
-            curves=pd.DataFrame(curves, columns=list(CURVE_COLUMNS)),
-            confusions=_confusions(client, repeats, len(classes)),
-            studies=studies,
-            provenance=_provenance(record),
-        )
-
-
-class _Histories:
-    """The metrics of trials' runs, each asked for once."""
-
-    _NAMES: ClassVar = {
-        "train_loss": "train/loss",
-        "train_accuracy": "train/accuracy",
-        "val_loss": "val/loss",
-        "val_accuracy": "val/accuracy",
-        "seconds": "time/epoch_seconds",
-        "images_per_second": "time/images_per_second",
-        "test_accuracy": "test/accuracy",
-        "test_nll": "test/nll",
-        "test_brier": "test/brier",
-        "test_ece": "test/ece",
-    }
-
-    def __init__(self, client: mlflow.MlflowClient) -> None:
-        self.client = client
-        self.of: dict[str, dict[str, dict[int, float]]] = {}
-
-    def row(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return what there is to say of a trial that is over."""
-        run_id = trial.user_attrs.get("run_id", "")
-        metrics = self._read(run_id)
-        # What Optuna knows of it, too, is there though somebody has deleted the run.
-        values = trial.intermediate_values
-        kept = {
-            "val_accuracy": values[max(values)] if values else math.nan,
-            "val_loss": trial.user_attrs.get("val_loss", math.nan),
-        }
-        seconds, rates = metrics["seconds"], metrics["images_per_second"]
-        row = {
-            "trial": trial.number,
-            "outcome": trial.user_attrs.get("outcome", trial.state.name.lower()),
-            **trial.params,
-            "epochs": len(metrics["val_accuracy"]),
-            "seconds": sum(seconds.values()),
-            "images_per_second": float(np.mean(list(rates.values()))) if rates else math.nan,
-            "test_evaluations": len(metrics["test_accuracy"]),
-            "run_id": run_id,
-        }
-        for name in ("val_accuracy", "val_loss", *(n for n in self._NAMES if n.startswith("test"))):
-            known = metrics[name]
-            row[name] = known[max(known)] if known else kept.get(name, math.nan)
-        return row
-
-    def curve(self, stage: str, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the epochs of a trial whose `row` this is."""
-        metrics = self.of[row["run_id"]]
-        for epoch in sorted(metrics["val_accuracy"]):
-            values = {name: metrics[name].get(epoch, math.nan) for name in CURVE_COLUMNS[4:]}
-            yield {
-                "stage": stage,
-                "loss": row["loss"],
-                "trial": row["trial"],
-                "epoch": epoch,
-                **values,
-            }
-
-    def _read(self, run_id: str) -> dict[str, dict[int, float]]:
-        from mlflow.exceptions import MlflowException
-
-        there: Container[str] = ()
-        with suppress(MlflowException):  # a run that somebody has deleted for good
-            there = self.client.get_run(run_id).data.metrics
-        self.of[run_id] = {
-            short: {
-                entry.step: entry.value for entry in self.client.get_metric_history(run_id, key)
-            }
-            if key in there
-            else {}
-            for short, key in self._NAMES.items()
-        }
-        return self.of[run_id]
-
-
-def _confusions(
-    client: mlflow.MlflowClient, repeats: Iterable[Mapping[str, Any]], num_classes: int
-) -> dict[str, npt.NDArray[np.int64]]:
-    from mlflow.artifacts import load_dict
-
-    found: dict[str, npt.NDArray[np.int64]] = {}
-    for row in repeats:
-        if row["test_evaluations"]:
-            location = client.get_run(row["run_id"]).info.artifact_uri
-            images = np.array(load_dict(f"{location}/{CONFUSION_FILE}")["images"], np.int64)
-            nothing = np.zeros((num_classes, num_classes), np.int64)
-            found[row["loss"]] = found.get(row["loss"], nothing) + images
-    return found
-
-
-def _provenance(record: Study) -> dict[str, str]:
-    """Return how it was made: what each of its processes said, the same things once."""
-    starts: list[dict[str, str]] = record.user_attrs.get("starts", [])
-    keys = ("command", "commit", "versions", "hardware", "experiment")
-    made = {key: "; ".join(dict.fromkeys(start[key] for start in starts)) for key in keys}
-    rounds = record.user_attrs.get("test_rounds", [])
-    ends = [each["ended"] for each in rounds if "ended" in each]
-    return {
-        **made,
-        "run": record.user_attrs.get("parent_run_id", ""),
-        "started": starts[0]["started"] if starts else "",
-        "ended": ends[-1] if ends else "",
-        "test split looked at": f"{len(rounds)} times" if len(rounds) != 1 else "once",
-    }
-
-
-def _known_comparisons(storage: Any) -> list[str]:
-    return [
-        summary.study_name
-        for summary in optuna.get_all_study_summaries(storage)
-        if "plan" in summary.user_attrs
-    ]
-
-
-def _study(name: str, storage: Any) -> Study | None:
-    try:
-        return optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        return None
-
-
-def _finished(study: Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=FINISHED)
 
 
 def _now() -> str:

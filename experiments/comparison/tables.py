@@ -36,7 +36,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from experiments.results import Results
+from experiments.comparison.results import Results
 from experiments.study.ranking import best_first
 
 Floats = npt.NDArray[np.float64]

@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from experiments.results import Results
-from experiments.summary import LEVEL
+from experiments.comparison.results import Results
+from experiments.comparison.tables import LEVEL
 
 EDGE = 0.05
 """The share of the log range of learning rates that is its edge, at each end."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.caveats import Caveat, find_caveats
-from experiments.results import Results
-from experiments.summary import compare, summarise
-from experiments.wording import make_statements
+from experiments.comparison.caveats import Caveat, find_caveats
+from experiments.comparison.results import Results
+from experiments.comparison.statements import make_statements
+from experiments.comparison.tables import compare, summarise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from experiments.results import Results
+from experiments.comparison.results import Results
 from experiments.study.ranking import best_first
 
 if TYPE_CHECKING:
