@@ -256,8 +256,8 @@ def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_i
 
 HOLDING = """
 import sys, time
-from experiments.study.storage import held
-with held("sqlite:///optuna.db", "faults"):
+from experiments.study.storage import study_lock
+with study_lock("sqlite:///optuna.db", "faults"):
     print("held", flush=True)
     time.sleep(600)
 """

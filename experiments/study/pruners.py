@@ -105,8 +105,8 @@ def make_pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
     return PRUNERS[name](epochs)
 
 
-# `benchmarks.pruning` replays sweeps with each of them. Other arguments were tried as well: asha from
-# epoch 2 on, for example, prunes the best less often on CIFAR-10, but more often on the digits.
+# `benchmarks.pruning` replays sweeps with each of them. Other arguments were tried: asha from epoch
+# 2 on, for example, prunes the best less often on CIFAR-10, but more often on the digits.
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "none": lambda _: optuna.pruners.NopPruner(),
     "median": lambda _: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
