@@ -47,6 +47,16 @@ class Assessment:
     """Where the answer would not hold."""
 
     @property
+    def answer(self) -> str:
+        """Return the first two statements."""
+        return " ".join(self.statements[:2])
+
+    @property
+    def caveat_list(self) -> str:
+        """Return the warnings as a list in Markdown, each after a line end."""
+        return "".join(f"\n- {caveat.text}" for caveat in self.warnings)
+
+    @property
     def differences(self) -> pd.DataFrame:
         """Return the rows of `pairs` that have the winner as their first."""
         return self.pairs[self.pairs["first"] == self.winner].reset_index(drop=True)

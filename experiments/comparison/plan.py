@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnn.data import Dataset
 from experiments.study.events import SweepEvent
 from experiments.study.samplers import Point
 from experiments.study.settings import Settings
+
+if TYPE_CHECKING:
+    from experiments.comparison.assessment import Assessment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +89,12 @@ class ComparisonEnded:
 
     name: str
     outcome: str
-    """As that of a sweep."""
+    """complete, interrupted or failed."""
     reason: str
     experiment_id: str
     parent_run_id: str
+    assessment: Assessment | None
+    """None unless the outcome is complete."""
 
 
 Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded

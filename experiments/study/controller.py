@@ -27,7 +27,7 @@ from experiments.engine.base import (
     JobMoved,
     WorkerPool,
 )
-from experiments.interrupts import InterruptionError, Interrupts
+from experiments.interrupts import Interrupts
 from experiments.study.events import (
     BestRegistered,
     SweepEnded,
@@ -42,18 +42,19 @@ from experiments.study.events import (
 from experiments.study.heartbeat import Heartbeat
 from experiments.study.identity import differences, environment
 from experiments.study.opening import open_study
-from experiments.study.recorder import OBJECTIVE, Recorder, RunningTrial
+from experiments.study.recorder import OBJECTIVE, Recorder, RunningTrial, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
-    cause_of,
+    outcome_of,
     recording_errors,
     set_attributes,
     set_once,
+    start_errors,
     study_lock,
 )
 from experiments.study.trial_cache import TrialCache
 from experiments.study.trials import best_trial, num_begun, num_finished, trials_table
-from tracking.errors import is_transient, one_line, refusal
+from tracking.errors import is_transient
 from tracking.store import check_tracking, sqlite_file
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
@@ -113,13 +114,9 @@ def sweep(
         stack.enter_context(study_lock(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts)
         stack.callback(running.close)
-        try:
+        with start_errors():
             running.begin()
             recorder = running.connect(under)
-        except InterruptionError:
-            raise  # before it is asked what the others are: MLflow may be half imported
-        except recording_errors() as error:
-            raise refusal(one_line(cause_of(error)), error) from error
         yield SweepStarted(
             study=study.study_name,
             experiment=recorder.tracker.experiment,
@@ -133,9 +130,7 @@ def sweep(
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            # Only after an error that may pass does the same command continue the sweep.
-            running.outcome = "interrupted" if is_transient(error) else "failed"
-            running.reason = one_line(cause_of(error))
+            running.outcome, running.reason = outcome_of(error)
         yield from running.close()
 
 
@@ -190,13 +185,9 @@ class _Sweep:
         code = environment(fixed["precision"], fixed["device"])
         made_with = self.settings.made_with(self.data)
         with self.interrupts.at_once():
-            from tracking.retries import RetryPolicy
             from tracking.system_metrics import SystemMetrics
-            from tracking.tracker import Tracker
 
-            timeout = self.settings.tracking_timeout
-            retries = RetryPolicy(seconds=timeout, should_stop=self._stop_requested)
-            tracker = Tracker.open(self.settings.experiment, retries=retries)
+            tracker = open_tracker(self.settings, self._stop_requested)
         self.recorder = Recorder(
             tracker,
             self.study,
