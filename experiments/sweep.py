@@ -101,7 +101,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         if options.tensorboard is not None:
             from experiments.study.tensorboard import EventFiles
 
-            observers.append(stack.enter_context(EventFiles(options.tensorboard)))
+            observers.append(stack.enter_context(EventFiles(options.tensorboard, settings.space())))
         for event in stack.enter_context(closing(sweep(settings, data, pool, interrupts))):
             match event:
                 case SweepStarted():
@@ -119,12 +119,14 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
 
 def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
     """Print the trials, the best one, and what to type next; return the exit code."""
+    from experiments.study.parameters import PARAMETERS
+
     table = ended.trials
     if table is not None and len(table):
-        shown = table.drop(columns=["val_loss", "run_id"]).assign(
-            learning_rate=table["learning_rate"].map("{:.4g}".format),
-            val_accuracy=table["val_accuracy"].map("{:.2%}".format),
-        )
+        searched = [each for each in PARAMETERS if each.name in table]
+        texts = {each.name: table[each.name].map(each.text) for each in searched}
+        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format)
+        shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
         print(f"\n{shown.to_string(index=False)}\n")
     if ended.outcome != "complete":
         return cli.report_stop(ended.outcome, ended.reason)
@@ -144,10 +146,9 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     if len(present):
         source = shlex.quote(f"{data_name}:test")
         predict = f"python -m tracking.predict {source} --run-id {best['run_id']}"
+    values = ", ".join(f"{each.label} {each.text(best[each.name])}" for each in searched)
     print(
-        f"best: trial {best['trial']}, loss {best['loss']}, learning rate "
-        f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
-        f"{best['val_accuracy']:.2%}\n"
+        f"best: trial {best['trial']}, {values}: validation accuracy {best['val_accuracy']:.2%}\n"
         f"{registered}"
         f"{cli.how_to_compare(started.experiment_id)}\n"
         f"  predict:           {predict}"

@@ -40,7 +40,7 @@ def test_the_help_names_every_choice() -> None:
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
-    own = {"points", "tags", "pruner", "timeout", "register", "worker_device"}
+    own = {"search", "configurations", "tags", "pruner", "timeout", "register", "worker_device"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 
@@ -136,7 +136,13 @@ def test_a_comparison_that_is_killed_in_every_stage_ends_with_the_same_report(
     for name in ("calm", "stormy"):
         (tmp_path / name).mkdir()
     in_a_process(tmp_path / "calm")
-    for stage in ("0  mse", "search for the best configuration of cross", "1  cross", "the test", "mse,"):
+    for stage in (
+        "0  mse",
+        "search for the best configuration of c",
+        "1  cross",
+        "the test",
+        "mse,",
+    ):
         in_a_process(tmp_path / "stormy", until=stage)
     in_a_process(tmp_path / "stormy")
     calm, stormy = (tmp_path / name / "reports" / "c" / "data" for name in ("calm", "stormy"))
