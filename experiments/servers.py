@@ -18,7 +18,7 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,9 +157,7 @@ def _check_owner(folder: Path) -> None:
     """Raise ValueError if another user could place a password or a link in a folder."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ValueError(
-            f"--dir: {folder} belongs to another user, or is a link: name a new folder"
-        )
+        raise ValueError(f"--dir: {folder} is another user's, or a link: name a new folder")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"--dir: others can write to {folder}: chmod go-w, or name a new folder")
 
@@ -345,12 +343,12 @@ def serve(addresses: ServerAddresses) -> None:
         try:
             with (
                 postgresql(addresses, stopped) as database,
-                mlflow_on(addresses, database, stopped) as ui,
+                mlflow_on(addresses, database, stopped) as mlflow,
             ):
                 print(what_to_type(addresses), flush=True)
                 while not stopped():
                     database.keep_running()
-                    ui.keep_running()
+                    mlflow.keep_running()
                     time.sleep(LOOK_SECONDS)
         except (psycopg.Error, MlflowException) as error:
             raise TransientError(f"the servers can't be set up: {one_line(error)}") from error

@@ -599,7 +599,7 @@ def test_a_folder_that_others_write_to_is_refused(
     (folder / "passwords").symlink_to(tmp_path / "passwords")
     assert main(free) == 2
     assert the_line(capsys).startswith(
-        f"--dir: {folder / 'passwords'} belongs to another user, or is a"
+        f"--dir: {folder / 'passwords'} is another user's, or a link"
     )
 
 
