@@ -336,7 +336,7 @@ def test_a_seed_that_diverged_is_in_no_mean_but_is_counted(tmp_path: Path) -> No
     made = replace(results, curves=curves)
     assert set(figure_data.learning_curves(made)["trainings"]) == {2}
     assert (
-        "in the mean of 2 seeds of 3 (the others ended before)"
+        "in the mean of 2 seeds of 3 (the others ended early)"
         in written(made, tmp_path / "report").text
     )
 
@@ -394,9 +394,12 @@ def test_a_report_that_can_not_be_finished_leaves_nothing(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"repeats": 0}, "No setting is confirmed yet"),
-        ({"is_tested": False}, "The test split was not looked at"),
-        ({"trials": 0, "repeats": 0}, "The search is not over: of 4 trials, mse (0)."),
+        ({"repeats": 0}, "No configuration is confirmed yet"),
+        ({"is_tested": False}, "No model has seen the test split"),
+        (
+            {"trials": 0, "repeats": 0},
+            "The search is not over. Losses with fewer than 4 trials: mse (0).",
+        ),
         ({"trials": 1, "repeats": 1, "batch_sizes": (32,)}, "of one trial"),
     ],
 )
@@ -419,7 +422,7 @@ def test_results_of_which_nothing_completed_are_reported(tmp_path: Path) -> None
             tmp_path / str(number),
         )
         assert "No trial of mse, l1 completed" in made.text
-        assert "none of which completed" in made.text or "nothing to be shown" in made.text
+        assert "none of which completed" in made.text or "nothing to show" in made.text
         assert "No trial has finished yet." in made.text
 
 
@@ -432,9 +435,9 @@ def test_a_loss_without_repeats_has_its_place_beside_the_others(tmp_path: Path) 
     made = written(
         replace(results, repeats=repeats, curves=curves, confusions=confusions), tmp_path / "report"
     )
-    assert "Of 2 repeats, some are not there: mse (1), l1 (0)." in made.text
-    assert "no model of it was shown the test split" in made.text
-    assert "no training of a setting that was chosen" in made.text
+    assert "Losses with fewer than 2 repeats: mse (1), l1 (0)." in made.text
+    assert "none of its models has seen the test split" in made.text
+    assert "no training of the best configuration" in made.text
 
 
 def test_a_study_has_no_importances_without_two_accuracies() -> None:

@@ -705,6 +705,6 @@ def test_a_test_split_that_was_looked_at_twice() -> None:
     made = results(TWO)
     made.repeats.loc[:2, "test_evaluations"] = 2
     assert texts(made, "retest") == [
-        "The test split was looked at more than once in 3 repeats: what was changed in between may "
-        "have been chosen by it."
+        "The models of 3 repeats saw the test split more than once: changes in between may have "
+        "been chosen by it."
     ]
