@@ -150,41 +150,29 @@ def add_training_flags(parser: Parser) -> None:
     engine = parser.add_argument_group("engine")
     text = "workers are processes of this machine, or of a Ray cluster, which needs the extra `ray`"
     add_flag(engine, "--engine", "processes", text, choices=("processes", "ray"))
-    add_flag(
-        engine,
-        "--ray-address",
-        RAY_DEFAULTS["ray_address"],
+    for name, kind, metavar, text in _RAY_FLAGS:
+        flag = f"--{name.replace('_', '-')}"
+        add_flag(engine, flag, RAY_DEFAULTS[name], text, type=kind, metavar=metavar)
+
+
+_RAY_FLAGS = (
+    (
+        *("ray_address", str, "ADDRESS"),
         "the cluster: auto for the one that this machine is part of, ray://HOST:10001 or HOST:6379 "
         "(default: start one on this machine, and stop it at the end)",
-        metavar="ADDRESS",
-    )
-    add_flag(
-        engine,
-        "--cpus-per-worker",
-        RAY_DEFAULTS["cpus_per_worker"],
+    ),
+    (
+        *("cpus_per_worker", float, "CPUS"),
         "CPUs of a node that a worker takes; a fraction is allowed",
-        type=float,
-        metavar="CPUS",
-    )
-    add_flag(
-        engine,
-        "--gpus-per-worker",
-        RAY_DEFAULTS["gpus_per_worker"],
+    ),
+    (
+        *("gpus_per_worker", float, "GPUS"),
         "GPUs of a node that a worker takes; with 0.25, four trials share a GPU (default: 1 if the "
         "cluster has GPUs, unless --device is cpu)",
-        type=float,
-        metavar="GPUS",
-    )
-    text = "start with this many workers; others may join later"
-    add_flag(engine, "--min-workers", RAY_DEFAULTS["min_workers"], text, metavar="N")
-    add_flag(
-        engine,
-        "--ray-timeout",
-        RAY_DEFAULTS["ray_timeout"],
-        "how long to wait for --min-workers",
-        type=float,
-        metavar="SECONDS",
-    )
+    ),
+    ("min_workers", int, "N", "start with this many workers; others may join later"),
+    ("ray_timeout", float, "SECONDS", "how long to wait for --min-workers"),
+)
 
 
 def add_record_flags(parser: Parser, study: str) -> argparse._ArgumentGroup:

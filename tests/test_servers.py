@@ -656,8 +656,8 @@ def test_a_server_that_dies_again_and_again_ends_both(
     log = tmp_path / f"{name}.log"
     ended = f"{name} has ended (exit code 3)"
     assert capsys.readouterr().err.splitlines() == [
-        f"{ended}: it is started again in 0.25 s, see {log}",
-        f"{ended}: it is started again in 0.5 s, see {log}",
+        f"{ended}: it restarts in 0.25 s, see {log}",
+        f"{ended}: it restarts in 0.5 s, see {log}",
         f"python -m experiments.servers: error: {ended} again, after 2 restarts: see {log}",
     ]
     starts = {file.stem: file.read_text().count("it starts") for file in tmp_path.glob("*.log")}

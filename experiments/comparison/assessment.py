@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -60,16 +59,6 @@ class Assessment:
         """Return the rows of `pairs` that have the winner as their first."""
         return self.pairs[self.pairs["first"] == self.winner].reset_index(drop=True)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it for JSON: tables as lists of rows, NaN as None."""
-        return {
-            "winner": self.winner,
-            "statements": list(self.statements),
-            "warnings": [asdict(caveat) for caveat in self.warnings],
-            "table": _rows(self.table),
-            "pairs": _rows(self.pairs),
-        }
-
 
 def assess(results: Results) -> Assessment:
     """Assess a comparison, finished or not."""
@@ -85,10 +74,3 @@ def assess(results: Results) -> Assessment:
         statements=make_statements(results, table, pairs),
         warnings=find_caveats(results, table),
     )
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {str(name): None if pd.isna(value) else value for name, value in row.items()}
-        for row in table.astype(object).to_dict("records")
-    ]

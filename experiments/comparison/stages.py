@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -81,6 +82,7 @@ def compare(
         record = _open_record(plan, data, storage, retest=retest)
         name = record.study_name
         stack.enter_context(study_lock(plan.settings.storage, name))
+        open_data = lru_cache(maxsize=1)(open_data)
         running = _Comparison(plan, data, pool, interrupts, record, storage, open_data, retest)
         stack.callback(running.close)
         with start_errors():
@@ -107,28 +109,27 @@ def compare(
         )
 
 
+@dataclass
 class _Comparison:
     """The stages, one after the other."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        data: Dataset,
-        pool: WorkerPool,
-        interrupts: Interrupts,
-        record: Study,
-        storage: TrialCache,
-        open_data: Callable[[int], Dataset],
-        retest: bool,
-    ) -> None:
-        self.plan, self.data, self.pool, self.interrupts = plan, data, pool, interrupts
-        self.record, self.storage, self.retest = record, storage, retest
-        self.name = record.study_name
-        self.open_data = lru_cache(maxsize=1)(open_data)
-        self.outcome, self.reason = "interrupted", ""
-        self.closed = False
-        self.tracker: Tracker
-        self.parent: Run | None = None
+    plan: Plan
+    data: Dataset
+    pool: WorkerPool
+    interrupts: Interrupts
+    record: Study
+    storage: TrialCache
+    open_data: Callable[[int], Dataset]
+    retest: bool
+    outcome: str = "interrupted"
+    reason: str = ""
+    closed: bool = False
+    parent: Run | None = None
+    tracker: Tracker = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return self.record.study_name
 
     def connect(self) -> Run:
         """Open the run that is the parent of all others."""

@@ -33,6 +33,13 @@ _BLUE = (0.0, 0x72 / 255, 0xB2 / 255)
 class LearningRates(SmallMultiples):
     """Accuracy against learning rate, a marker a batch size; hollow where training diverged."""
 
+    name = "learning_rates"
+    data = "trials"
+    title = "Accuracy against learning rate"
+    caption = (
+        "Validation accuracy of the last epoch, for each loss and batch size; one point is one "
+        "training. All losses have the same axes, over the whole range of the search."
+    )
     has_legend = True
 
     def __init__(self, results: Results) -> None:
@@ -110,6 +117,15 @@ def _hollow(color: str) -> dict[str, Any]:
 class Budget(SmallMultiples):
     """Expected best accuracy against the number of trials."""
 
+    name = data = "budget"
+    title = "Accuracy against budget"
+    caption = (
+        "The expected best validation accuracy of a number of trials with random configurations "
+        "(expected validation performance, Dodge et al. 2019, with the unbiased estimator of Tang "
+        "et al. 2020): thick the loss, thin the others. Diverged trials count with their last "
+        "accuracy. The right end is the best of all trials, which is too high."
+    )
+
     def __init__(self, results: Results) -> None:
         self.table = budget(results)
         self.losses = _present(results, self.table["loss"])
@@ -135,6 +151,14 @@ class Budget(SmallMultiples):
 
 class LearningCurves(SmallMultiples):
     """Accuracies against epochs, at the best configuration, with a band over the seeds."""
+
+    name = data = "learning_curves"
+    title = "Learning curves"
+    caption = (
+        "Validation accuracy of each loss at its best configuration, epoch by epoch: thick the "
+        "mean, the band from the lowest to the highest seed, dashed the mean training accuracy, "
+        "thin the means of the other losses."
+    )
 
     def __init__(self, results: Results) -> None:
         self.table = learning_curves(results)
@@ -177,6 +201,12 @@ class LearningCurves(SmallMultiples):
 class Confusions(SmallMultiples):
     """Confusion matrices; each row is in percent of its true class' images."""
 
+    name = data = "confusions"
+    title = "Confusion matrices"
+    caption = (
+        "The predictions for each true class, in percent of its test images, over all repeats; "
+        "shaded by the square root, so that a confusion of a few percent is visible."
+    )
     height = 340
     # With more classes, cells have no numbers, and axes no names.
     most_numbers: ClassVar[int] = 12

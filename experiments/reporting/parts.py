@@ -29,12 +29,8 @@ class Table:
 class Gallery:
     """Small multiples, a panel for each loss."""
 
-    name: str
-    """One of `FIGURES`."""
-    caption: str
     multiples: SmallMultiples
     panels: Sequence[Panel]
-    data: str
     kind: str = "gallery"
 
 

@@ -44,7 +44,7 @@ def contents(report: Report) -> dict[str, bytes]:
     """Return those of `FILES` that a report has."""
     tables = {f"data/{name}.csv": csv(table) for name, table in report.tables.items()}
     pictures = {
-        f"figures/{item.name}.png": draw_png(item.multiples)
+        f"figures/{item.multiples.name}.png": draw_png(item.multiples)
         for section in report.sections
         for item in section.items
         if isinstance(item, Gallery)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -62,9 +63,9 @@ def make(results: Results, assessment: Assessment) -> Report:
         warnings=[caveat.text for caveat in assessment.warnings],
         sections=(
             _result(results, assessment, tables),
-            _learning_rates(results),
+            _gallery(results, figures.LearningRates(results)),
             _budget(results),
-            _learning_curves(results),
+            _gallery(results, figures.LearningCurves(results)),
             _search(results, tables),
             _confusions(results),
             _speed(tables),
@@ -183,51 +184,16 @@ def _best_settings(results: Results, best: pd.DataFrame) -> Table:
     return _table(caption, columns, rows.to_dict("records"), "best_settings")
 
 
-def _learning_rates(results: Results) -> Section:
-    return _gallery(
-        results,
-        figures.LearningRates(results),
-        "learning_rates",
-        "trials",
-        title="Accuracy against learning rate",
-        text="Validation accuracy of the last epoch, for each loss and batch size; one point is "
-        "one training. All losses have the same axes, over the whole range of the search.",
-    )
-
-
 def _budget(results: Results) -> Section:
-    title = "Accuracy against budget"
-    if not figure_data.draws_are_independent(results):
-        text = (
-            "Expected validation performance needs configurations that are drawn independently of "
-            f"each other. The sampler {results.plan['sampler']} does not draw so: this figure is "
-            "left out. The optimisation history is below."
-        )
-        return Section(id="budget", title=title, texts=[text])
-    return _gallery(
-        results,
-        figures.Budget(results),
-        "budget",
-        "budget",
-        title=title,
-        text="The expected best validation accuracy of a number of trials with random "
-        "configurations (expected validation performance, Dodge et al. 2019, with the unbiased "
-        "estimator of Tang et al. 2020): thick the loss, thin the others. Diverged trials count "
-        "with their last accuracy. The right end is the best of all trials, which is too high.",
+    budget = figures.Budget
+    if figure_data.draws_are_independent(results):
+        return _gallery(results, budget(results))
+    text = (
+        "Expected validation performance needs configurations that are drawn independently of each "
+        f"other. The sampler {results.plan['sampler']} does not draw so: this figure is left out. "
+        "The optimisation history is below."
     )
-
-
-def _learning_curves(results: Results) -> Section:
-    return _gallery(
-        results,
-        figures.LearningCurves(results),
-        "learning_curves",
-        "learning_curves",
-        title="Learning curves",
-        text="Validation accuracy of each loss at its best configuration, epoch by epoch: thick "
-        "the mean, the band from the lowest to the highest seed, dashed the mean training "
-        "accuracy, thin the means of the other losses.",
-    )
+    return Section(id=budget.name, title=budget.title, texts=[text])
 
 
 def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
@@ -258,9 +224,14 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
         wide = shares.pivot_table(index="loss", columns="parameter", values="importance")
         order = [figure_data.ALL_LOSSES, *figure_data.losses_of(results)]
         rows = wide.reindex([loss for loss in order if loss in wide.index]).reset_index()
-        columns: dict[str, Callable[[Mapping[Any, Any]], str]] = {"loss": lambda row: row["loss"]}
-        for name in wide.columns:
-            columns[name.replace("_", " ")] = lambda row, name=name: number(row[name], ".2f")
+
+        def share_of(name: str) -> Callable[[Mapping[Any, Any]], str]:
+            return lambda row: number(row[name], ".2f")
+
+        columns: Columns = {
+            "loss": lambda row: row["loss"],
+            **{name.replace("_", " "): share_of(name) for name in wide.columns},
+        }
         caption = "Importance of the parameters (PED-ANOVA), for each loss, too"
         items.append(_table(caption, columns, rows.to_dict("records"), "importances"))
     texts = [] if items else ["No trial has finished yet."]
@@ -268,19 +239,9 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
 
 
 def _confusions(results: Results) -> Section:
-    multiples = figures.Confusions(results)
-    title = "Confusion matrices"
-    if not multiples.losses:
-        return Section(id="confusions", title=title, texts=[_UNTESTED])
-    section = _gallery(
-        results,
-        multiples,
-        "confusions",
-        "confusions",
-        title=title,
-        text="The predictions for each true class, in percent of its test images, over all "
-        "repeats; shaded by the square root, so that a confusion of a few percent is visible.",
-    )
+    section = _gallery(results, figures.Confusions(results), _UNTESTED)
+    if not section.items:
+        return section
     rows = [
         [
             loss,
@@ -298,7 +259,7 @@ def _confusions(results: Results) -> Section:
         rows=rows,
         data="confusions",
     )
-    return Section(id=section.id, title=title, texts=section.texts, items=[*section.items, table])
+    return replace(section, items=[*section.items, table])
 
 
 def _speed(tables: Mapping[str, pd.DataFrame]) -> Section:
@@ -349,10 +310,10 @@ def _table(
 
 
 def _gallery(
-    results: Results, multiples: SmallMultiples, name: str, data: str, *, title: str, text: str
+    results: Results, multiples: SmallMultiples, otherwise: str = "There is nothing to show yet."
 ) -> Section:
+    name, title = multiples.name, multiples.title
     if not multiples.losses:
-        return Section(id=name, title=title, texts=["There is nothing to show yet."])
-    panels = draw_panels(multiples, figure_data.losses_of(results), title)
-    gallery = Gallery(name=name, caption=text, multiples=multiples, panels=panels, data=data)
-    return Section(id=name, title=title, items=[gallery])
+        return Section(id=name, title=title, texts=[otherwise])
+    panels = draw_panels(multiples, figure_data.losses_of(results))
+    return Section(id=name, title=title, items=[Gallery(multiples=multiples, panels=panels)])

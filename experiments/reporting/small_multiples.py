@@ -56,6 +56,12 @@ _OF_THE_PAGE = Palette("currentColor", "var(--grid)", "var(--accent)", "var(--ot
 class SmallMultiples(ABC):
     """Draws and describes a panel for each loss."""
 
+    name: ClassVar[str]
+    """One of `sections.FIGURES`."""
+    data: ClassVar[str]
+    """The entry of `sections.TABLES` with its data."""
+    title: ClassVar[str]
+    caption: ClassVar[str]
     height = 250
     margins: tuple[int, int] = (56, 38)
     """The space left of the axes, and below them."""
@@ -87,25 +93,19 @@ class Panel:
     """Empty if there is nothing to draw."""
 
 
-def draw_panels(multiples: SmallMultiples, losses: Sequence[str], title: str) -> list[Panel]:
-    """Draw the panels of losses as SVG.
-
-    Args:
-        multiples: draws them.
-        losses: all losses that the reader expects.
-        title: of all panels, unique on the page.
-    """
+def draw_panels(multiples: SmallMultiples, losses: Sequence[str]) -> list[Panel]:
+    """Draw the panels of all losses as SVG."""
     return [
         Panel(
             title=loss,
             description=multiples.describe(loss),
-            svg=_panel(multiples, loss, f"{title}: {loss}") if loss in multiples.losses else "",
+            svg=_panel(multiples, loss) if loss in multiples.losses else "",
         )
         for loss in losses
     ]
 
 
-def _panel(multiples: SmallMultiples, loss: str, label: str) -> str:
+def _panel(multiples: SmallMultiples, loss: str) -> str:
     from matplotlib.figure import Figure
 
     left, bottom = multiples.margins
@@ -114,7 +114,7 @@ def _panel(multiples: SmallMultiples, loss: str, label: str) -> str:
         figure = Figure(figsize=(_WIDTH / _PER_INCH, multiples.height / _PER_INCH))
         axes = figure.add_axes((left / _WIDTH, bottom / multiples.height, width, height))
         multiples.draw(axes, loss, _PAGE)
-        return _inline(figure, label)
+        return _inline(figure, f"{multiples.title}: {loss}")
 
 
 def draw_legend(multiples: SmallMultiples) -> str:

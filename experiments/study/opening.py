@@ -85,13 +85,11 @@ def open_checked(
 
     Args:
         what: study or comparison, for messages.
-        settings: of the study.
-        data: that it is of.
-        storage: where it is.
+        settings, data, storage: of the study.
         prefix: of the name that follows from the identity.
         key: of the attribute that holds the identity.
         identity: all that must stay the same, beside the code.
-        attributes: others that a new study gets.
+        attributes: others of a new study.
         **options: of the study, for Optuna.
 
     Raises:
