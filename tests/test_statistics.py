@@ -291,8 +291,8 @@ def test_a_tie_with_one_and_a_lead_over_another() -> None:
         "`cross_entropy` has the highest validation accuracy and gets 70.10 % of the test "
         "images right (95 % interval 69.67 to 70.53 %, n = 10), but can't be told apart from "
         "`mse`.",
-        "About 32 repeats (16 to 100, as far as the spread is known) would show a difference of "
-        "0.5 points with a chance of 80 %.",
+        "About 32 repeats (16 to 100, given the spread's 95 % interval) would show a difference "
+        "of 0.5 points with a chance of 80 %.",
         "Its lead over `mse` is 0.20 points (95 % interval −0.49 to 0.89, p = 0.53) and over `l1` "
         "30.10 (29.64 to 30.56, p < 0.001).",
     ]
@@ -377,7 +377,7 @@ def test_too_few_seeds_in_common() -> None:
     made = results(
         {"mse": [70, 70.2, NAN, NAN], "l1": [NAN, 69, 69, 69.1], "focal": [50, 50.1, 50.3, 50]}
     )
-    assert "`mse` shares fewer than two seeds with it, and can't be compared." in said(made)
+    assert "`mse` shares fewer than two seeds with it: there is no test." in said(made)
     assert said(made)[0].startswith("`l1` is better than `focal`:")
 
 

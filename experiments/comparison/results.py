@@ -52,7 +52,7 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
-    """The results of a comparison, as far as it has come."""
+    """The results of a comparison, finished or not."""
 
     name: str
     plan: Mapping[str, Any]

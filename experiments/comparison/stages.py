@@ -222,7 +222,7 @@ class _Comparison:
         return winners
 
     def _test(self, confirmation: Settings) -> Iterator[ModelTested]:
-        """Show the test split to each confirmed model: once, or once more in a new round."""
+        """Test each confirmed model once, or once more in a new round."""
         rounds: list[dict[str, str]] = list(self.record.user_attrs.get("test_rounds", []))
         if not rounds or ("ended" in rounds[-1] and self.retest):
             rounds.append({"started": _now()})

@@ -120,15 +120,17 @@ def _needed(others: Sequence[Row]) -> list[str]:
     undecided = [other for other in others if other["verdict"] == "undecided"]
     if not undecided:
         return []
-    spread = [other for other in undecided if not math.isnan(other["repeats_needed"])]
-    if not spread:
+    varied = [other for other in undecided if not math.isnan(other["repeats_needed"])]
+    if not varied:
         return ["All repeats differ by the same amount, so the repeats needed are unknown."]
-    most = max(spread, key=lambda other: float(other["repeats_needed"]))
+    most = max(varied, key=lambda other: float(other["repeats_needed"]))
     count, low, high = (_count(most[f"repeats_needed{end}"]) for end in ("", "_low", "_high"))
     show = f"show a difference of {100 * MIN_EFFECT:g} points with a chance of {100 * POWER:g} %."
     if most["repeats_needed"] == MAX_REPEATS:
         return [f"It would take {count} repeats to {show}"]
-    return [f"About {count} repeats ({low} to {high}, as far as the spread is known) would {show}"]
+    return [
+        f"About {count} repeats ({low} to {high}, given the spread's 95 % interval) would {show}"
+    ]
 
 
 def _count(repeats: float) -> str:
@@ -159,7 +161,7 @@ def _not_compared(others: Sequence[Row]) -> list[str]:
     if not names or len(names) == len(others):
         return []
     verb = "shares" if len(names) == 1 else "share"
-    return [f"{_list(names, 'and')} {verb} fewer than two seeds with it, and can't be compared."]
+    return [f"{_list(names, 'and')} {verb} fewer than two seeds with it: there is no test."]
 
 
 def _method(pairs: Sequence[Row]) -> list[str]:

@@ -13,7 +13,7 @@ from experiments.reporting.small_multiples import Panel, SmallMultiples
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as it is shown."""
+    """A table of texts."""
 
     caption: str
     heads: Sequence[str]

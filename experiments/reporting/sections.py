@@ -189,9 +189,9 @@ def _budget(results: Results) -> Section:
     if figure_data.draws_are_independent(results):
         return _gallery(results, budget(results))
     text = (
-        "Expected validation performance needs configurations that are drawn independently of each "
-        f"other. The sampler {results.plan['sampler']} does not draw so: this figure is left out. "
-        "The optimisation history is below."
+        "Expected validation performance needs independent draws of configurations. Those of the "
+        f"sampler {results.plan['sampler']} depend on each other: this figure is left out. The "
+        "optimisation history is below."
     )
     return Section(id=budget.name, title=budget.title, texts=[text])
 
