@@ -79,15 +79,7 @@ def make_parser(module: str, description: str, epilog: str) -> Parser:
 def add_flag(
     group: argparse._ActionsContainer, flag: str, default: Any, text: str, **options: Any
 ) -> None:
-    """Add a flag. If it has a default, its type is that of the default, and its help ends with it.
-
-    Args:
-        group: the parser, or a group of it.
-        flag: as the user types it.
-        default: None if nothing stands for it.
-        text: the help.
-        **options: of `add_argument`.
-    """
+    """Add a flag; a default also gives its type and the end of its help."""
     if default is not None:
         options = {"type": type(default), **options}
         text = f"{text} (default: %(default)s)".lstrip()
@@ -104,14 +96,7 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
 def add_search_flags(
     parser: Parser, title: str, *, trials: tuple[int, str], sampler: tuple[str, str]
 ) -> argparse._ArgumentGroup:
-    """Add the flags that say how to search, and return their group.
-
-    Args:
-        parser: of the command line.
-        title: of the group.
-        trials: default and help of `--trials`.
-        sampler: default and help of `--sampler`.
-    """
+    """Add the flags of the search, two with their defaults and help; return the group."""
     search = parser.add_argument_group(title)
     add_flag(search, "--trials", *trials, metavar="N")
     text = "passes over the training split in each training"
@@ -176,12 +161,7 @@ _RAY_FLAGS = (
 
 
 def add_record_flags(parser: Parser, study: str) -> argparse._ArgumentGroup:
-    """Add the flags that say where everything is recorded, and return their group.
-
-    Args:
-        parser: of the command line.
-        study: what `--study` names.
-    """
+    """Add the flags that say where results are recorded, `--study` with its help."""
     record = parser.add_argument_group("record")
     text = f"{study} (default: named after the data set and a digest of the settings)"
     add_flag(record, "--study", None, text, metavar="NAME")

@@ -31,10 +31,6 @@ _PER_INCH = 72  # so that a point is a pixel
 _COLUMNS = 3
 
 
-_SIZES = (
-    *("font.size", "axes.labelsize", "axes.titlesize", "legend.fontsize"),
-    *("xtick.labelsize", "ytick.labelsize"),
-)
 _COLORS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 
 
@@ -219,7 +215,8 @@ def _plain_style(palette: Palette) -> Iterator[None]:
     from matplotlib import style
 
     settings: dict[Any, Any] = {
-        **dict.fromkeys(_SIZES, FONT_SIZE),
+        "font.size": FONT_SIZE,
+        "axes.titlesize": "medium",
         **dict.fromkeys(_COLORS, palette.ink),
         "grid.color": palette.grid,
         "axes.facecolor": "none",
