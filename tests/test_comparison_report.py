@@ -11,13 +11,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -465,8 +463,7 @@ def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError(f"there is no comparison {name!r} in {storage}")
         return planted_results(losses=("mse",), trials=2, repeats=1)
 
-    comparison = SimpleNamespace(load_results=load_results)
-    monkeypatch.setitem(sys.modules, "experiments.comparison.stages", comparison)
+    monkeypatch.setattr("experiments.comparison.results.load_results", load_results)
 
 
 @pytest.mark.usefixtures("one_comparison")

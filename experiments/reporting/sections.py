@@ -223,17 +223,17 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
     if len(shares):
         wide = shares.pivot_table(index="loss", columns="parameter", values="importance")
         order = [figure_data.ALL_LOSSES, *figure_data.losses_of(results)]
-        rows = wide.reindex([loss for loss in order if loss in wide.index]).reset_index()
-
-        def share_of(name: str) -> Callable[[Mapping[Any, Any]], str]:
-            return lambda row: number(row[name], ".2f")
-
-        columns: Columns = {
-            "loss": lambda row: row["loss"],
-            **{name.replace("_", " "): share_of(name) for name in wide.columns},
-        }
-        caption = "Importance of the parameters (PED-ANOVA), for each loss, too"
-        items.append(_table(caption, columns, rows.to_dict("records"), "importances"))
+        table = Table(
+            caption="Importance of the parameters (PED-ANOVA), for each loss, too",
+            heads=["loss", *(name.replace("_", " ") for name in wide.columns)],
+            rows=[
+                [loss, *(number(share, ".2f") for share in wide.loc[loss])]
+                for loss in order
+                if loss in wide.index
+            ],
+            data="importances",
+        )
+        items.append(table)
     texts = [] if items else ["No trial has finished yet."]
     return Section(id="search", title="The search", texts=texts, items=items)
 
