@@ -809,7 +809,7 @@ def test_classes_may_have_names_that_hold_a_split_s(tmp_path, data_dir, classes)
 def test_folders_beside_the_splits_are_told_of(tmp_path, data_dir):
     parts = dict.fromkeys(["train/a", "train/b", "test/a", "test/b", "extra", "train_old/c"], 3)
     dataset = load(str(make_folder(tmp_path / "images", parts)), data_dir=data_dir, seed=0)
-    assert "not used, beside the splits: 'extra', 'train_old'" in dataset.notes
+    assert "not used, next to the splits: 'extra', 'train_old'" in dataset.notes
 
 
 def test_splits_within_the_classes_are_told_of(tmp_path, data_dir):

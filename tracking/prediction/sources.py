@@ -110,7 +110,7 @@ def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Pat
 
 
 def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
-    from cnn.images import note_on_passed_over, walk
+    from cnn.folders import note_on_passed_over, walk
 
     prefix = str(folder / "x")[:-1]  # '' for the working folder
     passed_over: Counter[str] = Counter()
