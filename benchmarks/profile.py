@@ -15,9 +15,9 @@ import time
 
 from benchmarks.common import markdown, matrix_product_rate
 from cnn.devices import machine
-from experiments.engine.job import environment
+from experiments.engine.job import worker_variables
 
-SETTINGS = environment(num_threads=1)
+SETTINGS = worker_variables(num_threads=1)
 KINDS = {
     "convolutions, forwards": ("aten::mkldnn_convolution",),
     "convolutions, backwards": ("aten::convolution_backward",),

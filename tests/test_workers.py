@@ -217,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
     assert len(epochs) == 2
     assert isinstance(unusable, CheckpointLost)
     assert isinstance(unkept, CheckpointLost)
-    assert "can't be kept" in unkept.reason
+    assert "can't be written" in unkept.reason
     pool.forget(training)  # which is no error
     file.rmdir()
 
