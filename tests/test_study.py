@@ -33,10 +33,9 @@ from experiments.study.events import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
-    TrialMoved,
+    TrialNote,
     TrialProgressed,
     TrialStarted,
-    TrialUnprotected,
 )
 from experiments.study.identity import digest_of_cnn, training_digest
 from experiments.study.opening import open_study
@@ -301,7 +300,7 @@ def test_a_trial_that_moved_to_another_worker_says_so_and_is_recorded_once(
         yield from (first, JobMoved(job=job, reason=reason), first, *others)
 
     events = run_sweep(replace(settings, trials=1), data, moves)
-    assert TrialMoved(trial=0, reason=reason) in events
+    assert TrialNote(trial=0, text=f"resumes on another worker: {reason}") in events
     (run,) = trial_runs().values()
     assert run.data.tags["moved"] == reason
     assert run.data.tags["outcome"] == "complete"
@@ -319,7 +318,7 @@ def test_a_trial_whose_checkpoint_was_damaged_says_so_and_is_recorded_once(
         yield from trains(good)(job, config)
 
     events = run_sweep(replace(settings, trials=1), data, begins_again)
-    assert TrialUnprotected(trial=0, reason=reason) in events
+    assert TrialNote(trial=0, text=reason) in events
     (run,) = trial_runs().values()
     assert run.data.tags["checkpoint_lost"] == reason
     assert list(history(run, "val/accuracy")) == [1, 2, 3]
@@ -329,7 +328,7 @@ def test_a_sweep_that_only_fails_is_stopped(settings: Settings, data: Dataset) -
     *_, ended = run_sweep(replace(settings, trials=9, max_failures=2), data, fails)
     assert isinstance(ended, SweepEnded)
     assert ended.outcome == "failed"
-    assert ended.reason.startswith("2 trials failed one after another: their runs in MLflow say")
+    assert ended.reason.startswith("2 trials failed in a row: their runs in MLflow say")
     assert [trial.state for trial in trials(settings, data)] == [TrialState.FAIL] * 2
     assert parent_run().info.status == "FAILED"
 
@@ -714,7 +713,7 @@ def test_a_killed_process_holds_a_study_no_longer(
 def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.study.controller.MAX_DISPATCH", 2)
+    monkeypatch.setattr("experiments.study.dispatch.MAX_DISPATCH", 2)
     handed_out: list[int] = []
 
     class Noting(FakePool):
