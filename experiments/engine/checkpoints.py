@@ -25,7 +25,7 @@ from cnn.source import source_digest
 
 if TYPE_CHECKING:
     from cnn.config import TrainConfig
-    from cnn.training import Checkpoint
+    from cnn.stepper import Checkpoint
 
 DRAFT = ".draft"
 """The suffix of a checkpoint while it is written."""
@@ -136,7 +136,7 @@ def unpack(
     Raises:
         CheckpointError: it is damaged, or belongs to another training.
     """
-    from cnn.training import Checkpoint
+    from cnn.stepper import Checkpoint
 
     if content.startswith(_MARK):
         header, _, content = content.partition(b"\n")
