@@ -128,14 +128,8 @@ def open_cached(
 ) -> Dataset:
     """Return what `load` returned, without its source: for worker processes.
 
-    Name and source are those of the first reading of these images.
-
-    Args:
-        digest: of the data set.
-        data_dir: has it in its cache.
-        seed: of the split.
-        checked: state of the files when `load` checked their digest. The digest of unchanged files
-            is not checked again.
+    Name and source are those of the first reading of these images. If the files are still in the
+    state `checked`, their digest is not checked again.
     """
     _check_seed(seed)
     folder = data_dir / "cache" / digest

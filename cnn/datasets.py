@@ -39,12 +39,7 @@ _FILLERS = {
 
 _NETWORK_TIMEOUT_SECONDS = 20.0
 
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-)
+_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def is_known(name: str) -> bool:

@@ -76,15 +76,12 @@ def network_digest(network: nn.Module, *, image_shape: tuple[int, int, int] = (3
 
     They cover the PyTorch calls of a forward pass in training and in evaluation mode, with shapes
     and constants. They also cover names, shapes, types and `requires_grad` of the weights, and the
-    contents of the buffers, but not the weights' values.
+    contents of the buffers, but not the weights' values. The network takes images (N, H, W, C)
+    uint8, on any device, and is not changed.
 
     The calls are those of the network's source (`conv2d`, `batch_norm`, `/`), not the operators
     of a device. So all devices give the same digest, and so do PyTorch versions whose layers make
     the same calls.
-
-    Args:
-        network: takes images (N, H, W, C) uint8, on any device; it is not changed.
-        image_shape: of an image, (H, W, C).
     """
     network = copy.deepcopy(network).cpu()
     calls = _Calls(network)

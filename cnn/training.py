@@ -93,12 +93,8 @@ def train(
     """Train a new CNN on the training split and yield an `Epoch` after each epoch.
 
     The same configuration and data give the same epochs, bit for bit, on one machine with the same
-    number of threads. Training that diverges yields that as its last epoch.
-
-    Args:
-        config: all that determines the training, except the data.
-        data: its training and validation splits are used.
-        resume_from: a checkpoint of the same configuration and data.
+    number of threads. Training that diverges yields that as its last epoch. It resumes from a
+    checkpoint of the same configuration and data.
 
     Raises:
         ValueError: at the first epoch, the batch size is larger than the training split.

@@ -105,13 +105,7 @@ def key_of(digest: str, config: TrainConfig) -> str:
 
 
 def pack(past: list[dict[str, float]], checkpoint: Checkpoint, key: str) -> bytes:
-    """Return a checkpoint as bytes.
-
-    Args:
-        past: the metrics of its epochs.
-        checkpoint: the state to resume from.
-        key: of the training.
-    """
+    """Return a checkpoint as bytes, with the metrics of its past epochs and its training's key."""
     import torch
 
     archive = io.BytesIO()
@@ -126,12 +120,6 @@ def unpack(
     """Return the metrics of the epochs in a checkpoint, and the checkpoint.
 
     Old checkpoints have no header. They are checked by the checksums of their ZIP archive.
-
-    Args:
-        content: the bytes from `pack`.
-        key: of the training.
-        config: the training.
-        num_classes: of its data set.
 
     Raises:
         CheckpointError: it is damaged, or belongs to another training.

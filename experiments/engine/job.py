@@ -51,7 +51,7 @@ def train_job(
     have seen all of them.
 
     Args:
-        job: its number, which is that of its events.
+        job: the number in its events.
         config: what to train.
         data: the data set.
         checkpoint: the last one passed to `keep`, if this training was interrupted. A damaged one

@@ -74,10 +74,7 @@ def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str |
         ):
             needs = replace(needs, gpus=1)
         pool = RayPool(
-            needs,
-            num_workers=workers,
-            min_workers=min_workers,
-            timeout=options.ray_timeout,
+            needs, num_workers=workers, min_workers=min_workers, timeout=options.ray_timeout
         )
         if options.ray_address is None and pool.room() < min_workers:
             raise ValueError(pool.no_room())  # no node joins a cluster of our own

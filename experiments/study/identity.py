@@ -112,14 +112,9 @@ def check_same(
     made_before: Mapping[str, Any] | None,
     made: Mapping[str, Any],
 ) -> None:
-    """Raise ValueError unless an existing study or comparison has the same settings and digests.
+    """Raise ValueError unless a study or comparison has the settings and digests of now.
 
-    Args:
-        what: the study or comparison, for the message.
-        settings_before: those that it was made with.
-        settings: those of now.
-        made_before: what `made_with` returned then; None if it is older than that.
-        made: what `made_with` returns now.
+    `made_before` is None for one that is older than `made_with`.
     """
     different = [key for key in settings if settings_before.get(key) != settings[key]]
     if different:

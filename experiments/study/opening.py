@@ -36,13 +36,8 @@ def open_study(
 ) -> Study:
     """Open the study of these settings, or make it.
 
-    The default name is a digest of settings and code. So the same command finds the same study.
-
-    Args:
-        settings: of the study.
-        data: the data set.
-        should_stop: called while the storage is away.
-        storage: that of the settings, if it is open already.
+    The default name is a digest of settings and code, so the same command finds the same study.
+    `storage` is that of the settings, if it is open already. Retries call `should_stop`.
 
     Raises:
         ValueError: the storage can't be opened, or the study has other settings, data or code.

@@ -42,13 +42,7 @@ OBJECTIVE = "val/accuracy"
 class Recorder:
     """Opens the runs of a sweep, and records their params, tags and models.
 
-    Args:
-        tracker: the experiment of the runs.
-        study: the study of the trials.
-        settings: of the sweep.
-        data: the data set.
-        made_with: the digests of the code: see `identity.made_with`.
-        provenance: code and versions of this process: see `identity.provenance`.
+    For `made_with` and `provenance` of this process, see `identity`.
     """
 
     def __init__(
@@ -171,11 +165,7 @@ class Recorder:
 
         model = self._classifier(config)
         classes = {"classes": self.data.classes}
-        with (
-            suppress(InterruptionError),
-            TemporaryDirectory() as scratch,
-            interrupts.at_once(),
-        ):
+        with suppress(InterruptionError), TemporaryDirectory() as scratch, interrupts.at_once():
             folder = Path(scratch, "model")
             save_model(model, folder, input_example=self._example(), metadata=classes)
 

@@ -44,10 +44,7 @@ class TrialSeededSampler(BaseSampler):
         return self._inferring.infer_relative_search_space(study, trial)
 
     def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the values of parameters that are sampled together."""
         return self._sampler(trial).sample_relative(study, trial, search_space)

@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
+from cnn.config import check_choice
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
 from experiments.study.identity import made_with
@@ -60,12 +61,8 @@ class Settings:
     """The device of workers on other machines, which this one can't detect."""
 
     def __post_init__(self) -> None:
-        for flag, value, choices in (
-            ("--sampler", self.sampler, SAMPLERS),
-            ("--pruner", self.pruner, PRUNERS),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
+        check_choice("--sampler", self.sampler, SAMPLERS)
+        check_choice("--pruner", self.pruner, PRUNERS)
         for flag, number in (
             ("--trials", self.trials),
             ("--workers", self.workers),
