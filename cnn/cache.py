@@ -28,8 +28,7 @@ Scalar = TypeVar("Scalar", np.uint8, np.int64)
 Copies = list[list[int]]
 """Rows of images with the pixels of an earlier image, each with the row of the first such image."""
 
-FileStates = tuple[tuple[int, ...], ...]
-"""Device, inode, size and change times of some files."""
+FileStates = tuple[tuple[int, ...], ...]  # device, inode, size and change times of some files
 
 # Increase it when the same source gives other pixels than before.
 _CACHE_VERSION = 2

@@ -52,8 +52,7 @@ _LARGE_SCANS = 2**30  # pixels times the scans of a JPEG
 _LARGE_TEXT = 2**18  # bytes of a PBM, PGM or PPM in digits, whose comments are removed one by one
 _LARGE_TAG = 2**16  # numbers in a TIFF's tag, which become Python objects: one per strip or tile
 
-_BYTES = {1, 2, 7}
-"""TIFF's type numbers whose values stay bytes."""
+_BYTES = {1, 2, 7}  # TIFF's type numbers whose values stay bytes
 
 # Encoders write about ten scans.
 MAX_SCANS = 100

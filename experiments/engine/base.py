@@ -21,8 +21,7 @@ class EpochEnded:
     """An epoch of a job ended."""
 
     job: int
-    number: int
-    """1 is the first."""
+    number: int  # 1 is the first
     metrics: dict[str, float]
     diverged: bool
 
@@ -32,8 +31,7 @@ class JobEnded:
     """A job ended: it reached its last epoch, diverged, or was stopped."""
 
     job: int
-    weights: dict[str, np.ndarray[Any, Any]]
-    """The network's `state_dict`, float32."""
+    weights: dict[str, np.ndarray[Any, Any]]  # the network's `state_dict`, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +39,8 @@ class JobFailed:
     """A job raised an exception, or its worker died."""
 
     job: int
-    error: str
-    """In one line."""
-    details: str
-    """The traceback, if there is one."""
+    error: str  # in one line
+    details: str  # the traceback, if there is one
 
     @classmethod
     def from_error(cls, error: Exception, job: int) -> JobFailed:
@@ -58,8 +54,7 @@ class JobMoved:
     """A job lost its worker. It resumes on the next idle worker."""
 
     job: int
-    reason: str
-    """In one line."""
+    reason: str  # in one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +62,7 @@ class CheckpointLost:
     """A job has no usable checkpoint. It is trained without."""
 
     job: int
-    reason: str
-    """In one line."""
+    reason: str  # in one line
 
     @classmethod
     def unusable(cls, error: CheckpointError, job: int) -> CheckpointLost:

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from cnn.config import TrainConfig
     from cnn.stepper import Checkpoint
 
-DRAFT = ".draft"
-"""The suffix of a checkpoint while it is written."""
-MAX_BYTES = 2 * 2**30
-"""Larger files are not read as checkpoints."""
+DRAFT = ".draft"  # the suffix of a checkpoint while it is written
+MAX_BYTES = 2 * 2**30  # larger files are not read as checkpoints
 
 _MARK = b"checkpoint 1"
 _OURS = re.compile(r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage")
@@ -49,8 +47,7 @@ class Checkpoints:
     from it, and gives the same result.
     """
 
-    digest: str
-    """Of the data set."""
+    digest: str  # of the data set
     data_dir: Path
 
     def file(self, config: TrainConfig) -> Path:

@@ -37,8 +37,7 @@ class DataReference:
 
     digest: str
     data_dir: Path
-    checked: FileStates | None = None
-    """See `cnn.data.open_cached`."""
+    checked: FileStates | None = None  # see `cnn.data.open_cached`
 
     def open(self, seed: int) -> Dataset:
         """Return the data set, split with a seed."""

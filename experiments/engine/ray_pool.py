@@ -31,12 +31,9 @@ if TYPE_CHECKING:
     from cnn.config import TrainConfig
     from cnn.data import Dataset
 
-STEPS_AHEAD = 2
-"""Pending calls of a worker that trains."""
-GROW_SECONDS = 5.0
-"""Seconds between checks whether the cluster has room for more workers."""
-MAX_DEATHS = 3
-"""Workers that died in a row before they were ready; more deaths are no accident."""
+STEPS_AHEAD = 2  # pending calls of a worker that trains
+GROW_SECONDS = 5.0  # seconds between checks whether the cluster has room for more workers
+MAX_DEATHS = 3  # workers that died in a row before they were ready; more deaths are no accident
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +69,9 @@ class Needs:
 class _Job:
     number: int
     config: TrainConfig
-    progress: int = 0
-    """The last epoch that was reported."""
-    lost_at: int = -1
-    """Its progress when its last worker was lost."""
-    is_kept: bool = True
-    """Whether all of its checkpoints were written."""
+    progress: int = 0  # the last epoch that was reported
+    lost_at: int = -1  # its progress when its last worker was lost
+    is_kept: bool = True  # whether all of its checkpoints were written
 
 
 @dataclass(eq=False)
@@ -85,15 +79,11 @@ class _Worker:
     """The driver's side of a worker."""
 
     actor: Any
-    calls: list[Any]
-    """Calls without an answer yet."""
-    info: WorkerInfo | None = None
-    """Where it is; None until it has opened the data."""
-    is_ready: bool = False
-    """Whether it opened the data and has the same versions as this process."""
+    calls: list[Any]  # calls without an answer yet
+    info: WorkerInfo | None = None  # where it is; None until it has opened the data
+    is_ready: bool = False  # whether it opened the data and has the same versions as this process
     job: _Job | None = None
-    turn: int = 0
-    """The number of its job's turn; answers of earlier turns are ignored."""
+    turn: int = 0  # the number of its job's turn; answers of earlier turns are ignored
 
     @property
     def is_idle(self) -> bool:

@@ -52,8 +52,7 @@ class DatasetMeta:
 class WorkerInfo:
     """The node and the versions of a worker."""
 
-    node: str
-    """Its id."""
+    node: str  # its id
     address: str
     versions: dict[str, str]
 
@@ -64,8 +63,7 @@ class Step:
 
     event: Event | None = None
     checkpoint: bytes | None = None
-    is_over: bool = True
-    """Whether it is the last step of the job."""
+    is_over: bool = True  # whether it is the last step of the job
 
 
 def versions() -> dict[str, str]:

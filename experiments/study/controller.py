@@ -49,8 +49,7 @@ from tracking.store import check_tracking
 if TYPE_CHECKING:
     from tracking.system_metrics import SystemMetrics
 
-WAIT_SECONDS = 0.2
-"""How long to wait for the workers between checks for a signal."""
+WAIT_SECONDS = 0.2  # how long to wait for the workers between checks for a signal
 
 
 def sweep(

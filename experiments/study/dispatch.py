@@ -31,16 +31,13 @@ class Dispatcher:
         self.deadline = time.monotonic() + (settings.timeout or math.inf)
         self.pending_runs: list[tuple[Trial, TrainConfig]] = []
         """Trials that a worker has, and that have no run yet."""
-        self.run_requested: set[int] = set()
-        """Trials whose run was requested, so that it may exist."""
-        self.resumed: set[int] = set()
-        """Trials that another process began, and recorded in MLflow."""
+        self.run_requested: set[int] = set()  # trials whose run was requested, so that it may exist
+        self.resumed: set[int] = set()  # trials that another process began, and recorded in MLflow
         self.orphaned: list[FrozenTrial] = []
         """Trials that another process left unfinished, and that no worker has yet."""
         self.lost: set[int] = set()
         """Trials that another process has resumed, because our heartbeat was late."""
-        self.is_check_due = False
-        """Whether to look for orphaned trials again."""
+        self.is_check_due = False  # whether to look for orphaned trials again
 
     def has_more(self) -> bool:
         """Return whether a trial is left to start, counting those of all processes."""

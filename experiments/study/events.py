@@ -17,12 +17,9 @@ class SweepStarted:
     experiment: str
     experiment_id: str
     parent_run_id: str
-    num_before: int
-    """Trials of the study that had ended before."""
-    best_before: tuple[float, int] | None
-    """Accuracy and number of the best complete one of them."""
-    notes: tuple[str, ...] = ()
-    """Notes for the user, a line each."""
+    num_before: int  # trials of the study that had ended before
+    best_before: tuple[float, int] | None  # accuracy and number of the best complete one of them
+    notes: tuple[str, ...] = ()  # notes for the user, a line each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +45,8 @@ class TrialEnded:
     """A trial ended and was recorded."""
 
     trial: int
-    outcome: str
-    """`complete`, `pruned`, `diverged`, `failed` or `interrupted`."""
-    accuracy: float | None
-    """The last validation accuracy, if there is one."""
+    outcome: str  # `complete`, `pruned`, `diverged`, `failed` or `interrupted`
+    accuracy: float | None  # the last validation accuracy, if there is one
     epochs: int
     seconds: float
     reason: str
@@ -69,8 +64,7 @@ class TrialNote:
 class SweepEnded:
     """The sweep ended, and everything is recorded."""
 
-    outcome: str
-    """`complete`; `interrupted`, which the same command continues; or `failed`."""
+    outcome: str  # `complete`; `interrupted`, which the same command continues; or `failed`
     reason: str
     trials: pd.DataFrame | None = field(default=None, compare=False)
     """The table of `trials_table`, if the storage could be read."""
@@ -80,8 +74,7 @@ class SweepEnded:
 class BestRegistered:
     """The registration of the best trial's model was tried."""
 
-    report: str
-    """Its result, in a line."""
+    report: str  # its result, in a line
 
 
 SweepEvent = (

@@ -34,8 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 _GIT_SECONDS = 5
 _FILES_SHOWN = 5
 _SHOWN = {"source": "code in cnn"}
-_DIGITS = 8
-"""Digits of values that are compared across machines: float64 has twice as many."""
+_DIGITS = 8  # digits of values that are compared across machines: float64 has twice as many
 
 
 def made_with(

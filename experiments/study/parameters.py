@@ -55,16 +55,11 @@ Domain = Choices | LogRange
 class Parameter:
     """A field of `TrainConfig` that a study can search."""
 
-    name: str
-    """The field."""
-    label: str
-    """Its name in tables, figures and sentences."""
-    short: str = ""
-    """Its name in run names and progress; empty if the value needs none."""
-    form: str = ""
-    """The format specification of a value."""
-    width: int = 8
-    """Width of its values in progress."""
+    name: str  # the field
+    label: str  # its name in tables, figures and sentences
+    short: str = ""  # its name in run names and progress; empty if the value needs none
+    form: str = ""  # the format specification of a value
+    width: int = 8  # width of its values in progress
     help: str
     metavar: str
 
@@ -77,13 +72,10 @@ class Parameter:
 class ChoiceParameter(Parameter):
     """A parameter with a set of values, given by one flag."""
 
-    plural: str
-    """The plural of its name: the flag, and the key in a study's settings."""
-    default: tuple[Any, ...]
-    """The default values; empty: not searched by default."""
+    plural: str  # the plural of its name: the flag, and the key in a study's settings
+    default: tuple[Any, ...]  # the default values; empty: not searched by default
     kind: type = str
-    all_of: str = ""
-    """The module and table whose keys `all` means, if `all` is allowed."""
+    all_of: str = ""  # the module and table whose keys `all` means, if `all` is allowed
 
     @property
     def flag(self) -> str:
@@ -136,8 +128,7 @@ class ChoiceParameter(Parameter):
 class LogRangeParameter(Parameter):
     """A parameter with a range of numbers, given by two flags."""
 
-    default: LogRange | None
-    """The default range; None: not searched by default."""
+    default: LogRange | None  # the default range; None: not searched by default
 
     def flags(self) -> tuple[str, str]:
         """The flags of its lower and its upper end."""

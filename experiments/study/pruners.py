@@ -10,8 +10,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
-FIRST_EPOCH = 1
-"""Accuracies are reported to Optuna under the numbers of their epochs."""
+FIRST_EPOCH = 1  # accuracies are reported to Optuna under the numbers of their epochs
 
 
 class OneEpochPruner(optuna.pruners.BasePruner):

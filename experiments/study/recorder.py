@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from tracking.runs import Run
     from tracking.tracker import Tracker
 
-RETRIES = 1
-"""How often a failed trial is retried, on a fresh worker."""
+RETRIES = 1  # how often a failed trial is retried, on a fresh worker
 
 OBJECTIVE = "val/accuracy"
 

@@ -30,8 +30,7 @@ class Settings:
         ValueError: one is out of its range; the message names the flag, the value and the range.
     """
 
-    search: Mapping[str, Domain]
-    """The searched parameters, by names of `parameters.PARAMETERS`."""
+    search: Mapping[str, Domain]  # the searched parameters, by names of `parameters.PARAMETERS`
     trials: int
     epochs: int
     seed: int
@@ -44,13 +43,10 @@ class Settings:
     study: str | None
     storage: str
     experiment: str | None
-    timeout: float
-    """Seconds; 0 is no limit."""
+    timeout: float  # seconds; 0 is no limit
     workers: int
-    max_failures: int
-    """Failed trials in a row."""
-    tracking_timeout: float
-    """How long to wait for a tracking server that is away, in seconds."""
+    max_failures: int  # failed trials in a row
+    tracking_timeout: float  # how long to wait for a tracking server that is away, in seconds
     configurations: Sequence[Configuration] = ()
     """The configurations of all trials, in order; empty: a sampler chooses them."""
     tags: Mapping[str, str] = field(default_factory=dict)

@@ -22,10 +22,8 @@ class Space:
     suit another, so it should be wide.
     """
 
-    search: Mapping[str, Domain]
-    """By names of `parameters.PARAMETERS`."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of `TrainConfig`."""
+    search: Mapping[str, Domain]  # by names of `parameters.PARAMETERS`
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # the other fields of `TrainConfig`
     varies_seed: bool = False
     """Whether each trial has its own seed, as the configurations of a `FixedSampler` do."""
 

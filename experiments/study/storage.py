@@ -36,16 +36,13 @@ from tracking.store import make_whole, sqlite_file, table_names, tracking_uri
 
 Result = TypeVar("Result")
 
-INTERVAL_SECONDS = 20
-"""Interval of a trial's heartbeats."""
-GRACE_SECONDS = 120
-"""A trial whose last heartbeat is older is orphaned."""
+INTERVAL_SECONDS = 20  # interval of a trial's heartbeats
+GRACE_SECONDS = 120  # a trial whose last heartbeat is older is orphaned
 
 MAKING_TRIES, MAKING_PAUSE_SECONDS = 5, 1.0
 """Retries while another process makes the tables of a storage."""
 
-CONNECT_SECONDS = 10
-"""How long to wait for a connection to a server."""
+CONNECT_SECONDS = 10  # how long to wait for a connection to a server
 
 LONGEST_NAME = 400
 """Of a study, in characters: Optuna takes 512, and a comparison's stages append to it."""

@@ -13,8 +13,7 @@ from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 if TYPE_CHECKING:
     from experiments.study.retrying_storage import RetryingStorage
 
-REFRESH_SECONDS = 10.0
-"""Maximum age of what is known of running trials of other processes."""
+REFRESH_SECONDS = 10.0  # maximum age of what is known of running trials of other processes
 
 
 class TrialCache(_CachedStorage):
