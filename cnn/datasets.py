@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn.cache import Bytes, DatasetSource, ImagePool
-from cnn.folders import count_passed_over, is_system_name, note_on_passed_over, walk
+from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
 from cnn.images import IMAGE_SIZE, decode, resize
 
 _FILES_PER_TASK = 32
@@ -153,19 +153,19 @@ def _network_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(folder: Path) -> DatasetSource:
-    passed_over: Counter[str] = Counter()
-    train, test, notes = _layout(folder, passed_over)
-    classes = _folders(train, passed_over if train != folder else None)
+    skipped: Counter[str] = Counter()
+    train, test, notes = _layout(folder, skipped)
+    classes = _folders(train, skipped if train != folder else None)
     # Training needs an image of each class, and so does each split drawn from the same images.
     least = 3 if test is None else 2
-    files, labels = _labelled_files(train, classes, least=least, passed_over=passed_over)
+    files, labels = _labelled_files(train, classes, least=least, skipped=skipped)
     notes += _notes_of_inner_splits(train, files) + _notes_of_numbered(train, classes)
     test_labels: list[int] = []
     if test is not None:
-        differing = sorted(set(classes) ^ set(_folders(test, passed_over)))
+        differing = sorted(set(classes) ^ set(_folders(test, skipped)))
         if differing:
             raise ValueError(f"train and test in {str(folder)!r} differ in classes: {differing}")
-        test_files, test_labels = _labelled_files(test, classes, least=1, passed_over=passed_over)
+        test_files, test_labels = _labelled_files(test, classes, least=1, skipped=skipped)
         files += test_files
     return DatasetSource(
         name=folder.name,
@@ -177,18 +177,18 @@ def _folder(folder: Path) -> DatasetSource:
             classes=tuple(classes),
             given_test=len(test_labels),
         ),
-        notes=notes + note_on_passed_over(passed_over),
+        notes=notes + note_on_skipped(skipped),
     )
 
 
-def _layout(folder: Path, passed_over: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
+def _layout(folder: Path, skipped: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
     """Return the folder of the training images (or of all), that of a given test split, and notes.
 
     A folder named like a split (see `_role`) is one, or the data set is refused. One exception: a
     folder named like `train` is a class, such as the vehicle, if it contains no folders and there
     are at least two other folders.
     """
-    names = _folders(folder, passed_over)
+    names = _folders(folder, skipped)
     roles = {name: role for name in names if (role := _role(name))}
     if "invalid" in map(str.lower, names):  # valid and invalid are two classes
         roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
@@ -245,24 +245,24 @@ def _unwrapped(split: Path) -> Path:
     return split / split.name if _folders(split) == [split.name] else split
 
 
-def _folders(folder: Path, passed_over: Counter[str] | None = None) -> list[str]:
+def _folders(folder: Path, skipped: Counter[str] | None = None) -> list[str]:
     """Return the names of the folders in a folder; count hidden and system files."""
     names = []
     for entry in folder.iterdir():
         if not is_system_name(entry.name):
             names += [entry.name] if entry.is_dir() else []
-        elif passed_over is not None:
-            count_passed_over(entry.name, passed_over)
+        elif skipped is not None:
+            count_skipped(entry.name, skipped)
     return sorted(names)
 
 
 def _labelled_files(
-    folder: Path, classes: list[str], *, least: int, passed_over: Counter[str]
+    folder: Path, classes: list[str], *, least: int, skipped: Counter[str]
 ) -> tuple[list[str], list[int]]:
     """Return the files in the folders of all classes, class by class, and their labels."""
     # As text: `Path` objects take twice the time for 60,000 files.
     found = [
-        [f"{folder}/{name}/{file}" for file in walk(folder / name, passed_over)] for name in classes
+        [f"{folder}/{name}/{file}" for file in walk(folder / name, skipped)] for name in classes
     ]
     if not any(found):
         raise ValueError(

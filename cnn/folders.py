@@ -44,9 +44,9 @@ def is_system_name(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
-def count_passed_over(name: str, passed_over: Counter[str]) -> None:
+def count_skipped(name: str, skipped: Counter[str]) -> None:
     """Count a skipped file or folder; those that macOS writes next to each file, as one name."""
-    passed_over["._*" if name.startswith("._") else name] += 1
+    skipped["._*" if name.startswith("._") else name] += 1
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -59,30 +59,30 @@ def find_images(folder: Path) -> list[Path]:
     return [folder / name for name in walk(folder)]
 
 
-def walk(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
+def walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
     """Yield the relative paths of the files that `find_images` returns, without storing them.
 
-    Skipped names are counted in `passed_over`, a folder as one.
+    Skipped names are counted in `skipped`, a folder as one.
     """
     try:
-        yield from _walk(folder, "", set(), Counter() if passed_over is None else passed_over)
+        yield from _walk(folder, "", set(), Counter() if skipped is None else skipped)
     except OSError as error:
         raise ValueError(f"can't list the folder {str(folder)!r}: {error}") from error
 
 
-def note_on_passed_over(passed_over: Counter[str]) -> tuple[str, ...]:
+def note_on_skipped(skipped: Counter[str]) -> tuple[str, ...]:
     """Return a note on the skipped files and folders, if there are any."""
-    if not passed_over:
+    if not skipped:
         return ()
-    names = [f"{name!r} ({count:,})" for name, count in passed_over.most_common(_NAMES_SHOWN)]
-    more = len(passed_over) - len(names)
+    names = [f"{name!r} ({count:,})" for name, count in skipped.most_common(_NAMES_SHOWN)]
+    more = len(skipped) - len(names)
     others = f" and {more:,} other names" if more else ""
-    total = f"{passed_over.total():,} hidden or system files or folders"
-    return (f"passed over {total}: {', '.join(names)}{others}",)
+    total = f"{skipped.total():,} hidden or system files or folders"
+    return (f"skipped {total}: {', '.join(names)}{others}",)
 
 
 def _walk(
-    folder: Path, prefix: str, entered: set[tuple[int, int]], passed_over: Counter[str]
+    folder: Path, prefix: str, entered: set[tuple[int, int]], skipped: Counter[str]
 ) -> Iterator[str]:
     status = folder.stat()
     if (status.st_dev, status.st_ino) in entered:
@@ -92,14 +92,14 @@ def _walk(
     with os.scandir(folder) as scan:
         for entry in scan:
             if is_system_name(entry.name):
-                count_passed_over(entry.name, passed_over)
+                count_skipped(entry.name, skipped)
             else:
                 names.append(entry.name + "/" * _is_folder(entry))
     names.sort()
     # With the slash, so that whole paths come out in order: `b-c.png` before `b/`.
     for name in names:
         if name.endswith("/"):
-            yield from _walk(folder / name, prefix + name, entered, passed_over)
+            yield from _walk(folder / name, prefix + name, entered, skipped)
         else:
             yield prefix + name
 

@@ -442,10 +442,10 @@ def test_leaves_out_and_counts_hidden_files_and_what_systems_leave(tmp_path):
     assert list(folders.walk(tmp_path, passed_over)) == ["b", "sub/Folder.jpg"]
     assert passed_over.total() == len(left)
     assert (passed_over["._*"], passed_over[".DS_Store"], passed_over["@eaDir"]) == (2, 2, 2)
-    (note,) = folders.note_on_passed_over(passed_over)
-    assert note.startswith("passed over 16 hidden or system files or folders: '")
+    (note,) = folders.note_on_skipped(passed_over)
+    assert note.startswith("skipped 16 hidden or system files or folders: '")
     assert note.endswith(" and 10 other names")
-    assert folders.note_on_passed_over(Counter()) == ()
+    assert folders.note_on_skipped(Counter()) == ()
 
 
 def test_follows_links_and_ends_on_a_loop(tmp_path):
