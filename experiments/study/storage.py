@@ -109,15 +109,18 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 def retries_of(study: Study) -> RetryPolicy:
     """Return the retry policy of a study's storage."""
+    return _backend(study).retries
+
+
+def _backend(study: Study) -> RetryingStorage:
     storage: Any = study._storage
-    retries: RetryPolicy = storage._backend.retries
-    return retries
+    backend: RetryingStorage = storage._backend
+    return backend
 
 
 def transact(study: Study, do: Callable[[sqlalchemy.Connection], Result]) -> Result:
     """Return the result of a function in a transaction, retried while the server is away."""
-    storage: Any = study._storage
-    backend: RetryingStorage = storage._backend
+    backend = _backend(study)
 
     def once() -> Result:
         with backend.engine.begin() as connection:
