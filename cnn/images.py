@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 32
 
-# Named, so that a stray file does not reach one of Pillow's forty parsers (EPS starts Ghostscript),
-# and so that earlier imports of plugins make no difference.
+# Named, so that a stray file does not reach one of Pillow's forty parsers (EPS starts Ghostscript).
+# Also, earlier imports of plugins make no difference.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
 
 # Checked before anything is decoded: a few bytes can stand for gigabytes of pixels. Pillow warns

@@ -66,7 +66,7 @@ def values(events: list[Event]) -> list[tuple[int, float, float]]:
     ]
 
 
-def test_a_training_goes_on_from_its_checkpoint(kept: list[bytes], coloured_noise: Dataset) -> None:
+def test_a_training_resumes_from_its_checkpoint(kept: list[bytes], coloured_noise: Dataset) -> None:
     assert [resumed_from(each, coloured_noise) for each in kept] == [1, 2, 3]
 
 

@@ -103,7 +103,7 @@ def test_an_exception_ends_its_job_only(pool: RayPool) -> None:
     assert isinstance(wait_for_end(pool)[-1], JobEnded)
 
 
-def test_a_stopped_job_makes_room_for_another_and_can_be_handed_out_again(pool: RayPool) -> None:
+def test_a_stopped_job_makes_room_for_another_and_can_be_submitted_again(pool: RayPool) -> None:
     pool.submit(1, config(epochs=500))
     while not pool.wait(0.1):
         pass
@@ -113,7 +113,7 @@ def test_a_stopped_job_makes_room_for_another_and_can_be_handed_out_again(pool: 
     assert pool.num_idle == 1
 
 
-def test_a_job_goes_on_from_its_checkpoint_when_its_node_is_lost(
+def test_a_job_resumes_from_its_checkpoint_when_its_node_is_lost(
     pool: RayPool, nodes: Nodes, data: Dataset, data_dir: Path
 ) -> None:
     training = config(epochs=8, seed=5, batch_size=16)
@@ -236,9 +236,7 @@ def test_a_gpu_that_no_node_has_is_said_and_not_waited_for(
 
 def test_too_few_workers_are_said(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
     pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=2, timeout=0.5)
-    with pytest.raises(
-        TransientError, match=r"^\d of --min-workers 2 workers started within 0.5"
-    ):
+    with pytest.raises(TransientError, match=r"^\d of --min-workers 2 workers started within 0.5"):
         pool.open(data, data_dir)
 
 

@@ -145,7 +145,7 @@ def answers(*numbers: int) -> Callable[[object], int]:
     return lambda study: left.pop(0) if left[1:] else left[0]
 
 
-def test_what_a_dead_process_left_is_taken_up_while_another_runs(
+def test_what_a_dead_process_left_is_resumed_while_another_runs(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
     settings = replace(settings, trials=3, timeout=60)  # without a look, it would wait for ever
@@ -230,7 +230,7 @@ def test_of_many_trials_those_lost_are_told_and_the_others_kept_alive(
     assert slow.record([trials[0], *trials[2:]]) == []  # they are still its own
 
 
-def test_a_process_that_died_before_its_first_sign_of_life_is_noticed(
+def test_a_process_that_died_before_its_first_heartbeat_is_noticed(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
     study = open_study(settings, coloured_noise)

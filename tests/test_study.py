@@ -239,7 +239,7 @@ def test_a_pruned_trial_is_pruned_in_both_and_its_later_epochs_are_not_recorded(
     assert list(history(run, "val/accuracy")) == list(last.intermediate_values) != [1, 2, 3, 4, 5]
 
 
-def test_a_failed_trial_keeps_its_traceback_and_the_sweep_goes_on(
+def test_a_failed_trial_keeps_its_traceback_and_the_sweep_continues(
     settings: Settings, data: Dataset
 ) -> None:
     run_sweep(
@@ -432,7 +432,7 @@ def test_closing_the_iteration_anywhere_leaves_no_run_running(
     assert "RUNNING" not in {run.info.status for run in client_runs()}
 
 
-def test_an_interrupted_trial_goes_on_under_its_number_in_its_run(
+def test_an_interrupted_trial_resumes_under_its_number_in_its_run(
     settings: Settings, data: Dataset
 ) -> None:
     seen, interrupts = stop_after(TrialProgressed, 5)
@@ -512,7 +512,7 @@ def test_the_first_trials_train_before_mlflow_is_opened(
     assert sorted(pool.jobs) == [0, 1]
 
 
-def test_trials_that_began_before_mlflow_could_not_be_opened_are_taken_up(
+def test_trials_that_began_before_mlflow_could_not_be_opened_are_resumed(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -710,19 +710,19 @@ def test_a_killed_process_holds_a_study_no_longer(
     assert run_sweep(settings, data, diverges)
 
 
-def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
+def test_many_idle_workers_do_not_all_get_a_trial_before_anything_else(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("experiments.study.dispatch.MAX_DISPATCH", 2)
-    handed_out: list[int] = []
+    dispatched: list[int] = []
 
     class Noting(FakePool):
         def wait(self, timeout: float) -> list[Event]:
-            handed_out.append(len(self.configs))
+            dispatched.append(len(self.configs))
             return super().wait(timeout)
 
     list(sweep(replace(settings, workers=6, trials=6), data, Noting(diverges, num_workers=6)))
-    assert handed_out[:2] == [4, 6]  # two of them while MLflow was being opened
+    assert dispatched[:2] == [4, 6]  # two of them while MLflow was being opened
     assert len(trial_runs()) == 6
 
 
