@@ -364,7 +364,7 @@ def register_best(client: mlflow.MlflowClient | RetryingClient, run_id: str, nam
 
     for is_first in (True, False):
         try:
-            return str(Registry(client=client, name=name).register(client.get_run(run_id)))
+            return str(Registry(client=client, name=name).register_best(client.get_run(run_id)))
         except (MlflowException, ValueError) as error:
             if is_transient(error):
                 raise
