@@ -1,4 +1,4 @@
-"""The README's result: figure and table of a comparison: `python -m benchmarks.readme --help`."""
+"""The result in docs/benchmarks/cifar10.md and README: `python -m benchmarks.readme --help`."""
 
 from __future__ import annotations
 

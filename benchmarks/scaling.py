@@ -378,13 +378,15 @@ class Bench:
 
     def settings(self, study: str, *, workers: int, trials: int, sampler: str = "tpe") -> Settings:
         """Return those of a sweep."""
+        from experiments.study.parameters import Choices, LogRange
         from experiments.study.settings import Settings
 
         return Settings(
-            losses=("l1", "mse", "cross_entropy"),
-            learning_rate_min=0.001,
-            learning_rate_max=1.0,
-            batch_sizes=(16, 32, 64, 128),
+            search={
+                "loss": Choices(("l1", "mse", "cross_entropy")),
+                "learning_rate": LogRange(0.001, 1.0),
+                "batch_size": Choices((16, 32, 64, 128)),
+            },
             trials=trials,
             epochs=self.options.epochs,
             seed=0,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
+from experiments.study.parameters import PARAMETERS
 from tracking.cli import INTERRUPTED, run_command
 from tracking.errors import without_passwords
 from tracking.store import check_tracking, sqlite_file
@@ -68,36 +69,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_space_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is tried."""
+    """Add the flags that say what is searched."""
     space = parser.add_argument_group("search space")
-    space.add_argument(
-        "--losses",
-        nargs="+",
-        default=["l1", "mse", "cross_entropy"],
-        metavar="LOSS",
-        help="loss functions, or all; they are listed below (default: l1 mse cross_entropy)",
-    )
-    space.add_argument(
-        "--learning-rate-min",
-        type=float,
-        default=0.001,
-        metavar="RATE",
-        help="lower end of the log-uniform range of peak learning rates (default: %(default)s)",
-    )
-    space.add_argument(
-        "--learning-rate-max",
-        type=float,
-        default=1.0,
-        metavar="RATE",
-        help="upper end of that range (default: %(default)s)",
-    )
-    space.add_argument(
-        "--batch-sizes",
-        nargs="+",
-        default=["16", "32", "64", "128"],
-        metavar="IMAGES",
-        help="batch sizes, in images a step (default: 16 32 64 128)",
-    )
+    for parameter in PARAMETERS:
+        parameter.add_flags(space)
 
 
 def add_search_flags(group: argparse._ArgumentGroup) -> None:
@@ -287,7 +262,6 @@ def check_out(folder: Path, flag: str) -> None:
 
 def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
     """Return the settings of a command line; `others` are those that it has no flags for."""
-    from cnn.losses import LOSSES
     from experiments.study.settings import Settings
 
     given = {
@@ -295,9 +269,8 @@ def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) ->
         for name, value in vars(options).items()
         if name in Settings.__dataclass_fields__
     }
-    losses = _split(options.losses)
-    given["losses"] = tuple(LOSSES) if losses == ["all"] else tuple(losses)
-    given["batch_sizes"] = tuple(_integer("--batch-sizes", v) for v in _split(options.batch_sizes))
+    domains = {each.name: each.domain(options) for each in PARAMETERS}
+    given["search"] = {name: domain for name, domain in domains.items() if domain is not None}
     return Settings(**(given | others | {"workers": num_workers}))
 
 
@@ -322,15 +295,3 @@ def ui_address(experiment_id: str) -> str:
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     server = re.sub(r"//\S*@", "//", server)  # a browser asks for name and password itself
     return f"open {server}/#/experiments/{experiment_id}/runs"
-
-
-def _split(values: Sequence[str]) -> list[str]:
-    """Return the values of a list, separated by spaces or commas, as words or in one string."""
-    return [part for value in values for part in re.split(r"[\s,]+", value) if part]
-
-
-def _integer(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{flag} takes integers ≥ 1, not {text!r}") from None

@@ -140,7 +140,7 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         if options.tensorboard is not None:
             from experiments.study.tensorboard import EventFiles
 
-            observers.append(stack.enter_context(EventFiles(options.tensorboard)))
+            observers.append(stack.enter_context(EventFiles(options.tensorboard, settings.space())))
         events = stack.enter_context(closing(sweep(settings, data, pool, interrupts)))
         for event in events:
             if isinstance(event, SweepStarted):
@@ -158,12 +158,15 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
 
 def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
     """Print the trials, the best one, and what to type next."""
+    from experiments.study.parameters import PARAMETERS
+
     table = ended.trials
     if table is not None:
-        shown = table.drop(columns=["val_loss", "run_id"]).assign(
-            learning_rate=table["learning_rate"].map("{:.4g}".format),
-            val_accuracy=table["val_accuracy"].map("{:.2%}".format),
-        )
+        texts = {
+            each.name: table[each.name].map(each.text) for each in PARAMETERS if each.name in table
+        }
+        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format)
+        shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
         print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     if ended.outcome == "interrupted":
         return cli.interrupted(ended.reason)
@@ -188,10 +191,11 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         if len(there)
         else "no complete trial has a model any more"
     )
+    values = ", ".join(
+        f"{each.label} {each.text(best[each.name])}" for each in PARAMETERS if each.name in best
+    )
     print(
-        f"best: trial {best['trial']}, loss {best['loss']}, learning rate "
-        f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
-        f"{best['val_accuracy']:.2%}\n"
+        f"best: trial {best['trial']}, {values}: validation accuracy {best['val_accuracy']:.2%}\n"
         f"{line}"
         f"  compare the runs:  {cli.ui_command()}\n"
         f"                     then {cli.ui_address(started.experiment_id)}\n"

@@ -40,7 +40,7 @@ def test_the_help_names_every_choice() -> None:
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
-    own = {"points", "tags", "pruner", "timeout", "register", "worker_device"}
+    own = {"search", "configurations", "tags", "pruner", "timeout", "register", "worker_device"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 

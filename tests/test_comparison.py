@@ -14,7 +14,7 @@ from fake_pool import FakePool, Script, diverges, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.tracking._tracking_service.utils import _get_store
-from small_sweep import small_settings
+from small_sweep import changed, small_settings
 from tracking_helpers import new_store
 
 from cnn.config import TrainConfig
@@ -358,7 +358,7 @@ def test_losses_and_repeats_that_diverge_are_left_out(plan: Plan, data: Dataset)
         bad = config.loss == "l1" or (config.loss == "mse" and config.seed == 9)
         yield from (diverges if bad else trains(good))(job, config)
 
-    run(replace(plan, settings=replace(plan.settings, losses=("l1", *LOSSES))), data, script)
+    run(replace(plan, settings=changed(plan.settings, losses=("l1", *LOSSES))), data, script)
     assert set(results(plan).trials["loss"]) == {"l1", *LOSSES}
     table = results(plan).repeats.set_index(["loss", "seed"])
     assert table["outcome"].to_dict() == {

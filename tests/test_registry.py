@@ -23,6 +23,7 @@ from cnn.data import Dataset
 from experiments.engine.base import Event
 from experiments.study.controller import sweep
 from experiments.study.events import BestRegistered, SweepEnded, SweepEvent
+from experiments.study.parameters import Choices, LogRange
 from experiments.study.settings import Settings
 from experiments.sweep import build_parser, main
 from tracking.registry import Registry, _agreed, check_name, default_name, register_best
@@ -469,9 +470,12 @@ def settings(**given: Any) -> Settings:
     options = build_parser().parse_args(["--trials", "2", "--epochs", "1", "--workers", "1"])
     names = set(Settings.__dataclass_fields__) & set(vars(options))
     chosen = {name: value for name, value in vars(options).items() if name in names}
-    return Settings(
-        **chosen | {"losses": ("mse",), "batch_sizes": (2,), "register": "auto"} | given
-    )
+    search = {
+        "loss": Choices(("mse",)),
+        "learning_rate": LogRange(0.001, 1.0),
+        "batch_size": Choices((2,)),
+    }
+    return Settings(**chosen | {"search": search, "register": "auto"} | given)
 
 
 def swept(data: Dataset, script: Script, **given: Any) -> list[SweepEvent]:

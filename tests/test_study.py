@@ -21,7 +21,7 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from small_sweep import small_settings
+from small_sweep import changed, small_settings
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
@@ -40,6 +40,7 @@ from experiments.study.events import (
 )
 from experiments.study.identity import digest_of_cnn, training_digest
 from experiments.study.opening import open_study
+from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
 from experiments.study.trials import trials_table
 from tracking.errors import is_transient
@@ -535,7 +536,7 @@ def test_the_name_of_a_study_follows_from_its_settings(settings: Settings, data:
     for other in (
         replace(settings, seed=1),
         replace(settings, epochs=4),
-        replace(settings, losses=("mse",)),
+        changed(settings, losses=("mse",)),
         replace(settings, learning_rate_max=0.5),
         replace(settings, sampler="tpe"),
     ):
@@ -588,7 +589,11 @@ def test_a_batch_larger_than_the_training_split_is_refused_before_anything_is_re
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="batch size 131 .* 130 images"):
-        run_sweep(replace(settings, batch_sizes=(2, 131)), data, trains(good))
+        run_sweep(
+            replace(settings, search={**settings.search, "batch_size": Choices((2, 131))}),
+            data,
+            trains(good),
+        )
     assert not (tmp_path / "optuna.db").exists()
 
 
@@ -626,7 +631,7 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
         tied.metrics["val/loss"] = 10.0 - job
         return iter([tied, weights(job)])
 
-    settings = replace(settings, losses=("mse",), trials=4, epochs=1)
+    settings = changed(settings, losses=("mse",), trials=4, epochs=1)
     run_sweep(settings, data, script)
     table = trials_table(open_study(settings, data))
     assert table["trial"].tolist() == [3, 2, 0, 1]
@@ -680,7 +685,7 @@ def test_settings_out_of_range_are_refused_by_name(
     settings: Settings, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match="^") as error:
-        replace(settings, **change)
+        changed(settings, **change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

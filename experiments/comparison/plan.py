@@ -8,7 +8,7 @@ from typing import Any
 
 from cnn.data import Dataset
 from experiments.study.events import SweepEvent
-from experiments.study.samplers import Point
+from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
 
 
@@ -44,19 +44,20 @@ class Plan:
         """Return the settings of the search for a loss' best setting."""
         return replace(
             self.settings,
-            losses=(loss,),
+            search={**self.settings.search, "loss": Choices((loss,))},
             study=f"{name}/search/{loss}",
             tags={"comparison": name, "stage": "search"},
         )
 
     def confirmation(self, name: str, winners: Sequence[Mapping[str, Any]]) -> Settings:
         """Return the settings of the repeats: the winners with each seed, seed by seed."""
-        points = [Point(**winner, seed=seed) for seed in self.seeds for winner in winners]
+        losses = tuple(winner["loss"] for winner in winners)
+        configurations = [{**each, "seed": seed} for seed in self.seeds for each in winners]
         return replace(
             self.settings,
-            losses=tuple(winner["loss"] for winner in winners),
-            points=points,
-            trials=len(points),
+            search={**self.settings.search, "loss": Choices(losses)},
+            configurations=configurations,
+            trials=len(configurations),
             study=f"{name}/confirm",
             tags={"comparison": name, "stage": "confirm"},
         )

@@ -103,8 +103,8 @@ def sweep(
             `TransientError`, if it is no fault of theirs.
         KeyboardInterrupt: there was a second signal, or a first before anything was recorded.
     """
-    for batch_size in settings.batch_sizes:
-        check_batch_size(batch_size, data)
+    for batch_size in settings.search["batch_size"].values:
+        check_batch_size(int(batch_size), data)
     with ExitStack() as stack:
         interrupts = interrupts or Interrupts()
         if storage is None:  # else both databases have been looked at

@@ -18,6 +18,7 @@ from experiments.study.events import (
     TrialStarted,
     TrialUnprotected,
 )
+from experiments.study.parameters import BY_NAME
 from experiments.study.settings import Settings
 
 
@@ -58,7 +59,7 @@ class Display(AbstractContextManager["Display"]):
             case TrialStarted():
                 self.configs[event.trial] = event.config
                 self.tasks[event.trial] = self.progress.add_task(
-                    _description(event.trial, event.config),
+                    self._description(event.trial, event.config),
                     total=event.config.epochs,
                     accuracy="",
                 )
@@ -71,12 +72,12 @@ class Display(AbstractContextManager["Display"]):
                     accuracy=f"{accuracy}   {self._outlook()}",
                 )
             case TrialMoved():
-                description = _description(event.trial, self.configs[event.trial])
+                description = self._description(event.trial, self.configs[event.trial])
                 self.console.print(
                     f"{description}  goes on elsewhere: {event.reason}", markup=False
                 )
             case TrialUnprotected():
-                description = _description(event.trial, self.configs[event.trial])
+                description = self._description(event.trial, self.configs[event.trial])
                 self.console.print(f"{description}  {event.reason}", markup=False)
             case TrialEnded():
                 self._show_end(event)
@@ -104,10 +105,18 @@ class Display(AbstractContextManager["Display"]):
         accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
         reason = f"   {event.reason}" if event.reason else ""
         self.console.print(
-            f"{_description(event.trial, config)}  {event.outcome:11s} {accuracy} "
+            f"{self._description(event.trial, config)}  {event.outcome:11s} {accuracy} "
             f"{event.epochs:3d} epochs {event.seconds:6.1f} s   {self._outlook()}{reason}",
             markup=False,
         )
+
+    def _description(self, trial: int, config: TrainConfig) -> str:
+        parts = [f"{trial:4d} "]
+        for parameter in (BY_NAME[name] for name in self.settings.search):
+            label = f"{parameter.short} " if parameter.short else ""
+            value = parameter.text(getattr(config, parameter.name))
+            parts.append(f"{label}{value:{parameter.width}s}")
+        return " ".join(parts)
 
     def _outlook(self) -> str:
         best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {self.best[1]})"
@@ -124,12 +133,6 @@ class Display(AbstractContextManager["Display"]):
         if self.num_epochs:
             return elapsed / self.num_epochs * (wanted * self.settings.epochs - self.num_epochs)
         return None
-
-
-def _description(trial: int, config: TrainConfig) -> str:
-    return (
-        f"{trial:4d}  {config.loss:15s} lr {config.learning_rate:<8.3g} bs {config.batch_size:<4d}"
-    )
 
 
 def _accuracy(scored: tuple[float, int]) -> float:

@@ -24,6 +24,7 @@ from cnn.networks import CNN, Classifier
 from experiments.engine.base import EpochEnded, JobEnded
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.study.events import TrialEnded
+from experiments.study.parameters import run_name
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
 
@@ -63,7 +64,7 @@ class Recorder:
         self.tracker, self.study, self.settings, self.data = tracker, study, settings, data
         self.made_with, self.environment = made_with, environment
         self._parent: Run | None = None
-        self._varies_seed = settings.space().varies_seed
+        self._space = settings.space()
         self._classifiers: dict[str, Classifier] = {}
 
     def open_parent(self, under: str | None) -> Run:
@@ -111,10 +112,7 @@ class Recorder:
 
     def open_run(self, trial: Trial, config: TrainConfig) -> Run:
         """Open a run for a new trial."""
-        rate = f"lr={config.learning_rate:.3g}"
-        name = f"{trial.number:03d} {config.loss} {rate} bs={config.batch_size}"
-        if self._varies_seed:
-            name += f" seed={config.seed}"
+        name = run_name(trial.number, self._space.varied(config))
         tags = self._tags(trial.number) | self._environment_tags()
         run = self.tracker.start_run(name, tags=tags, parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)

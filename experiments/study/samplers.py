@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A setting to be tried, with the seed of its split, initial weights and order of images."""
-
-    loss: str
-    learning_rate: float
-    batch_size: int
-    seed: int
+from experiments.study.parameters import Configuration
 
 
 class TrialSeededSampler(BaseSampler):
@@ -87,11 +78,11 @@ class TrialSeededSampler(BaseSampler):
         self._sampler(trial).after_trial(study, trial, state, values)
 
 
-class PointSampler(BaseSampler):
-    """A sampler whose trials are the points of a list, in order."""
+class FixedSampler(BaseSampler):
+    """A sampler whose trials have the configurations of a list, in order."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        self._points = points
+    def __init__(self, configurations: Sequence[Configuration]) -> None:
+        self._configurations = configurations
 
     def infer_relative_search_space(
         self,
@@ -117,8 +108,8 @@ class PointSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,  # noqa: ARG002
     ) -> Any:
-        """Return what the trial's point has."""
-        return getattr(self._points[trial.number], param_name)
+        """Return the value of the trial's configuration."""
+        return self._configurations[trial.number][param_name]
 
 
 class _NumberedQMCSampler(optuna.samplers.QMCSampler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.samplers import BaseSampler
@@ -13,8 +13,9 @@ from optuna.samplers import BaseSampler
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
 from experiments.study.identity import made_with
+from experiments.study.parameters import BY_NAME, Configuration, Domain
 from experiments.study.pruners import PRUNERS
-from experiments.study.samplers import SAMPLERS, Point, PointSampler, make_sampler
+from experiments.study.samplers import SAMPLERS, FixedSampler, make_sampler
 from experiments.study.space import Space
 from experiments.study.storage import check_study_name
 from tracking.registry import check_name, default_name
@@ -28,10 +29,8 @@ class Settings:
         ValueError: one is out of its range; the message names the flag, the value and the range.
     """
 
-    losses: Sequence[str]
-    learning_rate_min: float
-    learning_rate_max: float
-    batch_sizes: Sequence[int]
+    search: Mapping[str, Domain]
+    """What is searched, by names of `parameters.PARAMETERS`."""
     trials: int
     epochs: int
     seed: int
@@ -51,8 +50,8 @@ class Settings:
     """Failed trials in a row."""
     tracking_timeout: float
     """Seconds that a tracking server may be away."""
-    points: Sequence[Point] = ()
-    """The settings of all trials, in order: there is nothing to sample then."""
+    configurations: Sequence[Configuration] = ()
+    """Those of all trials, in order: then nothing is sampled."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Tags of all of its runs, beside their own."""
     register: str = "none"
@@ -82,8 +81,13 @@ class Settings:
             check_study_name(self.study)
         if self.register not in ("auto", "none"):
             check_name(self.register)
-        assert len(self.points) in (0, self.trials)
+        assert len(self.configurations) in (0, self.trials)
         self.space()
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The loss functions that are searched."""
+        return tuple(str(loss) for loss in self.search["loss"].values)
 
     def space(self) -> Space:
         """Return the search space."""
@@ -92,10 +96,7 @@ class Settings:
         is_remote_gpu = self.worker_device == "cuda" and self.precision == "auto"
         precision = "bfloat16" if is_remote_gpu else resolve_precision(self.precision, device)
         return Space(
-            losses=self.losses,
-            learning_rate_min=self.learning_rate_min,
-            learning_rate_max=self.learning_rate_max,
-            batch_sizes=self.batch_sizes,
+            search=self.search,
             fixed={
                 "epochs": self.epochs,
                 "seed": self.seed,
@@ -104,12 +105,14 @@ class Settings:
                 "precision": precision,
                 "device": device,
             },
-            varies_seed=bool(self.points),
+            varies_seed=bool(self.configurations),
         )
 
     def make_sampler(self) -> BaseSampler:
-        """Return what chooses the settings of the trials."""
-        return PointSampler(self.points) if self.points else make_sampler(self.sampler, self.seed)
+        """Return what chooses the configurations of the trials."""
+        if self.configurations:
+            return FixedSampler(self.configurations)
+        return make_sampler(self.sampler, self.seed)
 
     def registered_model(self, data: Dataset) -> str | None:
         """Return the name of the registered model, None for none."""
@@ -127,16 +130,15 @@ class Settings:
 
     def identity(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two sweeps the same study: all that its results depend on."""
-        names = (
-            "losses learning_rate_min learning_rate_max batch_sizes epochs seed sampler pruner "
-            "optimizer schedule device precision"
-        )
-        identity = {"dataset": data.name, "dataset_digest": data.digest} | {
-            name: getattr(self, name) for name in names.split()
-        }
-        if self.points:
+        names = "epochs seed sampler pruner optimizer schedule device precision"
+        identity: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
+        for name, domain in self.search.items():
+            identity |= BY_NAME[name].identity(domain)
+        identity |= {name: getattr(self, name) for name in names.split()}
+        if self.configurations:
             # Without the seeds, of which there may be more later.
-            identity["points"] = sorted({astuple(point)[:-1] for point in self.points})
+            values = {tuple(each[name] for name in self.search) for each in self.configurations}
+            identity["points"] = sorted(values)
         # As it comes back from the study, where tuples are lists.
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain

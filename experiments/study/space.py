@@ -2,80 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
 from cnn.config import TrainConfig
-from cnn.losses import get_loss
+from experiments.study.parameters import BY_NAME, Configuration, Domain
 
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What a study varies (the first four), and what is the same in all of its trials.
+    """What a study searches, and what is the same in all of its trials.
 
-    The space is the same for every loss: a range of learning rates that suits one starves another,
-    so it is to be wide.
+    The space is the same for every loss. A range of learning rates that suits one loss starves
+    another, so it should be wide.
     """
 
-    losses: Sequence[str]
-    learning_rate_min: float
-    learning_rate_max: float
-    batch_sizes: Sequence[int]
+    search: Mapping[str, Domain]
+    """By names of `parameters.PARAMETERS`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of `TrainConfig`."""
     varies_seed: bool = False
-    """Whether a trial has a seed of its own, too, as the points of a `PointSampler` do."""
+    """Whether each trial has a seed of its own, as the configurations of a `FixedSampler` do."""
 
     def __post_init__(self) -> None:
-        for name, value in (("min", self.learning_rate_min), ("max", self.learning_rate_max)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"--learning-rate-{name} must be finite and > 0, not {value!r}")
-        if self.learning_rate_min >= self.learning_rate_max:
-            raise ValueError(
-                f"--learning-rate-min {self.learning_rate_min!r} must be smaller than "
-                f"--learning-rate-max {self.learning_rate_max!r}"
-            )
-        for flag, values in (("--losses", self.losses), ("--batch-sizes", self.batch_sizes)):
-            if not values:
-                raise ValueError(f"{flag} needs at least one value")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{flag} has a value twice: {' '.join(map(str, values))}")
-        for loss in self.losses:
-            get_loss(loss)
-        for batch_size in self.batch_sizes:
-            self._config(self.losses[0], self.learning_rate_min, batch_size)
+        for name, domain in self.search.items():
+            BY_NAME[name].check(domain)
+        first = {name: domain.values[0] for name, domain in self.search.items()}
+        for name, domain in self.search.items():
+            for value in domain.values:
+                self._config(first | {name: value})
 
     def suggest(self, trial: Trial) -> TrainConfig:
-        """Return the configuration of a trial; if it is taken up again, the same as before."""
-        config = self._config(
-            trial.suggest_categorical("loss", self.losses),
-            trial.suggest_float(
-                "learning_rate", self.learning_rate_min, self.learning_rate_max, log=True
-            ),
-            trial.suggest_categorical("batch_size", self.batch_sizes),
-        )
+        """Return the configuration of a trial; of a resumed one, the same as before."""
+        values = {name: domain.suggest(trial, name) for name, domain in self.search.items()}
         if self.varies_seed:
-            return replace(config, seed=trial.suggest_int("seed", 0, MAX_SEED))
-        return config
+            values["seed"] = trial.suggest_int("seed", 0, MAX_SEED)
+        return self._config(values)
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Return the space in Optuna's terms."""
-        return {
-            "loss": CategoricalDistribution(self.losses),
-            "learning_rate": FloatDistribution(
-                self.learning_rate_min, self.learning_rate_max, log=True
-            ),
-            "batch_size": CategoricalDistribution(self.batch_sizes),
-        }
+    def varied(self, config: TrainConfig) -> Configuration:
+        """Return the values of a configuration that differ between trials."""
+        names = [*self.search, *(["seed"] if self.varies_seed else [])]
+        return {name: getattr(config, name) for name in names}
 
-    def _config(self, loss: str, learning_rate: float, batch_size: int) -> TrainConfig:
-        return TrainConfig(
-            loss=loss, learning_rate=learning_rate, batch_size=batch_size, **self.fixed
-        )
+    def _config(self, values: Configuration) -> TrainConfig:
+        return TrainConfig(**{**self.fixed, **values})

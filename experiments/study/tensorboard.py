@@ -8,14 +8,16 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.study.events import SweepEvent, TrialEnded, TrialProgressed, TrialStarted
+from experiments.study.parameters import run_name
+from experiments.study.space import Space
 from tracking.files import writing
 
 
 class EventFiles(AbstractContextManager["EventFiles"]):
-    """Write the metrics of each trial to `folder/<trial> <settings>`."""
+    """Write the metrics of each trial to `folder/<name of its run>`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, space: Space) -> None:
+        self.folder, self.space = folder, space
         self.writers: dict[int, SummaryWriter] = {}
 
     def show(self, event: SweepEvent) -> None:
@@ -30,8 +32,7 @@ class EventFiles(AbstractContextManager["EventFiles"]):
     def _write(self, event: SweepEvent) -> None:
         match event:
             case TrialStarted(trial=trial, config=config):
-                name = f"{trial:03d} {config.loss} lr={config.learning_rate:.3g}"
-                folder = self.folder / f"{name} bs={config.batch_size}"
+                folder = self.folder / run_name(trial, self.space.varied(config))
                 self.writers[trial] = SummaryWriter(str(folder))
                 text = "\n".join(f"{k}: {v}  " for k, v in config.as_params().items())
                 self.writers[trial].add_text("config", text)

@@ -9,23 +9,15 @@ import pandas as pd
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.study.parameters import BY_NAME, searched
 from experiments.study.ranking import best_first
 
 if TYPE_CHECKING:
     import pandas as pd
     from optuna import Study
 
-TRIALS_COLUMNS = [
-    "trial",
-    "outcome",
-    "loss",
-    "learning_rate",
-    "batch_size",
-    "epochs",
-    "val_accuracy",
-    "val_loss",
-    "run_id",
-]
+# What is shown, with the parameters that are searched between the second and the third.
+TRIALS_COLUMNS = ("trial", "outcome", "epochs", "val_accuracy", "val_loss", "run_id")
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -33,13 +25,12 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 def trials_table(study: Study) -> pd.DataFrame:
     """Return the finished trials, the best first: what was tried and what came of it."""
     trials = study.get_trials(deepcopy=False, states=FINISHED)
+    names = list(searched(study.user_attrs.get("settings", {})) or BY_NAME)
     rows = [
         {
             "trial": trial.number,
             "outcome": trial.user_attrs.get("outcome", trial.state.name.lower()),
-            "loss": trial.params.get("loss"),
-            "learning_rate": trial.params.get("learning_rate"),
-            "batch_size": trial.params.get("batch_size"),
+            **{name: trial.params.get(name) for name in names},
             "epochs": len(trial.intermediate_values),
             "val_accuracy": _last_value(trial),
             "val_loss": trial.user_attrs.get("val_loss"),
@@ -47,7 +38,8 @@ def trials_table(study: Study) -> pd.DataFrame:
         }
         for trial in trials
     ]
-    return best_first(pd.DataFrame(rows, columns=TRIALS_COLUMNS)).reset_index(drop=True)
+    columns = [*TRIALS_COLUMNS[:2], *names, *TRIALS_COLUMNS[2:]]
+    return best_first(pd.DataFrame(rows, columns=columns)).reset_index(drop=True)
 
 
 def num_finished(study: Study) -> int:
