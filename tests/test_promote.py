@@ -117,7 +117,7 @@ def test_other_data_take_force(train: Train, capsys: pytest.CaptureFixture[str])
     train(0.9, "d2")
     error = error_of(capsys, "colours", "--version", "2")
     assert "version 1, is of another data set (d1, not d2)" in error
-    assert "--force promotes it all the same" in error
+    assert "--force promotes it anyway" in error
     assert champion() == 1
     assert "version 2" in printed(capsys, "--version", "2", "--force")
     assert champion() == 2
