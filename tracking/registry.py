@@ -132,9 +132,9 @@ class Registry:
         why = version.tags.get(VERDICT_TAG)
         is_champion = number == champion
         if why is None:
-            beats, why = (
-                (None, "as it was before") if is_champion else self.judge(version_tags(run))
-            )
+            beats, why = None, "as it was before"
+            if not is_champion:
+                beats, why = self.judge(version_tags(run))
             if beats:
                 is_champion = True
                 self._set_champion(number, why)
