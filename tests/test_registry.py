@@ -102,7 +102,7 @@ def test_the_model_shows_its_version_as_mlflows_own_registering_has_it(
 
 def test_the_same_run_is_registered_once(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker)
-    first, second = registry.register_best(run), registry.register(run)
+    first, second = registry.register_best(run), registry.register_best(run)
     assert (first.version, first.is_new) == (1, True)
     assert (second.version, second.is_new) == (1, False)
     assert list(versions()) == [1]

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 FILES = ("report.md", "report.json", "per_class.csv", "confusion.csv", *FIGURES)
 
 SPLIT_NOTES = {
-    "train": "the model was trained on this split: it looks better here than it is",
-    "validation": "models are chosen by this split: the best of many looks better here than it is",
+    "train": "this is the split that the model was trained on: it looks better here than it is",
+    "validation": "this is the split that models are chosen by: the best of many looks better here "
+    "than it is",
 }
 
 _CONFUSIONS_SHOWN = 10
