@@ -415,7 +415,7 @@ def test_only_the_same_can_be_resumed(
     assert main([*arguments, "--resume"]) == 2
     error = capsys.readouterr().err
     assert (
-        f"can't resume '{desk / 'predictions.csv'}': what is there was made with {complaint}"
+        f"can't resume '{desk / 'predictions.csv'}': its draft was made with {complaint}"
         in (error)
     )
     assert error.count("\n") == 1

@@ -748,7 +748,7 @@ def test_a_full_disk_is_one_line(
         patch.setattr(os, "fsync", full)
         assert main(["a.npy", "--experiment", "study"]) == 1
     note, error = capsys.readouterr().err.splitlines()
-    assert note == "note: 2 rows are kept: the same command goes on with --resume"
+    assert note == "note: 2 rows are kept: --resume continues the same command"
     assert error.endswith("error: can't write the predictions: No space left on device")
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--experiment", "study", "--resume"]) == 0
