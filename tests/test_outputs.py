@@ -414,9 +414,8 @@ def test_only_the_same_can_be_resumed(
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert (
-        f"can't resume '{desk / 'predictions.csv'}': its draft was made with {complaint}"
-        in (error)
+    assert f"can't resume '{desk / 'predictions.csv'}': its draft was made with {complaint}" in (
+        error
     )
     assert error.count("\n") == 1
     assert main(arguments) == 0

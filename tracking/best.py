@@ -136,12 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise ValueError(f"--top must be ≥ 1, not {options.top}")
-    choice = choose(
-        options.experiment or None,
-        metric=options.metric,
-        top=options.top,
-        **choice_filters(options),
-    )
+    filters = choice_filters(options)
+    choice = choose(options.experiment or None, metric=options.metric, top=options.top, **filters)
     about = sys.stdout if options.format == "table" else sys.stderr
     print(choice, *choice.notes(), sep="\nnote: ", file=about)
     print(FORMATS[options.format](table(choice, options.top)), end="")

@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output_flags(parser)
     model = parser.add_argument_group(
-        "model", f"at most one of --experiment (with {_listed_filters()}), --run-id, --model"
+        "model",
+        f"at most one of --experiment (with {', '.join(f'--{name}' for name in FILTERS)}), "
+        "--run-id, --model",
     )
     model.add_argument("--run-id", metavar="ID", help="use the model of this run")
     model.add_argument(
@@ -127,10 +129,6 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="log the report into the run of the model as well: metrics report/NAME/… and files "
         "reports/NAME/, where NAME is that of the source, say digits-test",
     )
-
-
-def _listed_filters() -> str:
-    return ", ".join(f"--{name}" for name in FILTERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def check_name(name: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Promotion:
     """A version of a registered model, and whether it is the champion."""
 
@@ -140,9 +140,7 @@ class Registry:
                 self._set_champion(number, why)
             else:
                 self._set_verdict(number, why)
-        return Promotion(
-            name=self.name, version=number, is_new=is_new, is_champion=is_champion, why=why
-        )
+        return self._promotion(number, why, is_new=is_new, is_champion=is_champion)
 
     def promote(self, version: int, *, force: bool = False) -> Promotion:
         """Make a version champion, even if it is not better.
@@ -158,7 +156,7 @@ class Registry:
         else:
             why = self._check(self._tags_of(found), force=force)
             self._set_champion(version, why)
-        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+        return self._promotion(version, why)
 
     def promote_run(self, run: Run, *, force: bool = False) -> Promotion:
         """Make a run's model champion; register it first if it is new."""
@@ -179,7 +177,7 @@ class Registry:
             present = "no version" if champion is None else f"only version {champion}"
             raise ValueError(f"nothing to go back to: {present} of {self.name} was champion")
         version = earlier[-1]
-        self._check_stored(version)
+        check_stored(self.client, f"models:/{self.name}/{version}")
         why = "after its alias was removed"
         if champion is not None:
             self._set_verdict(champion, f"rolled back to version {version}")
@@ -188,7 +186,7 @@ class Registry:
         self.client.set_registered_model_alias(self.name, CHAMPION, str(version))
         self._write_history(earlier)
         self._set_verdict(version, why)
-        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+        return self._promotion(version, why)
 
     def judge(self, about: Mapping[str, str]) -> tuple[bool | None, str]:
         """Return whether a model beats the champion, None if they can't be compared; and why."""
@@ -243,7 +241,7 @@ class Registry:
         return f"by hand, {'' if beats else 'though '}{why.removeprefix('as ')}"
 
     def _set_champion(self, number: int, why: str) -> None:
-        self._check_stored(number)
+        check_stored(self.client, f"models:/{self.name}/{number}")
         champion, history = self._state()
         if history[-1:] != [number]:
             history.append(number)
@@ -253,9 +251,10 @@ class Registry:
         self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         self._set_verdict(number, why)
 
-    def _check_stored(self, number: int) -> None:
-        """Raise ValueError if the version's model was changed after it was recorded."""
-        check_stored(self.client, f"models:/{self.name}/{number}")
+    def _promotion(
+        self, version: int, why: str, *, is_new: bool = False, is_champion: bool = True
+    ) -> Promotion:
+        return Promotion(self.name, version, is_new, is_champion, why)
 
     def _set_verdict(self, number: int, why: str) -> None:
         self.client.set_model_version_tag(self.name, str(number), VERDICT_TAG, why)

@@ -63,11 +63,8 @@ def _run(options: argparse.Namespace) -> None:
     check_folder(options.out, option="--out")
     if options.log:
         check_run(options.run_id)
-    subject = Subject(
-        name=options.name or data_name(str(options.file)),
-        source=str(options.file),
-        run_id=options.run_id or None,
-    )
+    name = options.name or data_name(str(options.file))
+    subject = Subject(name=name, source=str(options.file), run_id=options.run_id or None)
     make(options.file, subject, options.out, is_logged=options.log)
 
 

@@ -93,12 +93,8 @@ class Split:
     @classmethod
     def of(cls, run: Run) -> Split:
         """Return the split that a run was validated on."""
-        params = run.data.params
-        return cls(
-            dataset=params.get("dataset"),
-            digest=params.get("dataset_digest"),
-            seed=params.get("seed"),
-        )
+        values = map(run.data.params.get, ("dataset", "dataset_digest", "seed"))
+        return cls(**dict(zip(("dataset", "digest", "seed"), values, strict=True)))
 
     def clauses(self) -> list[str]:
         """Return MLflow's conditions for the runs that were validated on it."""

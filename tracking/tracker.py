@@ -80,12 +80,7 @@ class Tracker:
         return {key: self.context_tags[key] for key in ("host", "pid")}
 
     def parent_run(
-        self,
-        name: str,
-        *,
-        tags: Mapping[str, str],
-        earlier: str | None,
-        under: str | None = None,
+        self, name: str, *, tags: Mapping[str, str], earlier: str | None, under: str | None = None
     ) -> Run:
         """Return the parent run of a sweep's trials.
 
@@ -114,11 +109,10 @@ class Tracker:
     def find_run(self, run_id: str) -> Run | None:
         """Return the run with this id in this experiment, None if it is missing or deleted."""
         found = none_if_missing(lambda: self.client.get_run(run_id).info)
-        is_here = found is not None and (found.experiment_id, found.lifecycle_stage) == (
-            self.experiment_id,
-            "active",
-        )
-        return Run(self.client, run_id, self.experiment_id) if is_here else None
+        if found is None or found.experiment_id != self.experiment_id:
+            return None
+        is_active = found.lifecycle_stage == "active"
+        return Run(self.client, run_id, self.experiment_id) if is_active else None
 
     def find_tagged(self, tags: Mapping[str, str]) -> Run | None:
         """Return a run of this experiment with all of these tags, None if there is none."""
@@ -147,9 +141,8 @@ class Tracker:
             # The first try may have created the run, with its answer lost: the mark finds it.
             if tries > 1 and (made := self.find_tagged(mark)):
                 return made
-            info = self.client.create_run(
-                self.experiment_id, tags=all_tags | mark, run_name=name
-            ).info
+            tags = all_tags | mark
+            info = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info
             return Run(self.client, info.run_id, self.experiment_id)
 
         run = self.client.retries.call(create)

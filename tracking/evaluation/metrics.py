@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -78,16 +79,7 @@ class MetricsAccumulator:
         """Return the measures of the counts, or raise ValueError if no image was labelled."""
         if not self.confusion.sum():
             raise ValueError("there is no image that could be read and whose class is known")
-        return Measures(
-            classes=self.classes,
-            confusion=self.confusion.copy(),
-            bin_images=self.bin_images.copy(),
-            bin_correct=self.bin_correct.copy(),
-            bin_confidence=self.bin_confidence.copy(),
-            squared_error=self.squared_error,
-            unlabelled=self.unlabelled,
-            unreadable=self.unreadable,
-        )
+        return Measures(**deepcopy(vars(self)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,21 +161,13 @@ class Measures:
         import pandas as pd
 
         edges = np.linspace(0, 1, BINS + 1)
-        accuracy, low, high = wilson(self.bin_correct, self.bin_images)
+        columns = {"above": edges[:-1], "up_to": edges[1:]}
+        columns |= {"images": self.bin_images, "correct": self.bin_correct}
         with np.errstate(invalid="ignore"):
-            confidence = self.bin_confidence / self.bin_images
-        return pd.DataFrame(
-            {
-                "above": edges[:-1],
-                "up_to": edges[1:],
-                "images": self.bin_images,
-                "correct": self.bin_correct,
-                "confidence": confidence,
-                "accuracy": accuracy,
-                "accuracy_low": low,
-                "accuracy_high": high,
-            }
-        )
+            columns["confidence"] = self.bin_confidence / self.bin_images
+        shares = wilson(self.bin_correct, self.bin_images)
+        columns |= zip(("accuracy", "accuracy_low", "accuracy_high"), shares, strict=True)
+        return pd.DataFrame(columns)
 
     def confused(self, limit: int) -> list[tuple[str, str, int]]:
         """Return the most frequent confusions: true class, predicted class, images."""

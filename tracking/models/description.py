@@ -55,7 +55,7 @@ def read_description(content: bytes) -> Description:
         raise ValueError("its metadata names no classes")
     run_id = about.get("run_id")
     if run_id is not None and not (isinstance(run_id, str) and _RUN_ID(run_id)):
-        raise ValueError(f"its run_id {run_id!r} is none of a run")
+        raise ValueError(f"its run_id {run_id!r} is not the id of a run")
     return Description(
         classes=tuple(classes),
         image_shape=_image_shape(_mapping(about, "signature"), classes),
@@ -112,15 +112,12 @@ def _check_flavors(flavors: Mapping[Any, Any]) -> None:
 
 
 def _check_metadata(metadata: Mapping[Any, Any]) -> None:
-    for key in _TEXTS:
-        if key in metadata and not isinstance(metadata[key], str):
-            raise ValueError(f"its metadata has {metadata[key]!r} as {key}, which is no text")
-    for key, bound in _INTEGERS.items():
-        if key in metadata and not _is_integer(metadata[key], bound):
-            raise ValueError(
-                f"its metadata has {metadata[key]!r} as {key}, which is no integer from 0 to "
-                f"{bound - 1}"
-            )
+    for key, value in metadata.items():
+        if key in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"its metadata has {value!r} as {key}, which is no text")
+        if key in _INTEGERS and not _is_integer(value, bound := _INTEGERS[key]):
+            line = f"its metadata has {value!r} as {key}, which is no integer from 0 to {bound - 1}"
+            raise ValueError(line)
 
 
 def _image_shape(signature: Mapping[Any, Any], classes: Sequence[str]) -> tuple[int, int, int]:
@@ -151,7 +148,7 @@ def _tensor(schema: object) -> tuple[object, tuple[Any, ...]]:
         spec = tensor["tensor-spec"]
         return spec["dtype"], tuple(spec["shape"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"its signature is none of one tensor: {schema!r}") from error
+        raise ValueError(f"its signature is not of one tensor: {schema!r}") from error
 
 
 def _is_integer(value: object, bound: int) -> bool:

@@ -139,12 +139,8 @@ def _read_header(stream: IO[bytes]) -> Header:
         raise ValueError("it holds Python objects, not numbers or texts")
     if any(size < 0 for size in shape):
         raise ValueError(f"its shape has a negative size: {shape}")
-    return Header(
-        dtype=dtype,
-        shape=shape,
-        is_fortran=is_fortran,
-        offset=len(start) + len(length) + len(text),
-    )
+    offset = len(start) + len(length) + len(text)
+    return Header(dtype=dtype, shape=shape, is_fortran=is_fortran, offset=offset)
 
 
 # .npy

@@ -64,13 +64,7 @@ def _schema(pa: Any) -> Any:
 
 
 def _batches(
-    file: str,
-    column: str,
-    label: str,
-    first_group: str,
-    skipped: str,
-    at_once: str,
-    max_cell: str,
+    file: str, column: str, label: str, first_group: str, skipped: str, at_once: str, max_cell: str
 ) -> Iterator[Any]:
     """Yield rows from a group on, after some that are skipped, without `label` if it is ""."""
     import os
@@ -104,13 +98,8 @@ def _plain(batch: Any, column: str, label: str, max_cell: int) -> Any:
     sizes = compute.binary_length(images)
     is_large = compute.fill_null(compute.greater(sizes, max_cell), False)
     names, numbers = _labels(batch.column(label) if label else pa.nulls(batch.num_rows))
-    columns = [
-        compute.if_else(is_large, None, images),
-        paths,
-        names,
-        numbers,
-        compute.if_else(is_large, sizes, None),
-    ]
+    small, large = compute.if_else(is_large, None, images), compute.if_else(is_large, sizes, None)
+    columns = [small, paths, names, numbers, large]
     schema = _schema(pa)
     columns = [each.cast(kind) for each, kind in zip(columns, schema.types, strict=True)]
     return pa.record_batch(columns, schema=schema)

@@ -124,8 +124,6 @@ def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    import time
-
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -141,15 +139,12 @@ def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
         TextColumn("images, {task.fields[rate]} a second, left:"),
         TimeRemainingColumn(),
     )
-    start, before = time.monotonic(), done
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, completed=done, rate="–")
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            rate = (done - before) / (time.monotonic() - start)
-            progress.update(task, completed=done, rate=f"{rate:,.0f}")
+            progress.advance(task, count)
+            progress.update(task, rate=f"{progress.tasks[0].speed or 0:,.0f}")
 
         yield advance
 

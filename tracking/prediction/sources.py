@@ -77,7 +77,7 @@ def open_source(
     path = Path(text)
     suffix = "" if is_list(text) or os.path.isdir(text) else path.suffix.lower()  # noqa: PTH112
     if column and suffix not in TABLES:
-        raise ValueError(f"--column is for Parquet files: {text!r} is none")
+        raise ValueError(f"--column is for Parquet files, not for {text!r}")
     if is_list(text):
         return _open_files(read_list(text), classes, text, also=text[1:])
     if not os.path.lexists(path):
@@ -226,9 +226,7 @@ def _part(images: npt.NDArray[Any], part: slice) -> npt.NDArray[Any]:
     """Return some of the images. A file is mapped again, because a map keeps what was read."""
     import numpy as np
 
-    if isinstance(images, np.memmap) and images.filename is not None:
+    if isinstance(images, np.memmap) and (file := images.filename):
         order: Any = "C" if images.flags.c_contiguous else "F"
-        images = np.memmap(
-            images.filename, images.dtype, "r", images.offset, images.shape, order=order
-        )
+        images = np.memmap(file, images.dtype, "r", images.offset, images.shape, order=order)
     return images[part]
