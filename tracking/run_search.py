@@ -93,8 +93,8 @@ class Split:
     @classmethod
     def of(cls, run: Run) -> Split:
         """Return the split that a run was validated on."""
-        values = map(run.data.params.get, ("dataset", "dataset_digest", "seed"))
-        return cls(**dict(zip(("dataset", "digest", "seed"), values, strict=True)))
+        get = run.data.params.get
+        return cls(dataset=get("dataset"), digest=get("dataset_digest"), seed=get("seed"))
 
     def clauses(self) -> list[str]:
         """Return MLflow's conditions for the runs that were validated on it."""
