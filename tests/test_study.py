@@ -537,7 +537,7 @@ def test_the_name_of_a_study_follows_from_its_settings(settings: Settings, data:
         replace(settings, seed=1),
         replace(settings, epochs=4),
         changed(settings, losses=("mse",)),
-        replace(settings, learning_rate_max=0.5),
+        changed(settings, learning_rate_max=0.5),
         replace(settings, sampler="tpe"),
     ):
         assert open_study(other, data).study_name != name
