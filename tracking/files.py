@@ -23,12 +23,7 @@ _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def create(file: Path, *, mode: int = 0o666) -> BinaryIO:
-    """Create a new regular file and open it for writing.
-
-    Args:
-        file: FileExistsError if anything has that name already, even a broken link.
-        mode: the permissions before `umask`.
-    """
+    """Create and open a new regular file: FileExistsError if the name exists, even as a link."""
     return os.fdopen(os.open(file, os.O_WRONLY | os.O_EXCL | _CREATE, mode), "wb")
 
 
@@ -54,12 +49,8 @@ def replacing(file: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 def open_own(file: Path, *, is_shared: bool = False, buffering: int = -1) -> BinaryIO:
     """Open a draft or a lock to read and append; create it if it is missing.
 
-    Existing content stays: an earlier process may have left it, or another may be writing it.
-
-    Args:
-        file: see `check_own`, which also says what raises ValueError.
-        is_shared: whether the file may be another user's.
-        buffering: as `open` takes it.
+    Existing content stays: an earlier process may have left it, or another may be writing it. If
+    the file `is_shared`, it may be another user's. Raises ValueError as `check_own` does.
     """
     check_own(file, is_shared=is_shared)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | _CREATE | _OPEN, 0o666)

@@ -88,11 +88,7 @@ class Registry:
     name: str
 
     def register(self, run: Run) -> tuple[ModelVersion, bool]:
-        """Register a run's model once; return its version, and whether it is new.
-
-        Raises:
-            ValueError: the run has no model.
-        """
+        """Register a run's model once; return its version, and whether it is new."""
         uri, about = model_uri(run), version_tags(run)
         model = self.client.get_logged_model(uri.removeprefix("models:/"))
         digests = digest_tags(model.tags)
@@ -145,9 +141,7 @@ class Registry:
     def promote(self, version: int, *, force: bool = False) -> Promotion:
         """Make a version champion, even if it is not better.
 
-        Raises:
-            ValueError: there is no such version, or it can't be compared with the present champion
-                and `force` is false.
+        Raises ValueError if it can't be compared with the present champion, unless `force` is set.
         """
         found = self.version(version)
         champion, _ = self._state()
@@ -166,11 +160,7 @@ class Registry:
         return replace(self.promote(int(version.version), force=force), is_new=is_new)
 
     def rollback(self) -> Promotion:
-        """Make the previous champion the champion again.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Make the previous champion the champion again, or raise ValueError if there is none."""
         champion, history = self._state()
         earlier = history if champion is None else history[:-1]
         if not earlier:

@@ -165,13 +165,11 @@ def choose(
     Args:
         experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
         metric: the metric to compare.
-        dataset: only runs on this data set: its name, its folder, or the first 8 digits or more of
-            its digest.
+        dataset: only runs on this data set: its name, its folder, or 8 digits of its digest.
         prefer: names and digests of data sets: the first with runs precedes the latest data set.
         study: only runs of the study with this name.
         loss: only runs with this loss.
-        where: only runs for which this holds, in MLflow's search syntax, say
-            `params.batch_size = '64' and metrics.learning_rate < 0.1`.
+        where: only runs that meet this condition in MLflow's search syntax.
         top: the number of runs to rank at least, if there are as many.
 
     Raises:

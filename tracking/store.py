@@ -66,12 +66,7 @@ def default_location(experiment: str) -> str | None:
 
 
 def check_location(experiment: str, location: str) -> None:
-    """Raise ValueError if a project was moved, so that its models are not where MLflow says.
-
-    Args:
-        experiment: its name.
-        location: where its artifacts are: MLflow never changes it.
-    """
+    """Raise ValueError if a project was moved: MLflow never changes the location of artifacts."""
     database = sqlite_file(tracking_uri())
     path = Path(unquote(location.removeprefix("file://")) if ":" in location else location)
     if database is None or not path.is_absolute() or path.parent.name != "mlruns":
@@ -90,10 +85,7 @@ def check_location(experiment: str, location: str) -> None:
 
 
 def check_tracking() -> None:
-    """Raise ValueError for an address that no runs can be recorded at. Nothing is created.
-
-    It is quick: a start that can't succeed fails before MLflow is imported.
-    """
+    """Raise ValueError for an address that no runs can be recorded at, before MLflow's import."""
     uri = tracking_uri()
     check_uri(uri)
     check_database(uri, must_exist=False)
@@ -203,11 +195,9 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
 
     Args:
         url: of a database; if it is no SQLite file, nothing is done.
-        make: creates the tables of the database at the URL that it gets, and closes it.
+        make: creates the tables of the database at a URL, and closes it.
 
-    Raises:
-        OSError: the file can't be created.
-        ValueError: the draft's name belongs to something else: see `tracking.files.check_own`.
+    Raises OSError if the file can't be created, and ValueError as `tracking.files.check_own` does.
     """
     file = sqlite_file(url)
     if file is None or file.exists():

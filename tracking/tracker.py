@@ -42,14 +42,9 @@ class Tracker:
 
     @classmethod
     def open(cls, experiment: str | None = None, *, retries: RetryPolicy | None = None) -> Tracker:
-        """Open an experiment, and create it if it does not exist.
+        """Open an experiment (None: the default one), and create it if it does not exist.
 
-        Args:
-            experiment: its name; None is `default_experiment()`.
-            retries: how long to retry when the server goes away later.
-
-        Raises:
-            ValueError: the tracking store can't be opened, or the experiment can't be used.
+        Raises ValueError if the tracking store can't be opened, or the experiment can't be used.
         """
         _quieten()
         with opening() as client:

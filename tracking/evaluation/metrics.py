@@ -161,7 +161,7 @@ class Measures:
         import pandas as pd
 
         edges = np.linspace(0, 1, BINS + 1)
-        columns = {"above": edges[:-1], "up_to": edges[1:]}
+        columns: dict[str, Any] = {"above": edges[:-1], "up_to": edges[1:]}
         columns |= {"images": self.bin_images, "correct": self.bin_correct}
         with np.errstate(invalid="ignore"):
             columns["confidence"] = self.bin_confidence / self.bin_images

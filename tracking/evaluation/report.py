@@ -70,16 +70,10 @@ def data_name(source: str, split: str | None = None) -> str:
 
 
 def make(file: Path, subject: Subject, folder: Path, *, is_logged: bool) -> None:
-    """Write the report on a file of predictions, and print its summary.
+    """Write the report on a file of predictions, print its summary, and log it if asked.
 
-    Args:
-        file: as `tracking.predict` writes it.
-        subject: the images and the model.
-        folder: where the report is written; `check_folder` must accept it.
-        is_logged: whether to log it into the run of the model.
-
-    Raises:
-        ValueError: the file can't be read, or no image in it is labelled.
+    The folder must pass `check_folder`. Raises ValueError if the file can't be read, or if no image
+    in it is labelled.
     """
     try:
         measures = count(file).measures()
@@ -92,12 +86,9 @@ def make(file: Path, subject: Subject, folder: Path, *, is_logged: bool) -> None
 
 
 def count(file: Path) -> MetricsAccumulator:
-    """Count the predictions of a file, part by part.
+    """Count the predictions of a file, part by part, or raise ValueError.
 
     The columns `p(<class>)` name the classes. Any other `label` counts as unlabelled.
-
-    Raises:
-        ValueError: it can't be read, or is no file of predictions with labels.
     """
     import numpy as np
     import pyarrow as pa
@@ -291,10 +282,7 @@ def log(measures: Measures, subject: Subject, folder: Path) -> str:
     """Log a written report into the run of the model, and return a line about it.
 
     The run's status and times stay. A second report of the same name replaces the files, and adds
-    values of the metrics if they differ.
-
-    Raises:
-        TransientError: the server refused it.
+    values of the metrics if they differ. Raises TransientError if the server refuses.
     """
     assert subject.run_id is not None
     files, prefix = f"reports/{subject.name}", f"report/{subject.name}"

@@ -30,15 +30,10 @@ _BLOCK = 16
 
 
 def check_cost(graph: GraphModule, image_shape: tuple[int, ...]) -> None:
-    """Run a graph on the shapes of two images.
+    """Run a graph on the shapes of two images (H, W, C).
 
-    Args:
-        graph: images (N, H, W, C) uint8 → probabilities.
-        image_shape: (H, W, C).
-
-    Raises:
-        ValueError: it takes more memory or time than is allowed. A graph that can't run raises
-            errors of PyTorch.
+    Raises ValueError if it takes more memory or time than is allowed. A graph that can't run raises
+    errors of PyTorch.
     """
     _Meter(graph, max_bytes=MAX_BYTES, max_steps=MAX_STEPS).measure(2, image_shape)
 

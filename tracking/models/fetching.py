@@ -59,8 +59,7 @@ def digest_tags(tags: Mapping[str, str]) -> dict[str, str]:
 def read_folder(folder: Path) -> Stored:
     """Return the files of a model in a folder on this machine.
 
-    Raises:
-        ValueError: a file is missing, too large, not readable, or a link out of the folder.
+    Raises ValueError if one is missing, too large, or a link out of the folder.
     """
     for name in _BOUNDS:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -72,8 +71,7 @@ def read_folder(folder: Path) -> Stored:
 def fetch(uri: str) -> Stored:
     """Return the files of the model that a URI or a path names.
 
-    Raises:
-        ValueError: there is no model, its files are too large, or they changed since the recording.
+    Raises ValueError if there is none, or its files are too large or changed since the recording.
     """
     folder = Path(uri.removeprefix("file://"))
     if _is_file(folder / DESCRIPTION):

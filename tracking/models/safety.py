@@ -96,9 +96,8 @@ _TEXTS: dict[str, Callable[[str], object]] = {
 def load_graph(archive: bytes) -> GraphModule:
     """Return the module of a `.pt2` archive, on the CPU.
 
-    Raises:
-        ValueError: it could run code, or is too large. A damaged one raises errors of PyTorch or
-            `json`.
+    Raises ValueError if it could run code or is too large. A damaged one raises errors of PyTorch
+    or `json`.
     """
     import torch
 

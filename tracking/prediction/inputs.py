@@ -125,9 +125,8 @@ class Table:
     def rows(self, start: int) -> Iterator[tuple[Item, str | int | None]]:
         """Yield image and label of each row from `start` on; pages are read when needed.
 
-        Raises:
-            ValueError: the file is damaged, a part of it takes more memory or time than is allowed,
-                or the number of rows is not the one that it declares.
+        Raises ValueError if the file is damaged, takes more memory or time than is allowed, or has
+        another number of rows than it declares.
         """
         done = start
         for at_once in _ROWS_AT_ONCE:  # fewer rows need less memory
