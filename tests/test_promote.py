@@ -89,7 +89,7 @@ def test_to_promote_the_champion_does_nothing(
     train(0.5)
     assert "nothing was done" in printed(capsys, "--version", "1")
     error = error_of(capsys, "colours", "--rollback")
-    assert error.endswith("nothing to go back to: only version 1 of colours was champion")
+    assert error.endswith("can't roll back: only version 1 of colours was champion")
 
 
 def test_a_run_is_registered_and_promoted(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,8 +236,7 @@ def _check_reportable(predictor: Predictor, source: Source, options: argparse.Na
     """Raise ValueError for what would prevent the report after the predictions."""
     if not source.has_labels:
         raise ValueError(
-            f"--report needs images whose class is known: {options.source!r} has none of a class "
-            "of the model"
+            f"--report needs true classes: no image of {options.source!r} has a class of the model"
         )
     files = [options.report / name for name in FILES]
     _check_no_input(files, source.files(), option="--report")

@@ -165,7 +165,7 @@ class Registry:
         earlier = history if champion is None else history[:-1]
         if not earlier:
             present = "no version" if champion is None else f"only version {champion}"
-            raise ValueError(f"nothing to go back to: {present} of {self.name} was champion")
+            raise ValueError(f"can't roll back: {present} of {self.name} was champion")
         version = earlier[-1]
         check_stored(self.client, f"models:/{self.name}/{version}")
         why = "after its alias was removed"

@@ -156,9 +156,9 @@ def _experiment_of_mlflow_run(
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         # MLflow's message does not name the variable, which a shell may have kept.
-        raise ValueError(f"there is no run {run_id!r}, of MLFLOW_RUN_ID: unset that") from error
+        raise ValueError(f"there is no run {run_id!r}: unset MLFLOW_RUN_ID") from error
     if run.lifecycle_stage != "active":
-        raise ValueError(f"run {run_id}, of MLFLOW_RUN_ID, is deleted: unset that")
+        raise ValueError(f"run {run_id} is deleted: unset MLFLOW_RUN_ID")
     found = client.get_experiment(run.experiment_id)
     if experiment is not None and experiment != found.name:
         raise ValueError(

@@ -271,7 +271,7 @@ def _interval(shares: Sequence[float]) -> str:
 def check_run(run_id: str | None) -> None:
     """Raise ValueError unless the run exists, so that the report can be logged into it."""
     if run_id is None:
-        raise ValueError("--log has nowhere to log: the model came from no run")
+        raise ValueError("--log needs a run to log into: the model came from no run")
     with reading() as client:
         run = client.get_run(run_id)
     if run.info.lifecycle_stage != "active":

@@ -89,7 +89,7 @@ def open_split(
     from cnn import data
 
     if "seed" not in metadata:
-        raise ValueError(f"can't tell {split} from the rest: the model has no seed in its metadata")
+        raise ValueError(f"can't draw the split {split}: the model has no seed in its metadata")
     dataset = data.load(name, data_dir=data_dir, seed=metadata["seed"])
     images: data.Split = getattr(dataset, split)
     names = [dataset.classes[label] for label in images.labels.tolist()]
