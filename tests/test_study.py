@@ -797,7 +797,7 @@ def test_a_start_that_is_refused_draws_what_it_would_have_drawn(
     other = replace(settings, storage=f"sqlite:///{tmp_path / 'other.db'}", experiment="others")
     with monkeypatch.context() as patch:
         stale_run_id(patch)
-        with pytest.raises(ValueError, match="no run '0+', of MLFLOW_RUN_ID: unset that"):
+        with pytest.raises(ValueError, match="no run '0+': unset MLFLOW_RUN_ID"):
             run_sweep(other, data, trains(good))
     run_sweep(other, data, trains(good))
     assert [trial.params for trial in trials(other, data)] == undisturbed
