@@ -334,7 +334,7 @@ def test_a_run_that_is_deleted_while_the_test_split_is_shown_is_passed_over(
             MlflowClient().delete_run(run.run_id)
         return real(run, *args, **kwargs)
 
-    monkeypatch.setattr("experiments.comparison.testing.test_model", test_model)
+    monkeypatch.setattr("experiments.comparison.stages.test_model", test_model)
     events = run(plan, data)
     ended = events[-1]
     assert isinstance(ended, ComparisonEnded)

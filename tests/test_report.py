@@ -361,9 +361,9 @@ def test_without_any_label_a_report_is_refused_before_anything_is_labelled(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save("a.npy", images(2))
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     assert fails(predict.main, ["a.npy", "--report", "report"], capsys) == (
-        "--report needs images whose class is known: 'a.npy' has none of a class of the model\n"
+        "--report needs true classes: no image of 'a.npy' has a class of the model\n"
     )
 
 
@@ -408,7 +408,7 @@ def test_of_a_model_that_gives_no_numbers_there_is_no_report(
         (["--report", "x" * 300], "can't write --report 'xxx"),
         (["--report", "circle"], "can't write --report 'circle'"),
         (["--report", ".", "--out", "confusion.csv"], "--out 'confusion.csv' is a file of the"),
-        (["--report", "report", "--log"], "--log has nowhere to log: the model came from no run"),
+        (["--report", "report", "--log"], "--log needs a run to log into: the model came from no run"),
     ],
 )
 def test_a_bad_option_is_one_line_before_anything_is_labelled(
@@ -418,7 +418,7 @@ def test_a_bad_option_is_one_line_before_anything_is_labelled(
     save_array(2)
     Path("shut").mkdir(mode=0o555)
     Path("circle").symlink_to("circle")
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     assert fails(predict.main, ["a.npz", *options], capsys).startswith(complaint)
 
 
@@ -607,7 +607,7 @@ def test_a_run_that_is_deleted_or_not_there_is_found_out_before_anything_is_labe
     save_array()
     client = MlflowClient()
     (model,) = client.get_run(run_id).outputs.model_outputs
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     client.delete_run(run_id)
     arguments = ["a.npz", "--model", f"models:/{model.model_id}", "--report", "report", "--log"]
     try:

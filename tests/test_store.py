@@ -36,7 +36,7 @@ from tracking.cli import Parser, run_command
 
 def run(options):
     import mlflow
-    from tracking.runs import Tracker
+    from tracking.tracker import Tracker
     tracker = Tracker.open("an experiment/with #%")
     run = tracker.start_run("a run")
     run.log_text("kept", "file.txt")

@@ -39,9 +39,9 @@ class Plan:
         """The seeds of the repeats, which follow that of the search."""
         return range(self.settings.seed + 1, self.settings.seed + 1 + self.repeats)
 
-    def identity(self, data: Dataset) -> dict[str, Any]:
+    def fingerprint(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two comparisons the same: all settings but the repeats."""
-        return self.settings.identity(data) | {"trials": self.settings.trials}
+        return self.settings.fingerprint(data) | {"trials": self.settings.trials}
 
     def search(self, name: str, loss: str) -> Settings:
         """Return the settings of the search for a loss' best configuration."""

@@ -274,7 +274,7 @@ def _open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool
         storage,
         prefix=f"compare-{data.name}",
         key="plan",
-        identity=plan.identity(data),
+        fingerprint=plan.fingerprint(data),
         attributes={"data": _data_facts(data)},
     )
     rounds = record.user_attrs.get("test_rounds", [{}])

@@ -24,15 +24,15 @@ ROUND_TAG = "test_round"
 
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     """Predict the test split with a run's model, record its metrics, and return its accuracy."""
-    from tracking.evaluation.metrics import Counter
+    from tracking.evaluation.metrics import MetricsAccumulator
     from tracking.selection import load_run
 
     model = load_run(run.run_id)
     labels = data.test.labels.numpy()
     probabilities = model.probabilities(data.test.images.numpy())
-    counter = Counter(model.classes)
-    counter.add(labels, probabilities)
-    measures = counter.measures()
+    counts = MetricsAccumulator(model.classes)
+    counts.add(labels, probabilities)
+    measures = counts.measures()
     of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     metrics = {
         "test/accuracy": measures.accuracy[0],

@@ -19,7 +19,7 @@ from experiments.reporting.parts import Gallery, Report
 from experiments.reporting.sections import FIGURES, TABLES
 from experiments.reporting.small_multiples import SmallMultiples, draw_legend, draw_png
 from tracking.files import open_folder, writing
-from tracking.prediction.formats import Csv
+from tracking.prediction.formats import to_csv
 from tracking.text import escaped, printable
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def csv(table: pd.DataFrame) -> bytes:
         field.with_type(pa.string()) if field.type in _TEXTS else field for field in arrow.schema
     ]
     arrow = arrow.replace_schema_metadata().cast(pa.schema(fields))
-    return Csv().begin(arrow.schema) + Csv().rows(arrow)
+    return to_csv(arrow)
 
 
 _TEXTS = (pa.large_string(), pa.string_view(), pa.null())

@@ -37,11 +37,7 @@ def open_study(
 ) -> Study:
     """Open the study of these settings, or make it: see `open_checked`.
 
-    Args:
-        settings: of the study.
-        data: that it is of.
-        should_stop: asked while the storage is away.
-        storage: that of the settings, if it is open already.
+    `storage` is that of the settings, if it is open already. Retries call `should_stop`.
     """
     return open_checked(
         "study",
@@ -50,7 +46,7 @@ def open_study(
         storage or open_checked_storage(settings, should_stop),
         prefix=data.name,
         key="settings",
-        identity=settings.identity(data),
+        fingerprint=settings.fingerprint(data),
         sampler=settings.make_sampler(),
         pruner=make_pruner(settings.pruner, settings.epochs),
     )
@@ -74,33 +70,32 @@ def open_checked(
     *,
     prefix: str,
     key: str,
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     attributes: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Study:
-    """Open a study that records its identity, or make it.
+    """Open a study that records its fingerprint, or make it.
 
-    If the user gives no name, it follows from the identity and the code: the same command finds the
-    same study, and another command or network finds another.
+    The default name is a digest of fingerprint and code, so the same command finds the same study.
 
     Args:
         what: study or comparison, for messages.
         settings, data, storage: of the study.
-        prefix: of the name that follows from the identity.
-        key: of the attribute that holds the identity.
-        identity: all that must stay the same, beside the code.
+        prefix: of the name that follows from the fingerprint.
+        key: of the attribute that holds the fingerprint.
+        fingerprint: all that must stay the same, beside the code.
         attributes: others of a new study.
         **options: of the study, for Optuna.
 
     Raises:
-        ValueError: the storage can't be used, or the study has another identity.
+        ValueError: the storage can't be used, or the study has another fingerprint.
     """
     made = settings.made_with(data)
     with storage_errors(settings.storage):
-        name = settings.study or existing_name(storage, prefix, identity, made)
+        name = settings.study or existing_name(storage, prefix, fingerprint, made)
         check_study_name(name)
         study = load_or_create(study_name=name, storage=storage, **options)
-        # In this order: another process that makes it sets the identity before it asks for a trial.
+        # In this order: another process sets the attributes before it asks for a trial.
         has_trials = bool(study.get_trials(deepcopy=False))
         if key not in study.user_attrs:
             if has_trials:
@@ -109,8 +104,14 @@ def open_checked(
                     f"this tool as a {what}: choose another --study"
                 )
             set_once(study, "id", uuid.uuid4().hex)
-            for each, value in {**(attributes or {}), key: identity}.items():
+            for each, value in {**(attributes or {}), key: fingerprint}.items():
                 set_once(study, each, value)
         before = study.user_attrs
-    check_same(f"{what} {name!r}", (before[key], identity), (before.get("made_with"), made))
+    check_same(
+        f"{what} {name!r}",
+        settings_before=before[key],
+        settings=fingerprint,
+        made_before=before.get("made_with"),
+        made=made,
+    )
     return study
