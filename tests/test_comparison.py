@@ -253,7 +253,7 @@ def at_the_first_search(event: Event) -> bool:
 
 
 def between_two_searches(event: Event) -> bool:
-    return is_stage(event, "search for the best setting of cross_entropy")
+    return is_stage(event, "search for the best configuration of cross_entropy")
 
 
 def before_the_confirmation(event: Event) -> bool:
@@ -373,7 +373,7 @@ def test_losses_and_repeats_that_diverge_are_left_out(plan: Plan, data: Dataset)
 def test_where_no_loss_ends_there_is_nothing_to_confirm(plan: Plan, data: Dataset) -> None:
     ended = run(plan, data, diverges)[-1]
     assert isinstance(ended, ComparisonEnded)
-    assert (ended.outcome, ended.reason) == ("failed", "no loss has a trial that is complete")
+    assert (ended.outcome, ended.reason) == ("failed", "no loss has a complete trial")
 
 
 def test_a_comparison_that_is_not_there_is_told_from_those_that_are(whole: Whole) -> None:
