@@ -49,7 +49,7 @@ def predictor_of(
 
 
 def use(patch: pytest.MonkeyPatch, predictor: Predictor) -> None:
-    patch.setattr(predict, "_chosen", lambda _: (predictor, "the model of the test"))
+    patch.setattr(predict, "_choose_model", lambda _: (predictor, "the model of the test"))
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
         "from test_outputs import predictor_of, predict, labelling, drafts\n"
-        "predict._chosen = lambda _: (predictor_of(), '')\n"
+        "predict._choose_model = lambda _: (predictor_of(), '')\n"
         "labelling.CHUNK = 1\n"
         "append = drafts.Draft.append\n"
         "def watched(self, content, **options):\n"
