@@ -166,7 +166,7 @@ def files_to_read(options: argparse.Namespace) -> list[Path]:
     import numpy as np
     from PIL import Image
 
-    from cnn.images import find_images
+    from cnn.folders import find_images
 
     if options.folder is not None:
         found = find_images(options.folder)

@@ -38,7 +38,7 @@ class Plan:
 
     def identity(self, data: Dataset) -> dict[str, Any]:
         """Return what makes two comparisons the same: all that they depend on but the repeats."""
-        return self.settings.identity(data) | {"trials": self.settings.trials}
+        return self.settings.fingerprint(data) | {"trials": self.settings.trials}
 
     def search(self, name: str, loss: str) -> Settings:
         """Return the settings of the search for a loss' best setting."""

@@ -300,8 +300,13 @@ def _open_record(
             set_once(record, "id", uuid.uuid4().hex)
             set_once(record, "data", _data_facts(data))
             set_once(record, "plan", identity)
-    before = (record.user_attrs["plan"], identity), (record.user_attrs.get("made_with"), made)
-    check_same(f"comparison {name!r}", *before)
+    check_same(
+        f"comparison {name!r}",
+        settings_before=record.user_attrs["plan"],
+        settings=identity,
+        made_before=record.user_attrs.get("made_with"),
+        made=made,
+    )
     rounds = record.user_attrs.get("test_rounds", [{}])
     repeats = record.user_attrs.get("repeats", plan.repeats)
     if plan.repeats > repeats and "ended" in rounds[-1] and not retest:

@@ -1,4 +1,4 @@
-"""A study, opened or made, and checked to be of the same settings, data and code."""
+"""A study, opened or made, and checked: same settings, data and code."""
 
 from __future__ import annotations
 
@@ -36,27 +36,21 @@ def open_study(
 ) -> Study:
     """Open the study of these settings, or make it.
 
-    Without a name of its own it has one that follows from the settings and the code, so that the
-    same command comes to the same study, and another command or network to another.
-
-    Args:
-        settings: of the study.
-        data: that it is of.
-        should_stop: asked while a storage that has gone away is waited for.
-        storage: that of the settings, where it is open already.
+    The default name is a digest of settings and code, so the same command finds the same study.
+    `storage` is that of the settings, if it is open already. Retries call `should_stop`.
 
     Raises:
-        ValueError: the storage can't be opened, or the study is of something else.
+        ValueError: the storage can't be opened, or the study has other settings, data or code.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if storage is None:
         check_storage(settings.storage)
-    identity, made = settings.identity(data), settings.made_with(data)
+    fingerprint, made = settings.fingerprint(data), settings.made_with(data)
     retries = storage_retries(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):
         storage = storage or open_storage(settings.storage, retries)
-        name = settings.study or existing_name(storage, data.name, identity, made)
+        name = settings.study or existing_name(storage, data.name, fingerprint, made)
         check_study_name(name)
         study = load_or_create(
             study_name=name,
@@ -64,7 +58,7 @@ def open_study(
             sampler=settings.make_sampler(),
             pruner=make_pruner(settings.pruner, settings.epochs),
         )
-        # In this order: another process that makes it sets them before it asks for a trial.
+        # In this order: another process sets the attributes before it asks for a trial.
         has_trials = bool(study.get_trials(deepcopy=False))
         attributes = study.user_attrs
         settings_before = attributes.get("settings")
@@ -73,7 +67,12 @@ def open_study(
                 where = without_passwords(settings.storage)
                 raise ValueError(f"study {name!r} in {where} was not made by this tool")
             set_once(study, "id", uuid.uuid4().hex)
-            settings_before = set_once(study, "settings", identity)
-    before = (settings_before, identity), (attributes.get("made_with"), made)
-    check_same(f"study {name!r}", *before)
+            settings_before = set_once(study, "settings", fingerprint)
+    check_same(
+        f"study {name!r}",
+        settings_before=settings_before,
+        settings=fingerprint,
+        made_before=attributes.get("made_with"),
+        made=made,
+    )
     return study

@@ -109,13 +109,13 @@ def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Pat
 
 
 def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
-    from cnn.images import note_on_passed_over, walk
+    from cnn.folders import note_on_skipped, walk
 
     prefix = str(folder / "x")[:-1]  # '' for the working folder
     passed_over: Counter[str] = Counter()
     paths = listed_paths(walk(folder, passed_over), prefix=prefix)
     source = _open_files(paths, classes, str(folder))
-    return replace(source, notes=(*note_on_passed_over(passed_over), *source.notes))
+    return replace(source, notes=(*note_on_skipped(passed_over), *source.notes))
 
 
 def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = "") -> Source:

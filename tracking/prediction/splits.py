@@ -121,7 +121,7 @@ def open_split(
 
 
 def _files_below(name: str) -> list[str]:
-    from cnn.images import find_images
+    from cnn.folders import find_images
 
     folder = Path(name)
     return [str(file) for file in find_images(folder)] if folder.is_dir() else []
