@@ -457,7 +457,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_so(
     use(monkeypatch, predictor_of(model=model))
     assert main(["a.npy", "--batch-size", "2"]) == 130
     error = capsys.readouterr().err
-    assert error == "note: 4 rows are kept: the same command goes on with --resume\ninterrupted\n"
+    assert error == "note: 4 rows are kept: --resume continues the same command\ninterrupted\n"
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--batch-size", "2", "--resume"]) == 0
     assert "resuming after 4 of 6" in capsys.readouterr().err
