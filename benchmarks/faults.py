@@ -460,7 +460,7 @@ def answers(model_id: str) -> bytes:
     """Return what a model answers to some noise, to the bit."""
     import numpy as np
 
-    from tracking.predict import load_model
+    from tracking.models.predictor import load_model
 
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     predictor = load_model(f"models:/{model_id}")

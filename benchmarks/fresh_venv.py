@@ -46,8 +46,8 @@ def record(scratch: Path) -> Path:
     import numpy as np
 
     from cnn.losses import softmax
-    from cnn.model import CNN, Classifier
-    from tracking.runs import save_model
+    from cnn.networks import CNN, Classifier
+    from tracking.models.recording import save_model
 
     network = Classifier(CNN(10), softmax).eval()
     example = np.zeros((2, 32, 32, 3), np.uint8)
@@ -68,7 +68,7 @@ def compare(model: Path, scratch: Path, count: int) -> float:
     """Return by how much the probabilities of some random images differ, at most."""
     import numpy as np
 
-    from tracking.predict import load_model
+    from tracking.models.predictor import load_model
 
     predictor = load_model(str(model))
     shape = (count, *predictor.image_shape)

@@ -39,18 +39,12 @@ from torch import Tensor, nn
 from benchmarks.common import markdown, spread
 from benchmarks.usual import HAS_TORCHVISION, tutorial
 from cnn import training
+from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Dataset, Split
+from cnn.devices import resolve_precision
 from cnn.losses import LOSSES
-from cnn.training import (
-    OPTIMIZERS,
-    PRECISIONS,
-    Checkpoint,
-    Epoch,
-    TrainConfig,
-    evaluate,
-    resolve_precision,
-    train,
-)
+from cnn.optimizers import OPTIMIZERS
+from cnn.training import Checkpoint, Epoch, evaluate, train
 
 TUTORIAL = "tutorial's way, float32" + ("" if HAS_TORCHVISION else ", without torchvision")
 REPEATS, SEEDS, CPU_SEEDS = 7, 8, 3
@@ -130,7 +124,7 @@ def made_up(num_training: int, num_validation: int, *, contrast: float, tint: fl
     pool = torch.from_numpy(images.clip(0, 255).astype(np.uint8))
     rows = torch.arange(count)
     train_split, validation = (
-        Split(pool=pool, pool_labels=torch.from_numpy(labels), rows=part)
+        Split(all_images=pool, all_labels=torch.from_numpy(labels), rows=part)
         for part in (rows[:num_training], rows[num_training:])
     )
     return Dataset(
@@ -221,7 +215,7 @@ def check_places(device: str) -> None:
     places: set[str] = set()
 
     def noted(split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
-        tensors = (split.pool, split.pool_labels, split.rows, indices)
+        tensors = (split.all_images, split.all_labels, split.rows, indices)
         places.update(tensor.device.type for tensor in tensors)
         return batch(split, indices)
 

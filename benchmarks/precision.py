@@ -18,11 +18,10 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import markdown, small_data
-from cnn.training import PRECISIONS, TrainConfig
-from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.machine import machine
-from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
+from cnn.config import PRECISIONS, TrainConfig
+from cnn.devices import machine, num_cores
+from experiments.engine.base import EpochEnded, JobEnded, JobFailed
+from experiments.engine.processes import ProcessPool
 
 LEARNING_RATES = {"cross_entropy": 0.01, "mse": 0.2, "l1": 0.2}
 

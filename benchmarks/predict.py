@@ -27,11 +27,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from benchmarks.common import REPOSITORY, markdown, spread
-from experiments.machine import machine
-from tracking.ahead import num_cores
+from cnn.devices import machine, num_cores
 
 if TYPE_CHECKING:
-    from tracking.predict import Predictor
+    from tracking.models.predictor import Predictor
 
 CLASSES = [str(k) for k in range(10)]
 BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
@@ -84,8 +83,8 @@ def store_model(folder: Path) -> str:
     import numpy as np
 
     from cnn.losses import softmax
-    from cnn.model import Classifier, build_cnn
-    from tracking.runs import Tracker
+    from cnn.networks import Classifier, build_cnn
+    from tracking.tracker import Tracker
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     run = Tracker.open("benchmark").start_run("model")
@@ -108,7 +107,7 @@ def compare(uri: str, options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from tracking.predict import load_model
+    from tracking.models.predictor import load_model
 
     predictor = load_model(uri)
     pyfunc: Any = mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})
@@ -183,8 +182,8 @@ def files_to_read(options: argparse.Namespace) -> list[Path]:
 
 def write_parquet(files: list[Path]) -> None:
     """Write the files' bytes into a Parquet file, in row groups of a thousand."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pa.table({"image": [file.read_bytes() for file in files]})
     pq.write_table(table, "a.parquet.in.parquet", row_group_size=1000)

@@ -14,8 +14,8 @@ import sys
 import time
 
 from benchmarks.common import markdown, matrix_product_rate
-from experiments.jobs import environment
-from experiments.machine import machine
+from cnn.devices import machine
+from experiments.engine.job import environment
 
 SETTINGS = environment(num_threads=1)
 KINDS = {
@@ -62,9 +62,11 @@ def profile(batch_size: int, images: int, rate: float) -> dict[str, str]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    from cnn.config import TrainConfig
+    from cnn.devices import resolve_precision
     from cnn.losses import get_loss
-    from cnn.model import build_cnn
-    from cnn.training import TrainConfig, _Stepper, resolve_precision
+    from cnn.networks import build_cnn
+    from cnn.training import _Stepper
 
     config = TrainConfig(
         loss="cross_entropy",

@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         stack.enter_context(chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         bench = stack.enter_context(Bench.opened(options))
-        from experiments.machine import machine
+        from cnn.devices import machine
 
         print(f"{machine()}; Optuna on {options.storage}, MLflow on {options.server}\n", flush=True)
         efficiency = bench.efficiency() if "efficiency" in options.parts else []

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset, Split
-from cnn.model import build_cnn
-from cnn.training import TrainConfig
-from experiments.jobs import EpochEnded, Event, JobEnded
+from cnn.networks import build_cnn
+from experiments.engine.base import EpochEnded, Event, JobEnded
 
 BEST_LEARNING_RATES = {"l1": 0.3, "mse": 0.2, "cross_entropy": 0.02}
 
@@ -130,8 +130,8 @@ def epoch_of(job: int, number: int, config: TrainConfig) -> EpochEnded:
 def no_data() -> Dataset:
     """Return a data set of ten classes that nobody trains on."""
     split = Split(
-        pool=torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
-        pool_labels=torch.zeros(1, dtype=torch.int64),
+        all_images=torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
+        all_labels=torch.zeros(1, dtype=torch.int64),
         rows=torch.zeros(1000, dtype=torch.int64),
     )
     return Dataset(

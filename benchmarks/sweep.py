@@ -27,7 +27,7 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks.common import REPOSITORY, markdown, small_data, spread
-from experiments.machine import machine
+from cnn.devices import machine
 
 RATES = ("0.002", "0.02")
 """The range of learning rates: narrow, so that no trial diverges, which would end it early."""

@@ -55,10 +55,10 @@ def prepare_ours() -> Callable[[int, Times], None]:
     """Return what records a trial as a sweep does."""
     import numpy as np
 
+    from cnn.config import TrainConfig
     from cnn.losses import softmax
-    from cnn.model import CNN, Classifier
-    from cnn.training import TrainConfig
-    from tracking.runs import Tracker
+    from cnn.networks import CNN, Classifier
+    from tracking.tracker import Tracker
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path('ours.db').absolute()}"
     tracker = Tracker.open("benchmark")
@@ -96,9 +96,9 @@ def measure_fluent(epochs: int, times: Times) -> None:
     from mlflow.data.numpy_dataset import from_numpy
     from mlflow.models import infer_signature
 
+    from cnn.config import TrainConfig
     from cnn.losses import softmax
-    from cnn.model import CNN, Classifier
-    from cnn.training import TrainConfig
+    from cnn.networks import CNN, Classifier
 
     before = os.environ["MLFLOW_TRACKING_URI"]
     mlflow.set_tracking_uri(f"sqlite:///{Path('fluent.db').absolute()}")

@@ -31,12 +31,11 @@ from pathlib import Path
 
 from benchmarks.common import markdown, matrix_product_rate, small_data, spread
 from benchmarks.usual import Trained, seed, tutorial
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig, resolve_precision
-from experiments.jobs import EpochEnded, JobEnded, JobFailed
-from experiments.machine import machine
-from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
+from cnn.devices import machine, num_cores, resolve_precision
+from experiments.engine.base import EpochEnded, JobEnded, JobFailed
+from experiments.engine.processes import ProcessPool
 
 OPERATIONS = 69e6
 """An image's multiplications and additions, forwards and backwards, without the gradient of the

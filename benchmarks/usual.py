@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cnn.data import Split
 from cnn.losses import get_loss
-from cnn.training import SCHEDULES
+from cnn.optimizers import SCHEDULES
 
 Transform = Callable[[Any], Tensor]
 

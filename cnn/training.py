@@ -11,158 +11,25 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
+from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Dataset, Split
 from cnn.losses import Loss, get_loss
-from cnn.model import build_cnn
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from cnn.networks import build_cnn
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
 
 EVALUATION_BATCH_SIZE = 250
 """What a CPU's cache holds: 1.4 times as fast there as batches of 1,000."""
 CHECK_EVERY = 50
 """After so many steps on a CPU, a loss that is not finite ends the epoch."""
-
-
-def one_cycle(progress: float) -> float:
-    """Return the share of the peak learning rate at `progress` in [0, 1] through the training.
-
-    Up from 1/25 to 1 over the first 30 %, then down to 0.000004, along half cosines: the schedule
-    of `torch.optim.lr_scheduler.OneCycleLR` with its defaults, but with momentum left alone and
-    without that class' edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
-    """
-    start, warm_up, end = 1 / 25, 0.3, 1 / 25e4
-    if progress < warm_up:
-        return _half_cosine(start, 1.0, progress / warm_up)
-    return _half_cosine(1.0, end, (progress - warm_up) / (1 - warm_up))
-
-
-def cosine(progress: float) -> float:
-    """Return half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
-    return _half_cosine(1.0, 0.0, progress)
-
-
-def constant(progress: float) -> float:  # noqa: ARG001 - the signature of all schedules
-    """Return 1."""
-    return 1.0
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "one_cycle": one_cycle,
-    "cosine": cosine,
-    "constant": constant,
-}
-
-
-def _sgd(config: TrainConfig, weights: Tensor, state: Mapping[str, Tensor], rate: float) -> None:
-    assert weights.grad is not None
-    sgd(
-        [weights],
-        [weights.grad],
-        [state["momentum"]] if config.momentum else [None],
-        fused=True,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        lr=rate,
-        dampening=0,
-        nesterov=config.momentum > 0,
-        maximize=False,
-    )
-
-
-def _adam(config: TrainConfig, weights: Tensor, state: Mapping[str, Tensor], rate: float) -> None:
-    assert weights.grad is not None
-    adam(
-        [weights],
-        [weights.grad],
-        [state["mean"]],
-        [state["mean_square"]],
-        [],
-        [state["step"]],
-        fused=True,
-        amsgrad=False,
-        beta1=0.9,
-        beta2=0.999,
-        lr=rate,
-        weight_decay=config.weight_decay,
-        eps=1e-8,
-        maximize=False,
-        decoupled_weight_decay=config.optimizer == "adamw",
-    )
-
-
-_Update = Callable[["TrainConfig", Tensor, Mapping[str, Tensor], float], None]
-
-# An optimizer changes weights by their gradient and its own state: tensors of these shapes, zeros
-# at first. PyTorch's functions rather than its classes: the first object of those imports PyTorch's
-# compiler, which takes a second at each worker's start.
-OPTIMIZERS: dict[str, tuple[_Update, Mapping[str, str]]] = {
-    "sgd": (_sgd, {"momentum": "weights"}),
-    "adam": (_adam, {"mean": "weights", "mean_square": "weights", "step": "scalar"}),
-    "adamw": (_adam, {"mean": "weights", "mean_square": "weights", "step": "scalar"}),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All that determines a training run, but for the data set.
-
-    Raises:
-        ValueError: a field is out of its range; the message names field, value and range.
-    """
-
-    loss: str
-    """A name of `cnn.losses.LOSSES`."""
-    learning_rate: float
-    """The highest of the schedule, > 0."""
-    batch_size: int
-    """Images a step, ≥ 1 and at most those of the training split."""
-    epochs: int = 8
-    """Passes over the training split, ≥ 1."""
-    seed: int = 0
-    """Of initial weights, the order of the images and dropout, in 0 .. 2³² − 1."""
-    optimizer: str = "sgd"
-    """A name of `OPTIMIZERS`; `sgd` is with Nesterov momentum."""
-    momentum: float = 0.9
-    """Of `sgd`, in [0, 1)."""
-    weight_decay: float = 0.0
-    """As the optimizer understands it, ≥ 0."""
-    schedule: str = "one_cycle"
-    """How the learning rate goes over the steps: a name of `SCHEDULES`."""
-    precision: str = "float32"
-    """Of the network's arithmetic, a name of `PRECISIONS`; weights are kept in float32."""
-    device: str = "cpu"
-    """Where to train: `cpu`, `cuda`, `cuda:1`, …"""
-
-    def __post_init__(self) -> None:
-        get_loss(self.loss)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check("learning_rate", self.learning_rate, "finite and > 0", lambda v: 0 < v < math.inf)
-        _check("batch_size", self.batch_size, "an integer ≥ 1", _is_integer_from(1))
-        _check("epochs", self.epochs, "an integer ≥ 1", _is_integer_from(1))
-        _check("seed", self.seed, "an integer from 0 to 2**32 - 1", _is_integer_from(0, 2**32 - 1))
-        _check("momentum", self.momentum, "≥ 0 and < 1", lambda v: 0 <= v < 1)
-        _check("weight_decay", self.weight_decay, "finite and ≥ 0", lambda v: 0 <= v < math.inf)
-        is_device = re.compile(r"cpu|cuda(:\d+)?").fullmatch
-        _check("device", self.device, "cpu, cuda or cuda:N", is_device)
-
-    def as_params(self) -> dict[str, Any]:
-        """Return the fields by name, for a tracker's params."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,35 +197,6 @@ def check_batch_size(batch_size: int, data: Dataset) -> None:
         )
 
 
-def resolve_device(name: str) -> str:
-    """Return the device that `auto` stands for, or check that the one named is there.
-
-    Raises:
-        ValueError: there is no such device; the message says which there are.
-    """
-    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return "cuda" if len(available) > 1 else "cpu"
-    if name in available or (name == "cuda" and len(available) > 1):
-        return name
-    raise ValueError(f"device {name!r} is not here: choose auto, or one of {', '.join(available)}")
-
-
-def resolve_precision(name: str, device: str) -> str:
-    """Return the precision that `auto` stands for on a device: bfloat16 where that is faster.
-
-    That is on GPUs from Ampere on and on processors with bfloat16 instructions (AMX, AVX-512).
-    """
-    if name != "auto":
-        _check_choice("precision", name, ["auto", *PRECISIONS])
-        return name
-    if device.startswith("cuda"):
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
-
-
 class _Stepper:
     """A network, its optimizer and its schedule: one training step after another.
 
@@ -433,7 +271,13 @@ class _Stepper:
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
             torch._foreach_copy_(self.gradients, gradients)
-            self.update(self.config, self.weights, self.state, self.learning_rate)
+            self.update(
+                self.weights,
+                self.state,
+                learning_rate=self.learning_rate,
+                momentum=self.config.momentum,
+                weight_decay=self.config.weight_decay,
+            )
             if self.copied is not self.weights:
                 self.copied.copy_(self.weights)
         return loss.detach(), outputs.detach()
@@ -582,25 +426,3 @@ def _not_finite(model: nn.Module) -> set[str]:
     """Return the names of weights and buffers that are not finite, as a mask may always be."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return {name for name, tensor in tensors if not bool(tensor.isfinite().all())}
-
-
-def _half_cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _is_integer_from(low: int, high: float = math.inf) -> Callable[[object], bool]:
-    return lambda v: isinstance(v, int) and low <= v <= high
-
-
-def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], object]) -> None:
-    try:
-        fine = is_allowed(value) and not isinstance(value, bool)  # True is an integer to Python
-    except TypeError:
-        fine = False
-    if not fine:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shlex
@@ -14,18 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.ahead import num_cores
+from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
 from tracking.cli import INTERRUPTED, run_command
-from tracking.store import check_tracking, sqlite_file, without_passwords
+from tracking.errors import without_passwords
+from tracking.store import check_tracking, sqlite_file
 from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
     from cnn.data import Dataset
-    from experiments.jobs import Pool
+    from experiments.engine.base import WorkerPool
     from experiments.settings import Settings
 
-# Unless the user says otherwise. A server that is away is waited for by `tracking.patience`, which
+# Unless the user says otherwise. A server that is away is waited for by `tracking.retries`, which
 # hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -42,14 +42,6 @@ losses:
   focal squentropy poly1 gce multi_margin squared_hinge; or all
 """
 
-RAY_DEFAULTS = {
-    "ray_address": None,
-    "cpus_per_worker": 1,
-    "gpus_per_worker": None,
-    "min_workers": 1,
-    "ray_timeout": 60,
-}
-"""The flags that need `--engine ray`, and what they are without."""
 
 AGAIN = "the same command continues the study"
 
@@ -262,14 +254,14 @@ def interrupted(reason: str) -> int:
 @contextmanager
 def workers_and_data(
     options: argparse.Namespace, settle: Callable[[int], Settings]
-) -> Iterator[tuple[Settings, Dataset, Pool]]:
+) -> Iterator[tuple[Settings, Dataset, WorkerPool]]:
     """Open the workers of a command line, and the data in all of them.
 
     Args:
         options: the command line.
         settle: returns the settings, checked, for a number of workers.
     """
-    open_workers = _on_ray if options.engine == "ray" else _on_this_machine
+    open_workers = on_ray if options.engine == "ray" else on_this_machine
     # The workers start while we import.
     with open_workers(options) as (pool, num_workers, device):
         from cnn.data import load, notes_on_choosing
@@ -285,67 +277,9 @@ def workers_and_data(
         yield settings, data, pool
 
 
-@contextmanager
-def _on_this_machine(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None]]:
-    """Open workers on this machine: hand them out, how many they are, and their device."""
-    from experiments.workers import ProcessPool, visible_gpus
-
-    for name, default in RAY_DEFAULTS.items():
-        if getattr(options, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} is for --engine ray")
-    # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
-    gpus = visible_gpus() if options.device in ("auto", "cuda") else []
-    num_workers = _num_workers(options.workers, options.device, len(gpus))
-    with ProcessPool(num_workers, num_threads=_num_threads(num_workers), gpus=gpus) as pool:
-        yield pool, num_workers, None
-
-
-@contextmanager
-def _on_ray(options: argparse.Namespace) -> Iterator[tuple[Pool, int, str | None]]:
-    """Open workers on a Ray cluster, as `_on_this_machine` does."""
-    try:
-        from experiments.ray_pool import Needs, RayPool, connected
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ValueError("--engine ray needs Ray: pip install '.[ray]'") from error
-    if options.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"with --engine ray, --device is auto, cpu or cuda, not {options.device!r}: which GPU "
-            "a worker has, Ray decides"
-        )
-    if options.ray_address == "":  # a variable that is not set: no wish for a cluster of our own
-        raise ValueError("--ray-address is empty: it takes auto, ray://HOST:10001 or HOST:6379")
-    workers, min_workers, gpus = options.workers, options.min_workers, options.gpus_per_worker
-    _check_positive("--workers", workers)
-    _check_positive("--min-workers", min_workers)
-    if workers is not None and min_workers > workers:
-        raise ValueError(f"--min-workers {min_workers} is more than --workers {workers}")
-    if not 0 <= options.ray_timeout < math.inf:
-        raise ValueError(f"--ray-timeout must be seconds ≥ 0, not {options.ray_timeout}")
-    if options.device == "cuda" and gpus == 0:
-        raise ValueError("--device cuda needs --gpus-per-worker > 0")
-    needs = Needs(cpus=options.cpus_per_worker, gpus=gpus or 0)
-    with connected(options.ray_address) as cluster:
-        if gpus is None and (
-            options.device == "cuda" or (options.device == "auto" and cluster.gpus > 0)
-        ):
-            needs = replace(needs, gpus=1)
-        pool = RayPool(
-            needs,
-            num_workers=workers,
-            min_workers=min_workers,
-            patience=options.ray_timeout,
-        )
-        if options.ray_address is None and pool.room() < min_workers:
-            raise ValueError(pool.no_room())  # nobody joins a cluster of our own
-        device = "cpu" if options.device == "cpu" or not needs.gpus else "cuda"
-        yield pool, workers or max(1, pool.room()), device
-
-
 def check_out(folder: Path, flag: str) -> None:
     """Raise ValueError if nothing could be written to a folder, hours before it is."""
-    from tracking.report import check_folder
+    from tracking.files import check_folder
 
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     check_folder(there, option=flag)
@@ -400,29 +334,3 @@ def _integer(flag: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{flag} takes integers ≥ 1, not {text!r}") from None
-
-
-def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
-    _check_positive("--workers", asked)
-    if asked is not None:
-        return asked
-    if num_gpus or device.startswith("cuda"):
-        return max(1, num_gpus)
-    return num_cores()
-
-
-def _num_threads(num_workers: int) -> int:
-    """Return how many threads a worker has: one, unless the user says otherwise.
-
-    Threads of several workers, or sweeps, that share a core wait for each other most of the time.
-    So OMP_NUM_THREADS, which many machines set for all programs, is not taken beyond the cores.
-    """
-    asked = (os.environ.get("OMP_NUM_THREADS") or "1").partition(",")[0].strip()
-    if not (asked.isdecimal() and int(asked) >= 1):
-        raise ValueError(f"OMP_NUM_THREADS must be an integer ≥ 1, not {asked!r}")
-    return min(int(asked), max(1, num_cores() // num_workers))
-
-
-def _check_positive(flag: str, number: int | None) -> None:
-    if number is not None and number < 1:
-        raise ValueError(f"{flag} must be ≥ 1, not {number}")

@@ -17,7 +17,7 @@ from tracking.cli import Parser, leave
 if TYPE_CHECKING:
     from cnn.data import Dataset
     from experiments.comparison import ComparisonEnded, Plan
-    from experiments.jobs import Pool
+    from experiments.engine.base import WorkerPool
     from experiments.results import Results
     from experiments.settings import Settings
     from tracking.runs import Run
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
         return _compare(options, plan, data, pool)
 
 
-def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Pool) -> int:
+def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool) -> int:
     from cnn.data import open_cached
     from experiments.comparison import ComparisonEnded, ModelTested, StageStarted, compare
     from experiments.display import Display

@@ -28,9 +28,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
+from experiments.engine.base import WorkerPool
 from experiments.identity import check_same
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import Pool
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.settings import Settings
 from experiments.space import Point
@@ -57,21 +57,15 @@ from experiments.study import (
     trials_table,
 )
 from experiments.trial_cache import TrialCache
-from tracking.store import (
-    check_tracking,
-    is_passing,
-    one_line,
-    reading,
-    refusal,
-    sqlite_file,
-    without_passwords,
-)
+from tracking.errors import is_passing, one_line, refusal, without_passwords
+from tracking.store import check_tracking, reading, sqlite_file
 
 if TYPE_CHECKING:
     import mlflow
     import numpy.typing as npt
 
-    from tracking.runs import Run, Tracker
+    from tracking.runs import Run
+    from tracking.tracker import Tracker
 
 LEAST_PROBABILITY = 1e-6
 """What a smaller one counts as in the negative log-likelihood, which would be infinite at 0."""
@@ -169,7 +163,7 @@ Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded
 def compare(
     plan: Plan,
     data: Dataset,
-    pool: Pool,
+    pool: WorkerPool,
     interrupts: Interrupts,
     *,
     open_data: Callable[[int], Dataset],
@@ -229,7 +223,7 @@ class _Comparison:
         self,
         plan: Plan,
         data: Dataset,
-        pool: Pool,
+        pool: WorkerPool,
         interrupts: Interrupts,
         record: Study,
         storage: TrialCache,
@@ -248,8 +242,8 @@ class _Comparison:
     def connect(self) -> Run:
         """Open the run that all others hang under."""
         with self.interrupts.at_once():
-            from tracking.patience import Patience
-            from tracking.runs import Tracker
+            from tracking.retries import Patience
+            from tracking.tracker import Tracker
 
             patience = Patience(
                 seconds=self.plan.settings.tracking_timeout, should_stop=self.interrupts
@@ -383,8 +377,8 @@ class _Comparison:
 
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     """Show a run's model the test split, record what it makes of it, and return its accuracy."""
-    from tracking.measures import Counter
-    from tracking.predict import load_run
+    from tracking.evaluation.metrics import Counter
+    from tracking.selection import load_run
 
     model = load_run(run.run_id)
     labels = data.test.labels.numpy()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from cnn.training import TrainConfig
+from cnn.config import TrainConfig
 from experiments.settings import Settings
 from experiments.study import (
     SweepEvent,

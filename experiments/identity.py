@@ -26,8 +26,9 @@ import torch
 import cnn
 from cnn.data import Dataset
 from cnn.losses import get_loss
-from cnn.model import build_cnn, network_digest
-from cnn.training import OPTIMIZERS, SCHEDULES, TrainConfig, epoch_order
+from cnn.networks import build_cnn, network_digest
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
+from cnn.training import epoch_order
 
 PACKAGES = ("cnn", "experiments", "tracking")
 REPOSITORY = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def made_with(
 
 @lru_cache
 def digest_of_cnn(num_classes: int) -> str:
-    """Return the digest of the network that is trained: see `cnn.model.network_digest`."""
+    """Return the digest of the network that is trained: see `cnn.networks.network_digest`."""
     return network_digest(build_cnn(num_classes, seed=0))
 
 
@@ -72,14 +73,6 @@ def training_digest(loss: str, optimizer: str, schedule: str) -> str:
     Four steps of a linear model of made numbers, in float64 and rounded, so that processors and
     versions of PyTorch agree.
     """
-    config = TrainConfig(
-        loss=loss,
-        learning_rate=0.5,
-        batch_size=6,
-        optimizer=optimizer,
-        schedule=schedule,
-        weight_decay=0.01,
-    )
     images = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().reshape(6, 4)
     labels = torch.arange(6) % 3
     weights = torch.linspace(-2, 2, 12, dtype=torch.float64).cos()
@@ -94,9 +87,14 @@ def training_digest(loss: str, optimizer: str, schedule: str) -> str:
         current = weights.detach().clone().requires_grad_()
         value = get_loss(loss)(images @ current.reshape(4, 3), labels)
         (weights.grad,) = torch.autograd.grad(value, current)
-        rate = config.learning_rate * SCHEDULES[schedule]((step + 0.5) / 4)
         with torch.no_grad():
-            update(config, weights, state, rate)
+            update(
+                weights,
+                state,
+                learning_rate=0.5 * SCHEDULES[schedule]((step + 0.5) / 4),
+                momentum=0.9,
+                weight_decay=0.01,
+            )
         values += [value.item(), *weights.tolist()]
     text = " ".join(f"{each:.{_DIGITS - 1}e}" for each in values)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -11,12 +11,12 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 from markupsafe import Markup
 
 from experiments.drawing import SmallFigures, key, sheet
 from experiments.sections import FIGURES, TABLES, Gallery, Report
-from tracking.outputs import Csv
+from tracking.prediction.formats import Csv
 from tracking.text import escaped, printable
 
 TEMPLATES = Path(__file__).parent / "templates"

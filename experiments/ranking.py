@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tracking.best import Entry
-from tracking.best import best_first as order_of
+from tracking.ranking import Entry
+from tracking.ranking import best_first as order_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracking.cli import Parser, run_command
-from tracking.drafts import open_folder, writing
-from tracking.report import check_folder
+from tracking.files import check_folder, open_folder, writing
 
 # What is slow to import (pandas, Matplotlib, Optuna) is imported where it is needed: --help is not.
 if TYPE_CHECKING:

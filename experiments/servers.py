@@ -37,16 +37,11 @@ from experiments.accounts import (
     make_users,
 )
 from experiments.interrupts import InterruptionError, Interrupts
-from experiments.supervision import (
-    LOOK_SECONDS,
-    Server,
-    check_port,
-    running,
-    stop_orphaned,
-)
+from experiments.supervision import LOOK_SECONDS, Server, check_port, running, stop_orphaned
 from tracking.cli import Parser, run_command
-from tracking.drafts import writing
-from tracking.store import NotNowError, environment, one_line
+from tracking.errors import NotNowError, one_line
+from tracking.files import writing
+from tracking.store import environment
 
 # What is slow to import (MLflow) is imported where it is needed: --help is not.
 

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from cnn.data import Dataset
-from cnn.training import resolve_device, resolve_precision
+from cnn.devices import resolve_device, resolve_precision
 from experiments.identity import made_with
 from experiments.space import PRUNERS, SAMPLERS, Point, PointSampler, Space, make_sampler
 from experiments.storage import check_study_name

@@ -15,8 +15,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cnn.config import TrainConfig
 from cnn.losses import get_loss
-from cnn.training import TrainConfig
 
 MAX_SEED = 2**32 - 1
 

@@ -1,7 +1,7 @@
 """The database that studies are kept in: opened, checked, locked, and waited for when it is away.
 
 What can't be opened is a ValueError of one line. A server that is away once a study is open is
-waited for, within a bound, as `tracking.patience` does it for MLflow's.
+waited for, within a bound, as `tracking.retries` does it for MLflow's.
 """
 
 from __future__ import annotations
@@ -28,19 +28,10 @@ from sqlalchemy import column, table
 
 from experiments.identity import name_of
 from experiments.trial_cache import TrialCache
+from tracking.errors import AwayError, is_database_away, one_line, refusal, without_passwords
 from tracking.files import open_own
-from tracking.patience import ArtifactStoreError, Patience
-from tracking.store import (
-    AwayError,
-    is_database_away,
-    make_whole,
-    one_line,
-    refusal,
-    sqlite_file,
-    table_names,
-    tracking_uri,
-    without_passwords,
-)
+from tracking.retries import ArtifactStoreError, Patience
+from tracking.store import make_whole, sqlite_file, table_names, tracking_uri
 
 Result = TypeVar("Result")
 

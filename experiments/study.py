@@ -27,22 +27,23 @@ import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
-from cnn.model import CNN, Classifier
-from cnn.training import TrainConfig, check_batch_size
-from experiments.heartbeat import Heartbeat
-from experiments.identity import check_same, differences, environment
-from experiments.interrupts import InterruptionError, Interrupts
-from experiments.jobs import (
+from cnn.networks import CNN, Classifier
+from cnn.training import check_batch_size
+from experiments.engine.base import (
     CheckpointLost,
     EpochEnded,
     Event,
     JobEnded,
     JobFailed,
     JobMoved,
-    Pool,
+    WorkerPool,
 )
+from experiments.heartbeat import Heartbeat
+from experiments.identity import check_same, differences, environment
+from experiments.interrupts import InterruptionError, Interrupts
 from experiments.ranking import best_first
 from experiments.settings import Settings
 from experiments.space import make_pruner
@@ -60,19 +61,14 @@ from experiments.storage import (
     storage_patience,
 )
 from experiments.trial_cache import TrialCache
-from tracking.store import (
-    check_tracking,
-    is_passing,
-    one_line,
-    refusal,
-    sqlite_file,
-    without_passwords,
-)
+from tracking.errors import is_passing, one_line, refusal, without_passwords
+from tracking.store import check_tracking, sqlite_file
 
 # MLflow, a second to import, and its tables, another, can wait until the workers have begun.
 if TYPE_CHECKING:
-    from tracking.machine_load import MachineLoad
-    from tracking.runs import Run, Tracker
+    from tracking.runs import Run
+    from tracking.system_metrics import MachineLoad
+    from tracking.tracker import Tracker
 
 WAIT_SECONDS = 0.2
 """How long a wait for the workers may take before it is asked again whether to stop."""
@@ -204,7 +200,7 @@ SweepEvent = (
 def sweep(
     settings: Settings,
     data: Dataset,
-    pool: Pool,
+    pool: WorkerPool,
     interrupts: Interrupts | None = None,
     *,
     under: str | None = None,
@@ -272,7 +268,7 @@ class _Sweep:
         self,
         settings: Settings,
         study: Study,
-        pool: Pool,
+        pool: WorkerPool,
         data: Dataset,
         interrupts: Interrupts,
         under: str | None,
@@ -316,9 +312,9 @@ class _Sweep:
         fixed = self.space.fixed
         self.environment = environment(fixed["precision"], fixed["device"])
         with self.interrupts.at_once():
-            from tracking.machine_load import MachineLoad
-            from tracking.patience import Patience
-            from tracking.runs import Tracker
+            from tracking.retries import Patience
+            from tracking.system_metrics import MachineLoad
+            from tracking.tracker import Tracker
 
             timeout = self.settings.tracking_timeout
             patience = Patience(seconds=timeout, should_stop=self._should_wait_no_more)
@@ -409,8 +405,8 @@ class _Sweep:
         name = self.settings.registered_model(self.data)
         if name is None or self.outcome != "complete":
             return
-        from tracking.best import first_with_model
         from tracking.registry import offer
+        from tracking.run_search import first_with_model
 
         complete = trials_table(self.study).query("outcome == 'complete'")
         run_id = first_with_model(self.tracker.client, complete["run_id"])
@@ -656,7 +652,7 @@ class _Sweep:
         """
         if "torch._dynamo" in sys.modules or not self.running:
             return
-        from tracking.runs import save_model
+        from tracking.models.recording import save_model
 
         config = next(iter(self.running.values())).config
         model = self._classifier(config)

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from tracking.cli import OutputError
-from tracking.store import NotNowError
+from tracking.errors import NotNowError
 
 STOP_SECONDS = 60
 LOOK_SECONDS = 0.2

@@ -128,12 +128,7 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
     from experiments.display import Display
     from experiments.interrupts import Interrupts
-    from experiments.study import (
-        BestRegistered,
-        SweepEnded,
-        SweepStarted,
-        sweep,
-    )
+    from experiments.study import BestRegistered, SweepEnded, SweepStarted, sweep
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
@@ -206,7 +201,7 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
 
 def _deleted(complete: Any) -> tuple[Any, Any]:
     """Return the best trials whose runs or models were deleted since, and those after them."""
-    from tracking.best import first_with_model
+    from tracking.run_search import first_with_model
     from tracking.store import reading
 
     try:

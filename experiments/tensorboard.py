@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.study import SweepEvent, TrialEnded, TrialProgressed, TrialStarted
-from tracking.drafts import writing
+from tracking.files import writing
 
 
 class EventFiles(AbstractContextManager["EventFiles"]):

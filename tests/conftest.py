@@ -67,7 +67,7 @@ def coloured_noise() -> Dataset:
     noise = 60 * torch.randn(200, 32, 32, 3, generator=generator)
     images = (tints[labels][:, None, None, :] + noise).clamp(0, 255).to(torch.uint8)
     train, validation, test = (
-        Split(pool=images, pool_labels=labels, rows=rows)
+        Split(all_images=images, all_labels=labels, rows=rows)
         for rows in torch.randperm(200, generator=generator).split([130, 40, 30])
     )
     return Dataset(

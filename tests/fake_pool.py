@@ -1,4 +1,4 @@
-"""A pool of workers that does what a script says, in this process: a real fake of `Pool`."""
+"""A pool of workers that does what a script says, in this process: a real fake of `WorkerPool`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Self
 
 import pytest
 
-import experiments.workers
-from cnn.model import build_cnn
-from cnn.training import TrainConfig
-from experiments.jobs import EpochEnded, Event, JobEnded, JobFailed
+import experiments.engine.processes
+from cnn.config import TrainConfig
+from cnn.networks import build_cnn
+from experiments.engine.base import EpochEnded, Event, JobEnded, JobFailed
 
 Script = Callable[[int, TrainConfig], Iterable[Event]]
 
@@ -120,7 +120,7 @@ class PoolOfFakes(FakePool):
 
 def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
     monkeypatch.setattr(
-        experiments.workers,
+        experiments.engine.processes,
         "ProcessPool",
         lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset, load
-from cnn.training import TrainConfig
-from experiments.jobs import Event, JobEnded, JobFailed, Pool
+from experiments.engine.base import Event, JobEnded, JobFailed, WorkerPool
 
 
 def config(**changes: object) -> TrainConfig:
@@ -30,7 +30,7 @@ def data(data_dir: Path) -> Dataset:
     return load("digits", data_dir=data_dir, seed=0)
 
 
-def wait_for_end(pool: Pool, seconds: float = 120) -> list[Event]:
+def wait_for_end(pool: WorkerPool, seconds: float = 120) -> list[Event]:
     """Return the events up to that which ends a job."""
     events: list[Event] = []
     deadline = time.monotonic() + seconds

@@ -17,18 +17,15 @@ import pytest
 from mlflow.tracking._tracking_service.utils import _get_store
 from tracking_helpers import add_model_entry, new_store, record
 
-from tracking import best
-from tracking.best import (
-    Entry,
-    best_first,
-    best_run,
-    choose,
-    first_with_model,
-    main,
-    model_uri,
-)
-from tracking.runs import Run, Tracker
-from tracking.store import one_line, reading, without_passwords
+from tracking import run_search
+from tracking.best import main
+from tracking.errors import one_line, without_passwords
+from tracking.ranking import Entry, best_first
+from tracking.run_search import first_with_model, model_uri
+from tracking.runs import Run
+from tracking.selection import best_run, choose
+from tracking.store import reading
+from tracking.tracker import Tracker
 
 
 @pytest.fixture
@@ -134,8 +131,8 @@ def test_of_a_loss_the_lowest_is_best(tracker: Tracker) -> None:
 def test_it_agrees_with_a_plain_search_through_all_runs(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 4)  # several pages
-    monkeypatch.setattr(best, "_NEXT_PAGE", 4)
+    monkeypatch.setattr(run_search, "_PAGE", 4)  # several pages
+    monkeypatch.setattr(run_search, "_NEXT_PAGE", 4)
     random = np.random.default_rng(0)
     usable = {}
     for start in range(1, 25):
@@ -158,7 +155,7 @@ def test_it_agrees_with_a_plain_search_through_all_runs(
 def test_a_best_run_on_a_later_page_is_found(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 2)
+    monkeypatch.setattr(run_search, "_PAGE", 2)
     for _ in range(4):
         record(tracker, accuracy=0.9, has_model=False)
     only = record(tracker, accuracy=0.5)
@@ -168,7 +165,7 @@ def test_a_best_run_on_a_later_page_is_found(
 def test_no_more_pages_are_read_than_it_takes(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 2)
+    monkeypatch.setattr(run_search, "_PAGE", 2)
     pages = []
     search_runs = mlflow.MlflowClient.search_runs
 
@@ -277,8 +274,8 @@ def test_of_the_loss_that_was_first_the_lowest_val_loss_is_best(tracker: Tracker
 def test_equal_runs_are_settled_though_they_fill_more_than_a_page(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 2)
-    monkeypatch.setattr(best, "_NEXT_PAGE", 2)
+    monkeypatch.setattr(run_search, "_PAGE", 2)
+    monkeypatch.setattr(run_search, "_NEXT_PAGE", 2)
     for val_loss in (0.5, 0.4, 0.3):
         tried(tracker, 0.9, val_loss=val_loss)
     lowest = tried(tracker, 0.9, val_loss=0.2)
@@ -444,7 +441,7 @@ def test_a_data_set_whose_models_were_all_deleted_is_passed_over(tracker: Tracke
 def test_many_runs_on_another_data_set_are_counted_up_to_a_page(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 2)
+    monkeypatch.setattr(run_search, "_PAGE", 2)
     for accuracy in (0.1, 0.2, 0.3):
         on(tracker, "digits", accuracy)
     on(tracker, "photos", 0.5)
@@ -628,8 +625,8 @@ def test_it_says_what_it_was_chosen_among(tracker: Tracker) -> None:
 def test_as_many_runners_up_are_found_as_are_asked_for(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_PAGE", 2)
-    monkeypatch.setattr(best, "_NEXT_PAGE", 2)
+    monkeypatch.setattr(run_search, "_PAGE", 2)
+    monkeypatch.setattr(run_search, "_NEXT_PAGE", 2)
     runs = {accuracy: record(tracker, accuracy=accuracy) for accuracy in (0.1, 0.5, 0.3, 0.4, 0.2)}
     ranked = [run.info.run_id for run in choose("study", top=4).ranked[:4]]
     assert ranked == [runs[accuracy] for accuracy in (0.5, 0.4, 0.3, 0.2)]

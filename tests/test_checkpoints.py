@@ -13,11 +13,12 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_STORED, ZipFile
 import pytest
 import torch
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
-from experiments import checkpoints
-from experiments.checkpoints import CheckpointError, Checkpoints, unpack
-from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, train_job
+from experiments.engine import checkpoints
+from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded
+from experiments.engine.checkpoints import CheckpointError, Checkpoints, unpack
+from experiments.engine.job import train_job
 
 CONFIG = TrainConfig(loss="mse", learning_rate=0.01, batch_size=32, epochs=3)
 KEY = "0" * 32

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tracking.cli import SIGNALS, OutputError, Parser, run_command
-from tracking.store import NotNowError, without_passwords
+from tracking.errors import NotNowError, without_passwords
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = [

@@ -11,8 +11,9 @@ from fake_pool import diverges, script_of_ten, use_pool
 from mlflow import MlflowClient
 
 from benchmarks import pages
+from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
-from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.compare import build_parser, main
 from experiments.settings import Settings
 from experiments.space import SAMPLERS

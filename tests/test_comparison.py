@@ -17,8 +17,8 @@ from mlflow.tracking._tracking_service.utils import _get_store
 from small_sweep import small_settings
 from tracking_helpers import new_store
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
 from experiments import comparison
 from experiments.comparison import (
     ComparisonEnded,
@@ -30,14 +30,14 @@ from experiments.comparison import (
     compare,
     load_results,
 )
+from experiments.engine.base import EpochEnded
 from experiments.figure_data import best_settings
 from experiments.interrupts import Interrupts
-from experiments.jobs import EpochEnded
 from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.study import TrialProgressed
 from experiments.summary import summarise
-from tracking.predict import load_run
 from tracking.runs import Run as TrackedRun
+from tracking.selection import load_run
 
 LOSSES = ("mse", "cross_entropy")
 BY_TIME = ["run_id", "seconds", "images_per_second"]

@@ -23,8 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cnn import data
-from cnn.data import DATASETS, is_known, load, notes_on_choosing, open_cached
+from cnn import cache, data, datasets
+from cnn.data import load, notes_on_choosing, open_cached
+from cnn.datasets import DATASETS, is_known
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +63,7 @@ def forbid_decoding(monkeypatch):
     def refuse(source):
         raise AssertionError(f"decodes {source}")
 
-    monkeypatch.setattr(data, "decode", refuse)
+    monkeypatch.setattr(datasets, "decode", refuse)
 
 
 @pytest.fixture
@@ -90,9 +91,9 @@ def test_digits_are_1797_images_of_ten_classes(digits_dir):
     digits = load("digits", data_dir=digits_dir, seed=0)
     assert digits.name == "digits"
     assert digits.classes == tuple("0123456789")
-    assert digits.train.pool.shape == (1797, 32, 32, 3)
-    assert digits.train.pool.dtype == torch.uint8
-    assert digits.train.pool_labels.dtype == torch.int64
+    assert digits.train.all_images.shape == (1797, 32, 32, 3)
+    assert digits.train.all_images.dtype == torch.uint8
+    assert digits.train.all_labels.dtype == torch.int64
     assert [len(split) for split in (digits.train, digits.validation, digits.test)] == [
         1079,
         359,
@@ -115,9 +116,9 @@ def test_the_first_digit_has_the_scanned_pixels(digits_dir):
     image = Image.fromarray(np.array(grey, np.uint8)).convert("RGB")
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
     digits = load("digits", data_dir=digits_dir, seed=0)
-    np.testing.assert_array_equal(digits.train.pool[0], expected)
-    assert digits.train.pool_labels[0] == 0
-    assert digits.train.pool.max() == 255
+    np.testing.assert_array_equal(digits.train.all_images[0], expected)
+    assert digits.train.all_labels[0] == 0
+    assert digits.train.all_images.max() == 255
 
 
 # Folders
@@ -167,8 +168,8 @@ def test_images_of_any_size_and_mode_are_read_with_their_class(tmp_path, data_di
     Image.new("I;16", (80, 80), 65535).save(folder / "white" / "e.png")
     Image.new("1", (32, 32), 1).save(folder / "white" / "f.png")
     dataset = load(str(folder), data_dir=data_dir, seed=0)
-    assert dataset.train.pool_labels.tolist() == [0] * 3 + [1] * 6
-    for image, label in zip(dataset.train.pool, dataset.train.pool_labels, strict=True):
+    assert dataset.train.all_labels.tolist() == [0] * 3 + [1] * 6
+    for image, label in zip(dataset.train.all_images, dataset.train.all_labels, strict=True):
         expected = torch.tensor(colours[dataset.classes[label]])
         assert (image.int() - expected).abs().max() <= 2
 
@@ -184,8 +185,8 @@ def test_every_image_gets_its_own_row_with_its_label(tmp_path, data_dir):
     folder = make_folder(tmp_path / "images", {"a": 70, "b": 33})
     dataset = load(str(folder), data_dir=data_dir, seed=0)
     expected = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.rglob("*.bmp"))])
-    np.testing.assert_array_equal(dataset.train.pool, expected)
-    assert dataset.train.pool_labels.tolist() == [0] * 70 + [1] * 33
+    np.testing.assert_array_equal(dataset.train.all_images, expected)
+    assert dataset.train.all_labels.tolist() == [0] * 70 + [1] * 33
 
 
 # Splits
@@ -260,8 +261,8 @@ def test_a_batch_is_the_images_and_labels_at_these_positions(digits_dir):
     images, labels = split.batch(torch.tensor(positions))
     for i, position in enumerate(positions):
         row = split.rows[position]
-        assert torch.equal(images[i], split.pool[row])
-        assert labels[i] == split.pool_labels[row]
+        assert torch.equal(images[i], split.all_images[row])
+        assert labels[i] == split.all_labels[row]
     everything = split.batch(torch.arange(len(split)))
     assert torch.equal(everything[0], split.images)
     assert torch.equal(everything[1], split.labels)
@@ -269,18 +270,18 @@ def test_a_batch_is_the_images_and_labels_at_these_positions(digits_dir):
 
 def test_writing_into_a_batch_or_the_pool_leaves_the_cache_as_it_is(folder, data_dir):
     dataset = load(str(folder), data_dir=data_dir, seed=0)
-    kept = dataset.train.pool.clone()
+    kept = dataset.train.all_images.clone()
     dataset.train.batch(torch.arange(3))[0].zero_()
-    assert torch.equal(dataset.train.pool, kept)
-    dataset.train.pool.zero_()
-    assert torch.equal(load(str(folder), data_dir=data_dir, seed=0).train.pool, kept)
+    assert torch.equal(dataset.train.all_images, kept)
+    dataset.train.all_images.zero_()
+    assert torch.equal(load(str(folder), data_dir=data_dir, seed=0).train.all_images, kept)
 
 
 def test_on_the_cpu_a_split_is_mapped_not_copied(digits_dir):
     digits = load("digits", data_dir=digits_dir, seed=0)
     assert digits.train.to("cpu") is digits.train
     assert digits.train.to(torch.device("cpu")) is digits.train
-    assert digits.train.pool.data_ptr() == digits.test.pool.data_ptr()
+    assert digits.train.all_images.data_ptr() == digits.test.all_images.data_ptr()
     mapped = Path("/proc/self/maps")
     if mapped.exists():
         assert f"{digits.digest}/images.npy" in mapped.read_text()
@@ -289,10 +290,10 @@ def test_on_the_cpu_a_split_is_mapped_not_copied(digits_dir):
 def test_on_another_device_a_split_holds_its_own_images_alone(digits_dir):
     split = load("digits", data_dir=digits_dir, seed=0).test
     moved = split.to("meta")
-    assert moved.pool.shape == (len(split), 32, 32, 3)
-    assert moved.pool.is_contiguous()
-    assert moved.pool_labels.shape == (len(split),)
-    assert {moved.pool.device.type, moved.pool_labels.device.type, moved.rows.device.type} == {
+    assert moved.all_images.shape == (len(split), 32, 32, 3)
+    assert moved.all_images.is_contiguous()
+    assert moved.all_labels.shape == (len(split),)
+    assert {moved.all_images.device.type, moved.all_labels.device.type, moved.rows.device.type} == {
         "meta"
     }
 
@@ -357,7 +358,9 @@ def test_the_digest_tells_a_given_test_split_from_the_same_images_without(tmp_pa
     images = np.zeros((8, 32, 32, 3), np.uint8)
     labels = np.array([0, 0, 1, 1, 0, 0, 1, 1])
     digests = {
-        data._digest(data.Pool(images=images, labels=labels, classes=("a", "b"), given_test=given))
+        cache._digest(
+            cache.ImagePool(images=images, labels=labels, classes=("a", "b"), given_test=given)
+        )
         for given in (0, 4, 5)
     }
     assert len(digests) == 3
@@ -580,7 +583,7 @@ def test_a_changed_file_is_seen_even_with_its_old_size_and_time(folder, data_dir
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     after = load(str(folder), data_dir=data_dir, seed=0)
     assert after.digest != before.digest
-    assert after.train.pool[0].flatten(0, 1).unique(dim=0).tolist() == [[255, 0, 0]]
+    assert after.train.all_images[0].flatten(0, 1).unique(dim=0).tolist() == [[255, 0, 0]]
 
 
 def test_another_pillow_decodes_again(folder, data_dir, monkeypatch):
@@ -593,13 +596,13 @@ def test_another_pillow_decodes_again(folder, data_dir, monkeypatch):
 
 def test_several_may_fill_the_cache_at_once(folder, data_dir, monkeypatch):
     barrier = threading.Barrier(6, timeout=10)
-    publish = data._publish
+    publish = cache._publish
 
     def publish_together(new, final):
         barrier.wait()
         return publish(new, final)
 
-    monkeypatch.setattr(data, "_publish", publish_together)
+    monkeypatch.setattr(cache, "_publish", publish_together)
     with ThreadPoolExecutor(6) as executor:
         futures = [executor.submit(load, str(folder), data_dir=data_dir, seed=0) for _ in range(6)]
     datasets = [future.result() for future in futures]
@@ -613,14 +616,14 @@ def test_several_may_fill_the_cache_at_once(folder, data_dir, monkeypatch):
 
 def test_another_process_may_be_faster_by_a_moment(folder, data_dir, tmp_path, monkeypatch):
     other = load(str(folder), data_dir=tmp_path / "other", seed=0)
-    map_pool = data._map_pool
+    map_pool = cache._map_pool
 
     def map_late(path):
         if path.parent.name.startswith(".writing-"):  # the last step before the final name
             shutil.copytree(cache_of(other, tmp_path / "other"), data_dir / "cache" / path.name)
         return map_pool(path)
 
-    monkeypatch.setattr(data, "_map_pool", map_late)
+    monkeypatch.setattr(cache, "_map_pool", map_late)
     dataset = load(str(folder), data_dir=data_dir, seed=0)
     assert torch.equal(dataset.train.images, other.train.images)
     assert_nothing_is_left_over(data_dir)
@@ -628,7 +631,7 @@ def test_another_process_may_be_faster_by_a_moment(folder, data_dir, tmp_path, m
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
 def test_what_is_cut_off_while_writing_leaves_nothing(folder, data_dir, monkeypatch, error):
-    write, calls = data._write, []
+    write, calls = cache._write, []
 
     def write_one_file(file, content):
         calls.append(file)
@@ -636,7 +639,7 @@ def test_what_is_cut_off_while_writing_leaves_nothing(folder, data_dir, monkeypa
             raise error
         write(file, content)
 
-    monkeypatch.setattr(data, "_write", write_one_file)
+    monkeypatch.setattr(cache, "_write", write_one_file)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else ValueError
     with pytest.raises(expected):
         load(str(folder), data_dir=data_dir, seed=0)
@@ -705,9 +708,9 @@ def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
         time.sleep(0.001)
         return np.zeros((32, 32, 3), np.uint8)
 
-    monkeypatch.setattr(data, "decode", fail_at_first)
+    monkeypatch.setattr(datasets, "decode", fail_at_first)
     with pytest.raises(ValueError, match="bad"):
-        data._decode_all([Path(str(i)) for i in range(3200)])
+        datasets._decode_all([Path(str(i)) for i in range(3200)])
     assert len(seen) < 1600
 
 
@@ -954,7 +957,7 @@ def test_a_read_only_data_folder_is_named(folder, data_dir):
 
 def test_a_warm_cache_may_be_read_only(folder, data_dir, monkeypatch):
     load(str(folder), data_dir=data_dir, seed=0)
-    monkeypatch.setattr(data, "_fill", None)
+    monkeypatch.setattr(data, "add_entry", None)
     load(str(folder), data_dir=data_dir, seed=0)
 
 
@@ -1079,7 +1082,7 @@ def test_a_damaged_unpacked_archive_is_not_used(cifar, data_dir):
     with tarfile.open(cifar.archive) as tar:
         tar.extractall(data_dir, filter="data")
     truncate(data_dir / "cifar-10-batches-py" / "data_batch_3")
-    assert len(load("cifar10", data_dir=data_dir, seed=0).train.pool) == 23
+    assert len(load("cifar10", data_dir=data_dir, seed=0).train.all_images) == 23
     assert cifar.fetched
 
 
@@ -1122,7 +1125,7 @@ def test_a_server_without_the_file_is_reported(cifar, data_dir):
 def test_a_server_that_never_answers_is_given_up(cifar, data_dir, monkeypatch):
     from torchvision.datasets import CIFAR10
 
-    monkeypatch.setattr(data, "_NETWORK_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(datasets, "_NETWORK_TIMEOUT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz")
         assert "timed out" in refusal("cifar10", data_dir)
@@ -1136,7 +1139,7 @@ def test_files_that_were_checked_are_not_checked_again_unless_they_change(
     shutil.copytree(digits_cache, tmp_path / "data")
     whole = load("digits", data_dir=tmp_path / "data", seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_digest", lambda _: pytest.fail("it is checked again"))
+        patch.setattr(cache, "_digest", lambda _: pytest.fail("it is checked again"))
         again = open_cached(whole.digest, tmp_path / "data", 0, checked=whole.checked)
         assert torch.equal(again.train.images, whole.train.images)
     images = tmp_path / "data" / "cache" / whole.digest / "images.npy"

@@ -33,7 +33,7 @@ def test_without_ray_it_is_said_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    for module in ("experiments.ray_pool", "experiments.ray_worker"):
+    for module in ("experiments.engine.ray_pool", "experiments.engine.ray_worker"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     assert refused("--engine ray", capsys) == "--engine ray needs Ray: pip install '.[ray]'"
 

@@ -24,15 +24,16 @@ import pytest
 from fake_pool import FakePool, trains, weights
 from mlflow import MlflowClient
 
-import experiments.workers
+import experiments.engine.processes
 from benchmarks import faults
 from cnn.data import load
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier
-from experiments.jobs import Event
+from cnn.networks import CNN, Classifier
+from experiments.engine.base import Event
 from experiments.sweep import main
-from tracking.runs import save_model
-from tracking.store import is_passing, make_whole
+from tracking.errors import is_passing
+from tracking.models.recording import save_model
+from tracking.store import make_whole
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -154,7 +155,9 @@ def nothing() -> None:
 
 def sweep(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object] = nothing) -> int:
     """Run the command line for two trials of two epochs, and return its exit code."""
-    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: PoolOfFakes(happens))
+    monkeypatch.setattr(
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: PoolOfFakes(happens)
+    )
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--study", "faults"]
     command += ["--tracking-timeout", "0", "--pruner", "none", "--data-dir", os.environ["DATA"]]
     return main([*command, "--storage", "sqlite:///optuna.db?timeout=0.1"])

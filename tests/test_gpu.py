@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu, usual
 from benchmarks.gpu import made_up, measure_accuracy, measure_speed, require, run_checks
-from cnn.training import PRECISIONS
+from cnn.config import PRECISIONS
 
 # What a machine with PyTorch and NumPy alone does not have.
 ABSENT = [

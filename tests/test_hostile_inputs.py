@@ -26,10 +26,11 @@ import pytest
 from PIL import Image
 from test_outputs import predictor_of, use
 
-from tracking import arrays, files, inputs, parquet_reader
-from tracking.drafts import open_folder
-from tracking.inputs import Table
+from tracking import files
+from tracking.files import open_folder
 from tracking.predict import main
+from tracking.prediction import arrays, inputs, parquet_reader
+from tracking.prediction.inputs import Table
 from tracking.store import make_whole
 
 
@@ -100,7 +101,8 @@ def test_a_link_that_comes_later_is_not_followed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """After all was looked at."""
-    from tracking import drafts, predict
+    from tracking import predict
+    from tracking.prediction import drafts
 
     def looked_at(target: Path) -> None:
         turn(f".out.parquet{ending}")

@@ -21,21 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_files import (
-    EXAMPLE,
-    PROGRAM,
-    WEIGHTS,
-    edit_archive,
-    edit_description,
-    edit_program,
-)
+from model_files import EXAMPLE, PROGRAM, WEIGHTS, edit_archive, edit_description, edit_program
 from torch import Tensor, nn
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
-import tracking.cost
-from tracking.cost import in_parts
-from tracking.predict import load_model, main
-from tracking.runs import Tracker, save_model
+import tracking.models.cost
+from tracking.models.cost import in_parts
+from tracking.models.predictor import load_model
+from tracking.models.recording import save_model
+from tracking.predict import main
+from tracking.tracker import Tracker
 
 EXAMPLES = np.zeros((2, 32, 32, 3), np.uint8)
 SECONDS, BYTES = 60, 1_200_000_000
@@ -440,7 +435,9 @@ def test_a_batch_that_takes_too_much_goes_through_in_parts(
         expected = graph(images)
     sizes: list[int] = []
     graph.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(tracking.cost, "BATCH_BYTES", 200_000)  # an image takes 12 kB and some
+    monkeypatch.setattr(
+        tracking.models.cost, "BATCH_BYTES", 200_000
+    )  # an image takes 12 kB and some
     with torch.inference_mode():
         torch.testing.assert_close(in_parts(graph, (32, 32, 3))(images), expected)
     assert sizes == [9, 9, 9, 9, 1]
@@ -467,7 +464,7 @@ def test_the_meter_counts_what_a_convolution_takes() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.layer(images.permute(0, 3, 1, 2).float())
 
-    meter = tracking.cost._Meter(exported(Convolution()), max_bytes=1 << 40)
+    meter = tracking.models.cost._Meter(exported(Convolution()), max_bytes=1 << 40)
     meter.measure(2, (32, 32, 3))
     pixels = 2 * 32 * 32
     assert meter.bytes == pixels * (3 + 3 * 4 + 16 * 4)

@@ -22,7 +22,7 @@ import cnn.training
 import experiments.identity
 from cnn.data import Dataset
 from cnn.losses import LOSSES
-from cnn.model import CNN
+from cnn.networks import CNN
 from experiments.identity import (
     _git,
     code_state,
@@ -180,12 +180,12 @@ def test_another_commit_or_version_is_said(
     settings: Settings, coloured_noise: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert start(settings, coloured_noise).notes == ()
-    other = {"commit": "f" * 40, "uncommitted": "cnn/model.py"}
+    other = {"commit": "f" * 40, "uncommitted": "cnn/networks.py"}
     monkeypatch.setattr(experiments.identity, "code_state", lambda: other)
     (note,) = start(replace(settings, trials=2), coloured_noise).notes
     assert note.startswith("this study was begun with another environment: commit ")
     assert "→ ffffffff, uncommitted" in note
-    assert note.endswith("→ cnn/model.py")
+    assert note.endswith("→ cnn/networks.py")
 
 
 def test_code_that_no_digest_of_calls_sees_is_noted_though_git_sees_no_difference(
@@ -206,10 +206,10 @@ def test_code_that_no_digest_of_calls_sees_is_noted_though_git_sees_no_differenc
 
 def test_comments_docstrings_and_layout_are_no_code(cnn_copy: Path) -> None:
     before = source_digest()
-    edit(cnn_copy / "model.py", "Three 5×5 convolutions", "Some convolutions")
-    edit(cnn_copy / "model.py", "import copy\n", "# why\nimport copy  # so\n\n")
+    edit(cnn_copy / "networks.py", "Three 5×5 convolutions", "Some convolutions")
+    edit(cnn_copy / "networks.py", "import copy\n", "# why\nimport copy  # so\n\n")
     assert source_digest() == before
-    edit(cnn_copy / "model.py", "manual_seed(seed)", "manual_seed(seed + 1)")  # initial weights
+    edit(cnn_copy / "networks.py", "manual_seed(seed)", "manual_seed(seed + 1)")  # initial weights
     assert source_digest() != before
 
 
@@ -244,8 +244,8 @@ def test_each_loss_trains_in_its_own_way(loss: str) -> None:
 @pytest.mark.parametrize(
     ("name", "edited"),
     [
-        ("OPTIMIZERS", {"sgd": cnn.training.OPTIMIZERS["adam"]}),
-        ("SCHEDULES", {"one_cycle": cnn.training.cosine}),
+        ("OPTIMIZERS", {"sgd": cnn.optimizers.OPTIMIZERS["adam"]}),
+        ("SCHEDULES", {"one_cycle": cnn.optimizers.cosine}),
     ],
 )
 def test_an_optimizer_or_schedule_that_was_edited_trains_otherwise(
@@ -313,17 +313,17 @@ def test_changes_that_are_in_no_commit_are_named(
 
     (tmp_path / "cnn").mkdir()
     git("init", "-q")
-    (tmp_path / "cnn" / "model.py").write_text("a = 1\n")
+    (tmp_path / "cnn" / "networks.py").write_text("a = 1\n")
     git("add", "-A")
     git("commit", "-qm", "first")
     monkeypatch.setattr(experiments.identity, "REPOSITORY", tmp_path)
     assert code_state()["uncommitted"] == "none"
     code_state.cache_clear()
     (tmp_path / "notes.txt").write_text("not of the code")
-    (tmp_path / "cnn" / "model.py").write_text("a = 2\n")
+    (tmp_path / "cnn" / "networks.py").write_text("a = 2\n")
     for number in range(6):
         (tmp_path / "cnn" / f"new{number}.py").touch()
-    shown = "cnn/model.py, cnn/new0.py, cnn/new1.py, cnn/new2.py, cnn/new3.py and 2 more"
+    shown = "cnn/networks.py, cnn/new0.py, cnn/new1.py, cnn/new2.py, cnn/new3.py and 2 more"
     assert code_state()["uncommitted"] == shown
 
 

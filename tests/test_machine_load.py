@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from mlflow import MlflowClient
 
-from tracking import machine_load
-from tracking.machine_load import MachineLoad
-from tracking.runs import Run, Tracker
+from tracking import system_metrics
+from tracking.runs import Run
+from tracking.system_metrics import MachineLoad
+from tracking.tracker import Tracker
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def run(mlflow_store: str) -> Run:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that a test can set."""
     now = [0.0]
-    monkeypatch.setattr(machine_load.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(system_metrics.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics
 
-from tracking.measures import BINS, Counter, Measures, wilson
+from tracking.evaluation.metrics import BINS, Counter, Measures, wilson
 
 
 def sample(

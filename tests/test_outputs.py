@@ -25,8 +25,10 @@ from PIL import Image
 from torch import Tensor
 from tracking_helpers import COLOURS, ColourModel
 
-from tracking import drafts, labelling, outputs, predict
-from tracking.predict import Predictor, main
+from tracking import predict
+from tracking.models.predictor import Predictor
+from tracking.predict import main
+from tracking.prediction import drafts, formats, pipeline
 
 ROOT = Path(__file__).parents[1]
 ENDINGS = (".csv", ".parquet", ".jsonl")
@@ -116,7 +118,7 @@ def test_what_the_command_writes_is_what_python_returns(
     classes = generator.permutation([*ODD, *map(str, range(20))])[: generator.integers(1, 30)]
     predictor = predictor_of(classes.tolist(), linear(len(classes), generator))
     use(monkeypatch, predictor)
-    monkeypatch.setattr(labelling, "CHUNK", int(generator.integers(1, 20)))
+    monkeypatch.setattr(pipeline, "CHUNK", int(generator.integers(1, 20)))
     count, height, width = generator.integers(1, 40, 3).tolist()
     shape = [(height, width, 3), (height, width, 1), (32, 32, 3)][seed % 3]
     batch = images(count, *shape, seed=seed)
@@ -226,8 +228,8 @@ def test_numbers_that_are_none_are_missing_or_null(
 def test_parquet_has_row_groups_of_a_size(
     rows: int, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "_ROW_GROUP", rows)
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(formats, "_ROW_GROUP", rows)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     np.save("a.npy", images(12))
     assert main(["a.npy", "--out", "out.parquet", "--batch-size", "2"]) == 0
     about = pq.ParquetFile("out.parquet").metadata
@@ -244,7 +246,7 @@ def test_an_image_that_cannot_be_read_has_a_row_with_its_error(
     ending: str, chunk: int, bad: Sequence[int], desk: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(labelling, "CHUNK", chunk)
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
     save_files(7, bad=bad)
     assert main(["photos", "--out", f"out{ending}", "--batch-size", "1"]) == 3
     output = capsys.readouterr()
@@ -330,7 +332,7 @@ def test_resumed_it_ends_with_the_bytes_of_an_undisturbed_run(
     ending: str, rows: int, desk: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     save_files(11, bad=[1, 8])
     arguments = ["photos", "--batch-size", "2", "--out"]
     assert main([*arguments, f"whole{ending}"]) == 3
@@ -381,7 +383,7 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     killed = subprocess.run(command, env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not Path(f"out{ending}").exists()
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     assert main([*arguments, f"out{ending}", "--resume"]) == 0
     assert "going on after 28 of 50" in capsys.readouterr().err
     assert main([*arguments, f"whole{ending}"]) == 0
@@ -393,14 +395,14 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     [
         (lambda patch: np.save("a.npy", images(8, seed=1)), "another source"),
         (lambda patch: use(patch, predictor_of(("a", "b", "c"))), "another model"),
-        (lambda patch: patch.setattr(labelling, "CHUNK", 4), "another batch size"),
+        (lambda patch: patch.setattr(pipeline, "CHUNK", 4), "another batch size"),
     ],
 )
 def test_only_the_same_can_be_resumed(
     change: Callable[[pytest.MonkeyPatch], None], complaint: str, desk: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     np.save("a.npy", images(8))
     arguments = ["a.npy", "--batch-size", "2"]
     cut_after(4, arguments, monkeypatch)
@@ -426,7 +428,7 @@ def test_only_the_same_can_be_resumed(
 def test_a_damaged_draft_is_started_again(
     damage: str, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     np.save("a.npy", images(8))
     cut_after(4, ["a.npy", "--batch-size", "2"], monkeypatch)
     file = {"sidecar": ".predictions.csv.partial.json", "draft": ".predictions.csv.partial"}[damage]
@@ -444,7 +446,7 @@ def test_without_anything_to_resume_it_starts(desk: Path) -> None:
 def test_ctrl_c_keeps_what_is_written_and_says_so(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     np.save("a.npy", images(6))
     calls = iter([False, False, True])
 
@@ -525,7 +527,7 @@ def test_on_a_terminal_progress_tells_images_a_second_and_the_time_left(
 
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     monkeypatch.setattr(sys, "stderr", Terminal())
     np.save("a.npy", images(4))
     assert main(["a.npy", "--batch-size", "1"]) == 0

@@ -22,14 +22,8 @@ from small_sweep import small_settings
 
 from cnn.data import Dataset
 from experiments.study import open_study, sweep
-from tracking.patience import (
-    ArtifactStoreError,
-    Patience,
-    PatientClient,
-    TrackingAwayError,
-    is_away,
-)
-from tracking.runs import Tracker
+from tracking.retries import ArtifactStoreError, Patience, PatientClient, TrackingAwayError, is_away
+from tracking.tracker import Tracker
 
 
 def away() -> MlflowException:
@@ -207,14 +201,14 @@ def test_a_server_that_can_store_nothing_is_said_to_be_so(
         return refused
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:5000")
-    monkeypatch.setattr("tracking.patience._is_well", lambda _: True)
+    monkeypatch.setattr("tracking.retries._is_well", lambda _: True)
     with pytest.raises(ArtifactStoreError, match="^the MLflow server http://h:5000 answers, but"):
         Patience(seconds=60).insist(Server([error() for _ in range(99)]).call)
     # One that has just been started again is not.
     if is_reset:
         assert Patience(seconds=60).insist(Server([error(), error()]).call) == "answer"
     # Nor is one that is away, or another error.
-    monkeypatch.setattr("tracking.patience._is_well", lambda _: False)
+    monkeypatch.setattr("tracking.retries._is_well", lambda _: False)
     with pytest.raises((MlflowException, TrackingAwayError)):
         Patience(seconds=0.2).insist(Server([error() for _ in range(99)]).call)
 

@@ -21,9 +21,13 @@ from tracking_helpers import COLOURS, ColourModel, log_model, new_store, record
 
 import tracking
 from cnn import data
-from tracking import labelling, predict
-from tracking.predict import Predictor, load_best, load_model, load_run, main
-from tracking.runs import Run, Tracker
+from tracking import predict
+from tracking.models.predictor import Predictor, load_model
+from tracking.predict import main
+from tracking.prediction import pipeline
+from tracking.runs import Run
+from tracking.selection import load_best, load_run
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 SEED = 3
@@ -412,7 +416,7 @@ def test_chunks_make_no_difference(desk: Path, monkeypatch: pytest.MonkeyPatch) 
     np.savez("a.npz", images=images(7), labels=np.arange(7) % 3)
     arguments = ["a.npz", "--experiment", "study", "--batch-size", "2"]
     assert main([*arguments, "--out", "one.csv"]) == 0
-    monkeypatch.setattr(labelling, "CHUNK", 3)
+    monkeypatch.setattr(pipeline, "CHUNK", 3)
     assert main([*arguments, "--out", "many.csv"]) == 0
     assert Path("many.csv").read_text() == Path("one.csv").read_text()
 
@@ -421,7 +425,7 @@ def test_chunks_make_no_difference(desk: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_images_of_other_classes_count_as_unlabelled(
     desk: Path, chunk: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(labelling, "CHUNK", chunk)
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
     paint(desk / "photos", each=2)
     (desk / "photos" / "blue").rename(desk / "photos" / "azure")
     assert main(["photos", "--experiment", "study", "--batch-size", "1"]) == 0
@@ -724,7 +728,7 @@ def test_a_source_that_is_not_there_is_found_out_before_anything_is_loaded(
 def test_a_failure_on_the_way_leaves_the_file_of_before(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     paint(desk / "photos", each=1)
     Path("photos/red/zzz.png").write_text("not an image")
     Path("predictions.csv").write_text("of before")

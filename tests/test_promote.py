@@ -13,7 +13,8 @@ from tracking_helpers import new_store, record
 
 from tracking.promote import main
 from tracking.registry import Registry
-from tracking.runs import Run, Tracker
+from tracking.runs import Run
+from tracking.tracker import Tracker
 
 Train = Callable[..., Any]
 

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from cnn.images import decode, resize
 from tracking import predict
-from tracking.outputs import format_of
-from tracking.predict import Predictor, main
+from tracking.models.predictor import Predictor
+from tracking.predict import main
+from tracking.prediction.formats import format_of
 
 EXAMPLES = os.environ.get("EXAMPLES")
 

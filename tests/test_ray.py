@@ -17,18 +17,19 @@ from real_workers import data_dir as data_dir
 
 from benchmarks import faults
 from cnn.data import Dataset
-from experiments.checkpoints import Checkpoints
-from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
-from experiments.workers import ProcessPool
-from tracking.ahead import num_cores
+from cnn.devices import num_cores
+from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.processes import ProcessPool
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 from ray._private import worker as private  # noqa: E402
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
-from experiments.ray_pool import Needs, RayPool, connected  # noqa: E402
-from tracking.store import NotNowError  # noqa: E402
+from experiments.engine.ray_cluster import connected  # noqa: E402
+from experiments.engine.ray_pool import Needs, RayPool  # noqa: E402
+from tracking.errors import NotNowError  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -243,7 +244,7 @@ def test_nodes_with_other_versions_train_nothing(
     nodes: Nodes, data: Dataset, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = {"Python": "3.11.99", "PyTorch": "1.0"}
-    monkeypatch.setattr("experiments.ray_pool.versions", lambda: other)
+    monkeypatch.setattr("experiments.engine.ray_pool.versions", lambda: other)
     pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=1, patience=60)
     node = nodes.add_node(num_cpus=1)  # the head's CPU may be another pool's
     with pytest.raises(ValueError, match="^node .* has Python .*, not Python 3.11.99, PyTorch 1.0"):

@@ -17,16 +17,17 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from tracking_helpers import log_model, new_store, record
 
-import experiments.workers
+import experiments.engine.processes
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
-from experiments.jobs import Event
+from experiments.engine.base import Event
 from experiments.settings import Settings
 from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep
 from experiments.sweep import build_parser, main
-from tracking.patience import Patience, PatientClient, TrackingAwayError
 from tracking.registry import Registry, _agreed, check_name, default_name, offer
-from tracking.runs import Run, Tracker
+from tracking.retries import Patience, PatientClient, TrackingAwayError
+from tracking.runs import Run
+from tracking.tracker import Tracker
 
 DATA = {"dataset": "colours", "dataset_digest": "d1", "seed": 0, "loss": "mse"}
 
@@ -125,7 +126,7 @@ def test_a_run_without_a_model_is_not_registered(tracker: Tracker) -> None:
 
 
 def test_the_champion_is_loaded_by_its_alias(tracker: Tracker, registry: Registry) -> None:
-    from tracking.predict import load_model
+    from tracking.models.predictor import load_model
 
     run = tracker.start_run("real", params=DATA)
     run.log_metrics({"val/accuracy": 0.9}, step=1)
@@ -544,7 +545,9 @@ def test_the_command_prints_what_came_of_it(
         yield epoch(job, 1, good(job, config))
         yield weights(job, num_classes=10)
 
-    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script))
+    monkeypatch.setattr(
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: FakePool(script)
+    )
     arguments = ["--trials", "2", "--epochs", "1", "--workers", "1"]
     assert main([*arguments, "--register", "my model"]) == 0
     line = "  registered:        version 1 of my model: the champion, as there was none before\n"

@@ -24,10 +24,12 @@ from test_measures import measured, sample
 from test_outputs import ENDINGS, ODD, cut_after, images, linear, predictor_of, use
 from tracking_helpers import COLOURS, log_model, new_store
 
-from tracking import figures, labelling, predict, report
-from tracking.measures import Counter
-from tracking.report import FILES, count, data_name
-from tracking.runs import Tracker
+from tracking import predict, report
+from tracking.evaluation import figures
+from tracking.evaluation.metrics import Counter
+from tracking.evaluation.report import FILES, count, data_name
+from tracking.prediction import pipeline
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +95,7 @@ def test_a_report_is_of_the_rows_that_were_written_whatever_the_format_and_the_c
     classes = [*generator.permutation(names)[:num_classes]]
     predictor = predictor_of(classes, linear(num_classes, generator))
     use(monkeypatch, predictor)
-    monkeypatch.setattr(labelling, "CHUNK", 7)
+    monkeypatch.setattr(pipeline, "CHUNK", 7)
     save_array(num_classes=num_classes)
     arguments = ["a.npz", "--out", f"out{ending}", "--report", "report", "--batch-size", "5"]
     assert predict.main(arguments) == 0
@@ -133,7 +135,7 @@ def test_images_without_label_and_unreadable_ones_count_as_such_only(
 def test_resumed_the_report_is_that_of_an_undisturbed_run(
     ending: str, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labelling, "CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     save_array()
     arguments = ["a.npz", "--batch-size", "4", "--out", f"out{ending}"]
     assert predict.main([*arguments, "--report", "whole"]) == 0

@@ -13,7 +13,7 @@ from small_sweep import small_settings
 from cnn.data import Dataset
 from experiments.settings import Settings
 from experiments.study import TrialEnded, sweep
-from tracking.patience import PatientClient
+from tracking.retries import PatientClient
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tracking_helpers import COLOURS, ColourModel
 
-from tracking.predict import load_model
-from tracking.runs import save_model
+from tracking.models.predictor import load_model
+from tracking.models.recording import save_model
 
 EXAMPLE = np.random.default_rng(0).integers(0, [255, 128, 64], (2, 32, 32, 3)).astype(np.uint8)
 

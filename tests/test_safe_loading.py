@@ -43,10 +43,12 @@ from torch import Tensor, nn
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier
-from tracking.predict import load_model, main
-from tracking.runs import Tracker, save_model
-from tracking.safety import harmless
+from cnn.networks import CNN, Classifier
+from tracking.models.predictor import load_model
+from tracking.models.recording import save_model
+from tracking.models.safety import harmless
+from tracking.predict import main
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 RAN = Path("ran")

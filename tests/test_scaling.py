@@ -21,9 +21,9 @@ from benchmarks import scaling
 from benchmarks.earlier import lengthen
 from benchmarks.scaling import Stopwatch
 from benchmarks.simulation import SimulatedPool, epoch_of
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
-from experiments.jobs import EpochEnded, Event
+from experiments.engine.base import EpochEnded, Event
 from experiments.settings import Settings
 from experiments.study import sweep
 

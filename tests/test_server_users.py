@@ -18,16 +18,17 @@ from fake_pool import FakePool, fails, trains, weights
 from mlflow import MlflowClient
 from mlflow.server import get_app_client
 
+import experiments.engine.processes
 import experiments.sweep
-import experiments.workers
 import tracking.best
 import tracking.predict
 import tracking.promote
 from benchmarks import faults
+from cnn.config import TrainConfig
 from cnn.data import load
-from cnn.training import TrainConfig
-from experiments.jobs import Event
-from tracking.best import best_run, model_uri
+from experiments.engine.base import Event
+from tracking.run_search import model_uri
+from tracking.selection import best_run
 
 REPOSITORY = Path(__file__).parents[1]
 USERS = ("admin", "alice", "bob", "carol")
@@ -158,7 +159,9 @@ def fake_sweep(*options: str) -> int:
     """Run the command line of a sweep, of two trials that nobody trains."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            experiments.workers, "ProcessPool", lambda *_, **__: FakePool(all_but_the_first)
+            experiments.engine.processes,
+            "ProcessPool",
+            lambda *_, **__: FakePool(all_but_the_first),
         )
         command = ["--trials", "2", "--epochs", "1", "--workers", "1", "--pruner", "none"]
         return experiments.sweep.main([*command, "--tracking-timeout", "0", *options])
@@ -246,7 +249,7 @@ def test_what_a_user_may_not_see_is_one_line(
 
 
 def promote_the_second(*options: str) -> int:
-    second = tracking.best.choose("not-for-carol", top=2).ranked[1]
+    second = tracking.selection.choose("not-for-carol", top=2).ranked[1]
     return tracking.promote.main(["cnn-digits", "--run-id", second.info.run_id, *options])
 
 

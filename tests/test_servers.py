@@ -27,15 +27,15 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from postgresql import find_programs, temporary_folder
 
+import experiments.engine.processes
 import experiments.servers
 import experiments.supervision
 import experiments.sweep
-import experiments.workers
 from benchmarks.faults import free_port
 from experiments.accounts import OWNER, USER_CONNECTIONS, Passwords
 from experiments.servers import build_parser, main
 from experiments.supervision import Server, running, stop_orphaned
-from tracking.store import NotNowError
+from tracking.errors import NotNowError
 
 REPOSITORY = Path(__file__).parents[1]
 Test = TypeVar("Test", bound=Callable[..., object])
@@ -226,7 +226,7 @@ def work(
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.address)
     monkeypatch.setattr(
-        experiments.workers, "ProcessPool", lambda *_, **__: FakePool(script_of_ten)
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: FakePool(script_of_ten)
     )
     yield
     gc.collect()  # connections that were let go, within this test and not in another

@@ -22,9 +22,11 @@ import yaml
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
 from benchmarks.fresh_venv import PREDICT
-from tracking.predict import load_best, load_model
+from tracking.models.predictor import load_model
+from tracking.models.recording import save_model
 from tracking.registry import Registry
-from tracking.runs import Tracker, save_model
+from tracking.selection import load_best
+from tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 CHAMPION = "models:/colours@champion"

@@ -22,11 +22,11 @@ from optuna.trial import TrialState
 from postgresql import find_programs, server, start, stop
 from small_sweep import small_settings
 
+import experiments.engine.processes
 import experiments.heartbeat
-import experiments.workers
 from cnn.data import Dataset
+from experiments.engine.base import Event
 from experiments.heartbeat import Heartbeat
-from experiments.jobs import Event
 from experiments.settings import Settings
 from experiments.storage import agree, open_storage
 from experiments.study import (
@@ -296,7 +296,9 @@ def test_the_password_of_a_storage_is_written_nowhere(
     url = sqlalchemy.make_url(storage).set(username="postgres", password="Secret/word")
     given = url.render_as_string(hide_password=False)
     assert "Secret" in given
-    monkeypatch.setattr(experiments.workers, "ProcessPool", lambda *_, **__: FakePool(fails))
+    monkeypatch.setattr(
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: FakePool(fails)
+    )
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--storage", given]
     assert main([*command, "--study", "ours"]) == 1
     optuna.create_study(study_name="theirs", storage=given).ask()

@@ -1,4 +1,4 @@
-"""What `tracking.sources` reads: lists, folders, Parquet; ahead of time, from any image on."""
+"""Sources of images: lists, folders, Parquet; prefetched, read from any image on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from PIL import Image
 
 from cnn import data
 from cnn.images import decode
-from tracking import inputs, sources
-from tracking.ahead import ahead
-from tracking.sources import Chunk, KnownData, Source, dataset_of, open_source
+from tracking.prediction import chunks, inputs, sources
+from tracking.prediction.chunks import Chunk, Source
+from tracking.prediction.prefetch import prefetch
+from tracking.prediction.sources import open_source
+from tracking.prediction.splits import KnownData, dataset_of
 
 CLASSES = ("red", "green", "blue")
 
@@ -65,7 +67,7 @@ def pixels(names: Sequence[str]) -> Any:
 def test_a_folder_is_read_in_chunks_of_any_size(
     photos: list[str], size: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_BLOCK", block)
+    monkeypatch.setattr(chunks, "_BLOCK", block)
     names, images, labels = whole(source("photos"), size=size)
     assert names == photos
     np.testing.assert_array_equal(images, pixels(photos))
@@ -253,7 +255,7 @@ def test_of_an_npy_with_large_images_little_is_mapped_at_a_time(
     batch = np.stack([np.full((40, 50, 3), k, np.uint8) for k in range(17)])
     np.save("a.npy", batch)
     expected = whole(source("a.npy"))[1]
-    monkeypatch.setattr(sources, "_BYTES_AHEAD", 3 * batch[0].nbytes)
+    monkeypatch.setattr(chunks, "BYTES_AHEAD", 3 * batch[0].nbytes)
     mapped = []
     part = sources._part
 
@@ -362,7 +364,7 @@ def test_results_come_in_order_and_errors_where_they_belong() -> None:
         time.sleep(0.002 * (number % 3))
         return 100 // (7 - number)
 
-    results = ahead(work, ((number, 0.2) for number in range(20)), threads=4)
+    results = prefetch(work, ((number, 0.2) for number in range(20)), threads=4)
     assert [next(results) for _ in range(7)] == [100 // (7 - number) for number in range(7)]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -376,7 +378,7 @@ def test_no_more_is_read_ahead_than_weighs_as_much_as_allowed() -> None:
             taken.append(number)
             yield number, 0.25
 
-    for number, result in enumerate(ahead(lambda piece: piece, pieces(), threads=2)):
+    for number, result in enumerate(prefetch(lambda piece: piece, pieces(), threads=2)):
         assert result == number
         assert len(taken) <= number + 4
 
@@ -385,8 +387,8 @@ def test_large_encoded_images_are_not_piled_up(
     photos: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_table(photos, "bytes")
-    monkeypatch.setattr(sources, "_BLOCK", 1)
-    monkeypatch.setattr(sources, "_BYTES_AHEAD", 1)
+    monkeypatch.setattr(chunks, "_BLOCK", 1)
+    monkeypatch.setattr(chunks, "BYTES_AHEAD", 1)
     taken = []
     rows = inputs.Table.rows
 
@@ -396,14 +398,14 @@ def test_large_encoded_images_are_not_piled_up(
             yield row
 
     monkeypatch.setattr(inputs.Table, "rows", watched)
-    chunks: Iterator[Chunk] = source("t.parquet").read(1, 0)
-    next(chunks)
+    opened: Iterator[Chunk] = source("t.parquet").read(1, 0)
+    next(opened)
     assert len(taken) == 1
-    chunks.close()  # type: ignore[attr-defined]
+    opened.close()  # type: ignore[attr-defined]
 
 
 def test_who_wants_no_more_leaves_no_thread_behind() -> None:
-    results = ahead(lambda piece: piece, ((number, 0.1) for number in range(100)), threads=3)
+    results = prefetch(lambda piece: piece, ((number, 0.1) for number in range(100)), threads=3)
     next(results)
     assert threading.active_count() > 1
     results.close()  # type: ignore[attr-defined]
@@ -415,7 +417,7 @@ def test_decoding_goes_on_while_the_model_is_busy(
 ) -> None:
     done = threading.Event()
     decoded = []
-    work = sources._decode
+    work = chunks._decode
 
     def watched(block: Any) -> Any:
         result = work(block)
@@ -424,8 +426,8 @@ def test_decoding_goes_on_while_the_model_is_busy(
             done.set()
         return result
 
-    monkeypatch.setattr(sources, "_decode", watched)
-    monkeypatch.setattr(sources, "_BLOCK", 2)
-    chunks = source("photos").read(2, 0)
-    next(chunks)
+    monkeypatch.setattr(chunks, "_decode", watched)
+    monkeypatch.setattr(chunks, "_BLOCK", 2)
+    opened = source("photos").read(2, 0)
+    next(opened)
     assert done.wait(10)  # the second and third chunk, though only the first was asked for

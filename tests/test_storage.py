@@ -26,8 +26,9 @@ from experiments.storage import (
     storage_patience,
 )
 from experiments.sweep import main
-from tracking.patience import is_away
-from tracking.store import AwayError, check_tracking, check_uri, is_database_away, is_passing
+from tracking.errors import AwayError, is_database_away, is_passing
+from tracking.retries import is_away
+from tracking.store import check_tracking, check_uri
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from tracking.best import choose
-from tracking.runs import Tracker
+from tracking.selection import choose
 from tracking.store import check_location, default_location, default_store, tracking_uri
+from tracking.tracker import Tracker
 
 REPOSITORY = Path(__file__).parents[1]
 ODD_NAMES = ["100% sure #1", "été", "a%20b", "a?b"]

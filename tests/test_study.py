@@ -23,11 +23,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from small_sweep import small_settings
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.training import TrainConfig
+from experiments.engine.base import CheckpointLost, Event, JobMoved
 from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
-from experiments.jobs import CheckpointLost, Event, JobMoved
 from experiments.settings import Settings
 from experiments.study import (
     SweepEnded,
@@ -42,8 +42,8 @@ from experiments.study import (
     sweep,
     trials_table,
 )
+from tracking.errors import is_passing
 from tracking.runs import Run
-from tracking.store import is_passing
 
 METRICS = {
     "train/loss",
@@ -506,7 +506,7 @@ def test_the_first_trials_train_before_mlflow_is_opened(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = FakePool(trains(good), num_workers=2)
-    monkeypatch.setattr("tracking.runs.Tracker.open", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tracking.tracker.Tracker.open", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(sweep(replace(settings, workers=2), data, pool))
     assert sorted(pool.jobs) == [0, 1]

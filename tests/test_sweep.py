@@ -15,14 +15,15 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service.utils import _get_store
 from PIL import Image
 
+from cnn.config import PRECISIONS
+from cnn.devices import num_cores
 from cnn.losses import LOSSES
-from cnn.training import OPTIMIZERS, PRECISIONS, SCHEDULES
-from experiments.command import _num_workers
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
+from experiments.engine.launch import _num_workers
 from experiments.settings import Settings
 from experiments.space import PRUNERS, SAMPLERS
 from experiments.sweep import build_parser, main
-from tracking.ahead import num_cores
-from tracking.best import model_uri
+from tracking.run_search import model_uri
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--trials", "2", "--epochs", "2"]

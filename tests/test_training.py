@@ -14,23 +14,14 @@ from torch import nn
 
 from benchmarks import gpu
 from cnn import training
+from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Split
+from cnn.devices import resolve_device, resolve_precision
 from cnn.losses import LOSSES
-from cnn.model import build_cnn
-from cnn.training import (
-    CHECK_EVERY,
-    OPTIMIZERS,
-    PRECISIONS,
-    SCHEDULES,
-    TrainConfig,
-    check_batch_size,
-    epoch_order,
-    evaluate,
-    resolve_device,
-    resolve_precision,
-    train,
-)
-from experiments.jobs import train_job
+from cnn.networks import build_cnn
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
+from cnn.training import CHECK_EVERY, check_batch_size, epoch_order, evaluate, train
+from experiments.engine.job import train_job
 
 # Of the data set that the tests train on.
 TRAINING_IMAGES, VALIDATION_IMAGES = 130, 40
@@ -64,7 +55,9 @@ class ForbiddenSplit(Split):
 def recorded(data):
     """Return the data set with a training split that keeps what it was asked for."""
     split = data.train
-    training_split = RecordedSplit(pool=split.pool, pool_labels=split.pool_labels, rows=split.rows)
+    training_split = RecordedSplit(
+        all_images=split.all_images, all_labels=split.all_labels, rows=split.rows
+    )
     return replace(data, train=training_split)
 
 
@@ -428,7 +421,9 @@ def test_a_batch_larger_than_the_training_split_is_refused(coloured_noise):
 
 def test_the_test_split_is_never_touched(coloured_noise):
     split = coloured_noise.test
-    forbidden = ForbiddenSplit(pool=split.pool, pool_labels=split.pool_labels, rows=split.rows)
+    forbidden = ForbiddenSplit(
+        all_images=split.all_images, all_labels=split.all_labels, rows=split.rows
+    )
     for _ in train(make_config(epochs=1), replace(coloured_noise, test=forbidden)):
         pass
 
@@ -680,8 +675,9 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
 def test_a_processor_with_bfloat16_instructions_trains_in_bfloat16(
     monkeypatch, amx, avx512, expected
 ):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    capabilities = {"amx_tile": amx, "avx512_bf16": avx512}
+    assert torch.cpu.get_capabilities().keys() > capabilities.keys()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_precision("auto", "cpu") == expected
 
 

@@ -17,10 +17,10 @@ from real_workers import data_dir as data_dir
 
 from cnn.data import Dataset
 from cnn.training import train
-from experiments import workers
-from experiments.checkpoints import Checkpoints
-from experiments.jobs import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed
-from experiments.workers import ProcessPool, visible_gpus
+from experiments.engine import processes
+from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.processes import ProcessPool, visible_gpus
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -111,7 +111,7 @@ def test_workers_end_when_the_main_process_is_killed(data: Dataset, data_dir: Pa
     script = (
         "import sys, time; from pathlib import Path\n"
         "from cnn.data import load\n"
-        "from cnn.training import TrainConfig; from experiments.workers import *\n"
+        "from cnn.training import TrainConfig; from experiments.engine.processes import *\n"
         "pool = ProcessPool(1); folder = Path(sys.argv[1])\n"
         "pool.open(load('digits', data_dir=folder, seed=0), folder)\n"
         "pool.submit(1, TrainConfig(loss='mse', learning_rate=0.1, batch_size=1, epochs=99))\n"
@@ -262,7 +262,7 @@ def test_each_worker_sees_one_gpu_in_turns(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that has eight GPUs, as far as NVIDIA's library says; PyTorch does the rest."""
-    monkeypatch.setattr(workers, "_has_cuda", lambda: True)
+    monkeypatch.setattr(processes, "_has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 8)
     uuids = [f"{number}a-bc" for number in range(8)]
     monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: [f"GPU-{u}" for u in uuids])
@@ -306,7 +306,7 @@ def test_gpus_are_those_that_are_there(
 def test_without_a_driver_there_are_none(
     monkeypatch: pytest.MonkeyPatch, named: str | None
 ) -> None:
-    monkeypatch.setattr(workers, "_has_cuda", lambda: False)
+    monkeypatch.setattr(processes, "_has_cuda", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)

@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from torch import Tensor, nn
 
-from tracking.runs import Run, Tracker
+from tracking.runs import Run
+from tracking.tracker import Tracker
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracking.best import best_run as best_run
-    from tracking.predict import Predictor as Predictor
-    from tracking.predict import load_best as load_best
+    from tracking.models.predictor import Predictor as Predictor
+    from tracking.selection import best_run as best_run
+    from tracking.selection import load_best as load_best
 
 __all__ = ["Predictor", "best_run", "load_best"]
 
 _HOMES = {
-    "best_run": "tracking.best",
-    "load_best": "tracking.predict",
-    "Predictor": "tracking.predict",
+    "best_run": "tracking.selection",
+    "load_best": "tracking.selection",
+    "Predictor": "tracking.models.predictor",
 }
 
 

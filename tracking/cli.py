@@ -26,7 +26,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tracking.store import default_store, environment, is_passing, without_passwords
+from tracking.errors import is_passing, without_passwords
+from tracking.store import default_store, environment
 from tracking.text import printable
 
 SIGNALS = tuple(
@@ -287,3 +288,33 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
+
+
+def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flags that say which runs to choose from: see `choice_filters`."""
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="choose among the runs on this data set only: its name, its folder, or the first 8 "
+        "digits or more of its digest (default: that of the run that was started last)",
+    )
+    parser.add_argument(
+        "--study", metavar="NAME", help="choose among the runs of this Optuna study only"
+    )
+    parser.add_argument("--loss", metavar="NAME", help="choose among the runs with this loss only")
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="choose among the runs for which this holds, in MLflow's search syntax, say "
+        "\"params.batch_size = '64' and metrics.`val/loss` < 0.5\"",
+    )
+
+
+def choice_filters(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what those flags say, as `choose` takes it."""
+    return {
+        "dataset": options.dataset,
+        "study": options.study,
+        "loss": options.loss,
+        "where": options.where,
+    }

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
+
+from tracking.errors import NotNowError, one_line
 
 _CREATE = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 # Opening a named pipe would wait for somebody at its other end.
@@ -109,3 +112,74 @@ def _check(file: Path, status: os.stat_result, *, is_shared: bool) -> None:
         raise ValueError(
             f"{str(file)!r} would be written to, and is {what}: remove it, or write elsewhere"
         )
+
+
+@contextmanager
+def writing(what: str = "the predictions") -> Iterator[None]:
+    """Have an error of the disk be one line, of a kind that passes."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise NotNowError(f"can't write {what}: {reason}") from error
+
+
+@contextmanager
+def open_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
+    """Hand out a folder to write files to; when the `with` block is done, they are in `folder`.
+
+    If that wasn't there, it is made with all of them at once. Else each of them takes its place as
+    a whole, in the order of `files`, and what else is there stays.
+
+    Args:
+        folder: in one that exists.
+        files: all that may be written; those that were not, but are there from before, are removed.
+
+    Raises:
+        ValueError: a folder in it is a link, so that other files would be replaced than it seems.
+    """
+    folder = folder.resolve()
+    for inner in {(folder / name).parent for name in files} - {folder}:
+        if inner.is_symlink():
+            raise ValueError(f"{str(inner)!r} would be written to, and is a link: remove it")
+    # On the same disk: in the folder itself, if it is there, as another may be mounted there.
+    place = folder if folder.exists() else folder.parent
+    with TemporaryDirectory(prefix=".draft-", dir=place) as scratch:
+        draft = Path(scratch, "folder")
+        draft.mkdir()
+        yield draft
+        if not folder.exists():
+            draft.rename(folder)
+            return
+        for name in files:
+            if (draft / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (draft / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, *, option: str, source: str = "") -> None:
+    """Raise ValueError if a report can't be written to a folder.
+
+    Args:
+        folder: which need not exist, but the one that it is in.
+        option: what names it, for the message.
+        source: what is labelled: no figure may get among its images.
+    """
+    try:
+        target = folder.resolve()
+        place = target if target.exists() else target.parent
+        if not place.is_dir():
+            raise ValueError(f"can't write {option}: there is no folder {str(place)!r}")
+        # The mode too: for root everything is writable, also what was made read-only on purpose.
+        if not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
+            raise ValueError(f"can't write {option}: {str(place)!r} is read-only")
+        for images in filter(None, (source, source.rpartition(":")[0])):
+            if Path(images).is_dir() and target.is_relative_to(Path(images).resolve()):
+                raise ValueError(
+                    f"can't write {option}: {str(folder)!r} is in {images!r}, and the figures "
+                    "would be among its images"
+                )
+    except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
+        raise ValueError(f"can't write {option} {str(folder)!r}: {one_line(error)}") from error

@@ -10,238 +10,36 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tracking.ahead import num_cores
-from tracking.best import (
-    DEFAULT_METRIC,
-    add_choice_flags,
-    choice_filters,
-    choose,
-    described,
-    model_uri,
-    warn_of_others,
-)
-from tracking.cli import Parser, run_command
-from tracking.description import read_description
-from tracking.drafts import check_drafts, draft_files, open_draft
-from tracking.fetching import fetch, shown_uri
-from tracking.labelling import Tally, chunk_size, label
-from tracking.outputs import FORMATS, Format, format_of, table
-from tracking.report import FILES, SPLIT_NOTES, Subject, check_folder, check_run, data_name, make
-from tracking.safety import load_graph
-from tracking.sources import Chunk, Source, check, class_names, dataset_of, open_source
-from tracking.store import one_line, reading, without_passwords
+from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
+from tracking.errors import one_line
+from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
+from tracking.files import check_folder
+from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
+from tracking.prediction.chunks import Chunk, Source
+from tracking.prediction.drafts import check_drafts, draft_files, open_draft
+from tracking.prediction.formats import FORMATS, Format, format_of, table
+from tracking.prediction.pipeline import Tally, chunk_size, label, use_available_cores
+from tracking.prediction.sources import check, open_source
+from tracking.prediction.splits import dataset_of
+from tracking.run_search import described, model_uri
+from tracking.selection import DEFAULT_METRIC, choose
+from tracking.selection import load_best as load_best
+from tracking.store import reading
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import pandas as pd
     from torch import Tensor
-
-    from tracking.sources import Labels
 
     Images = npt.NDArray[np.uint8] | Tensor
 
-# On two cores of an AMD EPYC, other work stopped, the stored graph ran at 7,350 images/s with 128
-# (the most of 16 to 4,096), 5,170 with 256 and 4,150 with 1,024. With the larger ones there are 30
-# to 90 page faults an image instead of none; with 256 none either, if the allocator keeps memory.
-BATCH_SIZE = 128
 
 SOME_FAILED = 3
 """The exit code where images could not be read: their rows say why."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Predictor:
-    """A recorded model, loaded to label images."""
-
-    model: Callable[[Tensor], Tensor]
-    """Images (N, H, W, C) uint8 → probabilities (N, K)."""
-    classes: tuple[str, ...]
-    """The K class names, in the order of the probabilities."""
-    image_shape: tuple[int, int, int]
-    """Height, width and channels that the model takes."""
-    uri: str
-    run_id: str | None
-    metadata: Mapping[str, Any]
-    """What was recorded beside the class names: data set, its digest, seed, loss."""
-    digest: str = ""
-    """Of the stored graph with its weights: that of another model differs."""
-
-    def predict(
-        self,
-        images: Images | Sequence[Images],
-        *,
-        sources: Sequence[object] | None = None,
-        labels: Labels | None = None,
-        batch_size: int = BATCH_SIZE,
-    ) -> pd.DataFrame:
-        """Label images, and return a row for each.
-
-        Args:
-            images: uint8, (N, H, W, C) or one image (H, W, C), or a list of such.
-            sources: what each image is called; else its position.
-            labels: the true classes: names (None where it is not known) or positions in `classes`.
-            batch_size: images at a time.
-
-        Returns:
-            Columns `source`, `prediction` (a class name), `probability` (that of the prediction),
-            `p(<class>)` for each class, and, if labels are given, `label` (a class name, missing
-            where it is not known).
-
-        Raises:
-            ValueError: the images are of another type or shape, or numbers differ.
-        """
-        import numpy as np
-        import pandas as pd
-
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be ≥ 1, not {batch_size}")
-        batch = self._as_array(images)
-        probabilities = self.probabilities(batch, batch_size=batch_size)
-        names: Any = range(len(batch))
-        if sources is not None:
-            # Objects, because pandas' strings take no file name that is no UTF-8.
-            names = pd.Series(list(sources), dtype=object)
-        if len(names) != len(batch):
-            raise ValueError(f"{len(batch)} images need as many sources, not {len(names)}")
-        best = probabilities.argmax(axis=1)
-        columns: dict[str, Any] = {
-            "source": names,
-            "prediction": [self.classes[k] for k in best],
-            "probability": probabilities[np.arange(len(batch)), best],
-        }
-        columns |= {f"p({name})": probabilities[:, k] for k, name in enumerate(self.classes)}
-        if labels is not None:
-            columns["label"] = class_names(labels, self.classes, size=len(batch))
-        return pd.DataFrame(columns)
-
-    def _as_array(self, images: Images | Sequence[Images]) -> npt.NDArray[np.uint8]:
-        import numpy as np
-
-        if isinstance(images, (list, tuple)):
-            parts = [self._as_array(image) for image in images]
-            return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *parts])
-        array = np.asarray(images)
-        if array.ndim == 3:
-            array = array[np.newaxis]
-        if array.dtype != np.uint8 or array.shape[1:] != self.image_shape:
-            shape = ", ".join(str(size) for size in self.image_shape)
-            raise ValueError(
-                f"images must be uint8 (0 to 255) and (N, {shape}) or ({shape}): "
-                f"these are {array.dtype} {np.shape(images)}"
-            )
-        return array
-
-    def probabilities(
-        self, images: npt.NDArray[np.uint8], *, batch_size: int = BATCH_SIZE
-    ) -> npt.NDArray[np.float32]:
-        """Return the probabilities (N, K) alone, of images (N, H, W, C) as `predict` takes them."""
-        import numpy as np
-        import torch
-
-        images = self._as_array(images)
-        probabilities = np.empty((len(images), len(self.classes)), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
-                batch = slice(start, start + batch_size)
-                # Copied: torch warns of memory that it may not write to, as a mapped file is.
-                probabilities[batch] = self.model(torch.from_numpy(images[batch].copy())).numpy()
-        return probabilities
-
-
-def load_best(
-    experiment: str | None = None,
-    *,
-    metric: str = DEFAULT_METRIC,
-    dataset: str | None = None,
-    study: str | None = None,
-    loss: str | None = None,
-    where: str | None = None,
-) -> Predictor:
-    """Load the model of the best finished run of an experiment.
-
-    It is of one data set, as only runs on the same images can be compared: without `dataset`, of
-    that of the run that was started last. It warns where there are runs on others.
-    `metadata["dataset"]` of what is returned says which it is.
-
-    Args:
-        experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
-        metric: what is best.
-        dataset: only runs on this data set: its name, or the first 8 digits or more of its digest.
-        study: only runs of the study with this name.
-        loss: only runs with this loss.
-        where: only runs for which this holds: see `tracking.best.choose`.
-
-    Raises:
-        ValueError: there is no such run, the store can't be opened, or the model can't be loaded.
-    """
-    choice = choose(experiment, metric=metric, dataset=dataset, study=study, loss=loss, where=where)
-    warn_of_others(choice)
-    return load_model(model_uri(choice.run))
-
-
-def load_run(run_id: str) -> Predictor:
-    """Load the last model of a run. Raises ValueError if there is no such run, or no model."""
-    with reading() as client:
-        return load_model(model_uri(client.get_run(run_id)))
-
-
-def load_model(uri: str) -> Predictor:
-    """Load a model by its URI: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
-
-    It is loaded on the CPU, and refused if it could run code (see `tracking.safety`), if it is
-    none of the bytes that were recorded, or if loading it takes more than 2 GB or a minute.
-
-    Raises:
-        ValueError: there is no such model, or it is none that `tracking.runs` recorded.
-    """
-    from hashlib import sha256
-
-    stored = fetch(uri)
-    try:
-        about = read_description(stored.description)
-    except ValueError as error:
-        line = f"{shown_uri(uri)} can't be used as a model: {one_line(error)}"
-        raise ValueError(line) from error
-    shape = about.image_shape
-    return Predictor(
-        model=_load_graph(shown_uri(uri), stored.graph, shape, num_classes=len(about.classes)),
-        classes=about.classes,
-        image_shape=shape,
-        uri=without_passwords(uri),
-        run_id=about.run_id,
-        metadata=about.metadata,
-        digest=sha256(stored.graph).hexdigest(),
-    )
-
-
-def _load_graph(
-    uri: str, archive: bytes, image_shape: tuple[int, int, int], *, num_classes: int
-) -> Callable[[Tensor], Tensor]:
-    """Return the graph of an archive, having tried it."""
-    import torch
-
-    from tracking.cost import check_cost, in_parts
-
-    try:
-        module = load_graph(archive)
-        check_cost(module, image_shape)
-        with torch.inference_mode():
-            tried = module(torch.zeros(2, *image_shape, dtype=torch.uint8))
-        what = (tuple(tried.shape), tried.dtype)
-    except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"can't load the model {uri}: {one_line(error)}") from error
-    if what != ((2, num_classes), torch.float32):
-        raise ValueError(f"can't load the model {uri}: for two images, it gives {what}")
-    return in_parts(module, image_shape)
-
-
-# The command line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -369,7 +167,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.report:
         _check_folder(options, target)
     predictor, why = _chosen(options)
-    _use_cores_there_are()
+    use_available_cores()
     source = open_source(
         options.source,
         classes=predictor.classes,
@@ -398,13 +196,6 @@ def _run(options: argparse.Namespace) -> int:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if tally.failed else 0
-
-
-def _use_cores_there_are() -> None:
-    """Have PyTorch compute on no more cores than a container has a quota for."""
-    import torch
-
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def _written(

@@ -14,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tracking.best import DEFAULT_METRIC, described, model_uri
-from tracking.fetching import check_stored, digest_tags
-from tracking.store import is_passing, one_line
+from tracking.errors import is_passing, one_line
+from tracking.models.fetching import check_stored, digest_tags
+from tracking.run_search import described, model_uri
+from tracking.selection import DEFAULT_METRIC
 from tracking.text import listed
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from tracking.patience import PatientClient
+    from tracking.retries import PatientClient
 
 CHAMPION = "champion"
 

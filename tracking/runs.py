@@ -6,22 +6,14 @@ state, and several runs can be open at a time. Every call has reached the server
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-import os
-import platform
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-import mlflow
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -32,27 +24,17 @@ from mlflow.entities import (
     Param,
     RunTag,
 )
-from mlflow.exceptions import MlflowException
-from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_DATASET_CONTEXT,
-    MLFLOW_PARENT_RUN_ID,
-    MLFLOW_RUN_NAME,
-)
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from tracking.fetching import DESCRIPTION, read_folder
-from tracking.patience import Patience, PatientClient
-from tracking.safety import harmless
-from tracking.store import check_location, default_location, opening
+from tracking.models.fetching import read_folder
+from tracking.models.recording import save_model
+from tracking.retries import PatientClient
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow.entities import Run as MlflowRun
-    from mlflow.models import Model
-    from torch import Tensor, nn
-    from torch.export import ExportedProgram
+    from torch import nn
 
-DEFAULT_EXPERIMENT = "cnn-sweep"
 MODEL_NAME = "model"
 
 OUTCOMES = {
@@ -63,174 +45,6 @@ OUTCOMES = {
     "failed": "FAILED",
 }
 """What can become of a run, and the MLflow status that goes with it."""
-
-
-def default_experiment() -> str:
-    """Return the name of the experiment that is meant where none is named.
-
-    That is the one which `mlflow run` or the user's environment has chosen, else `cnn-sweep`.
-    """
-    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return str(_client().get_experiment(experiment_id).name)
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tracker:
-    """An experiment on a tracking server, in which runs are opened."""
-
-    client: PatientClient
-    experiment_id: str
-    experiment: str
-    context_tags: Mapping[str, str]
-    """Who, from which source and commit: the same for all runs of a process, and slow to find."""
-
-    @classmethod
-    def open(cls, experiment: str | None = None, *, patience: Patience | None = None) -> Tracker:
-        """Open the experiment named, which is made where there is none.
-
-        Under `mlflow run`, runs have to be in the experiment of the run that it opened.
-
-        Args:
-            experiment: its name; None is `default_experiment()`.
-            patience: with a server that goes away later.
-
-        Raises:
-            ValueError: the tracking store can't be opened, or the experiment can't be used.
-        """
-        _quieten()
-        with opening() as client:
-            adopted = os.environ.get("MLFLOW_RUN_ID")
-            if adopted:
-                try:
-                    run = client.get_run(adopted).info
-                except MlflowException as error:
-                    if error.error_code not in (
-                        "RESOURCE_DOES_NOT_EXIST",
-                        "INVALID_PARAMETER_VALUE",
-                    ):
-                        raise
-                    # MLflow's words say nothing of the variable, which a shell may have kept.
-                    raise ValueError(
-                        f"there is no run {adopted!r}, of MLFLOW_RUN_ID: unset that"
-                    ) from error
-                if run.lifecycle_stage != "active":
-                    raise ValueError(f"run {adopted}, of MLFLOW_RUN_ID, is deleted: unset that")
-                found = client.get_experiment(run.experiment_id)
-                if experiment is not None and experiment != found.name:
-                    raise ValueError(
-                        f"experiment {experiment!r} is not that of the run which `mlflow run` "
-                        f"opened, {found.name!r}: choose it by `mlflow run --experiment-name "
-                        f"{experiment}`"
-                    )
-            else:
-                name = experiment or default_experiment()
-                found = client.get_experiment_by_name(name) or client.get_experiment(
-                    client.create_experiment(name, default_location(name))
-                )
-        if found.lifecycle_stage != "active":
-            raise ValueError(
-                f"experiment {found.name!r} is deleted: restore it by `mlflow experiments restore "
-                f"--experiment-id {found.experiment_id}`, or choose another --experiment"
-            )
-        check_location(found.name, found.artifact_location)
-        host = {"host": platform.node(), "pid": str(os.getpid())}
-        return cls(
-            client=PatientClient(client, patience or Patience()),
-            experiment_id=found.experiment_id,
-            experiment=found.name,
-            context_tags=resolve_tags() | host,
-        )
-
-    @property
-    def process_tags(self) -> dict[str, str]:
-        """Which process works on a run, and where."""
-        return {key: self.context_tags[key] for key in ("host", "pid")}
-
-    def parent_run(
-        self,
-        name: str,
-        *,
-        tags: Mapping[str, str],
-        earlier: str | None,
-        under: str | None = None,
-    ) -> Run:
-        """Return the run that a sweep's trials hang under.
-
-        Under `mlflow run` it is the run that this opened; else the one that an earlier start of the
-        same sweep made, by its id or, where none was noted, its tags, if it is still there; else a
-        new one. One that is itself `under` another, by the id of that, is never the first.
-        """
-        adopted = os.environ.get("MLFLOW_RUN_ID")
-        if adopted and under is None:
-            run = Run(self.client, adopted, self.experiment_id)
-            run.set_tags({MLFLOW_RUN_NAME: name, **tags, **self.process_tags})
-            return run
-        # Its process may have died before it could note the id.
-        run_before = self.find_run(earlier) if earlier else self.find_tagged(tags)
-        if run_before is not None:
-            run_before.reopen(tags=self.process_tags)
-            return run_before
-        parent = None if under is None else Run(self.client, under, self.experiment_id)
-        return self.start_run(name, tags=tags, parent=parent)
-
-    def is_active(self) -> bool:
-        """Return whether the experiment is still there, and nobody has deleted it."""
-        try:
-            return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-
-    def find_run(self, run_id: str) -> Run | None:
-        """Return the run with this id in this experiment, unless it is not there or deleted."""
-        try:
-            info = self.client.get_run(run_id).info
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        here = info.experiment_id == self.experiment_id and info.lifecycle_stage == "active"
-        return Run(self.client, run_id, self.experiment_id) if here else None
-
-    def find_tagged(self, tags: Mapping[str, str]) -> Run | None:
-        """Return a run of this experiment with all of these tags, unless there is none."""
-        wanted = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-        found = self.client.search_runs([self.experiment_id], wanted, max_results=1)
-        return Run(self.client, found[0].info.run_id, self.experiment_id) if found else None
-
-    def start_run(
-        self,
-        name: str,
-        *,
-        params: Mapping[str, object] | None = None,
-        tags: Mapping[str, str] | None = None,
-        parent: Run | None = None,
-    ) -> Run:
-        """Open a new run, under `parent` if there is one, with its params and tags."""
-        all_tags = dict(self.context_tags) | dict(tags or {})
-        if parent is not None:
-            all_tags[MLFLOW_PARENT_RUN_ID] = parent.run_id
-        mark = {"key": uuid.uuid4().hex}
-        tries = 0
-
-        def create() -> Run:
-            nonlocal tries
-            tries += 1
-            # A run that was made, though the answer was lost, is found by its mark.
-            made = self.find_tagged(mark) if tries > 1 else None
-            if made is not None:
-                return made
-            info = self.client.create_run(
-                self.experiment_id, tags=all_tags | mark, run_name=name
-            ).info
-            return Run(self.client, info.run_id, self.experiment_id)
-
-        run = self.client.patience.insist(create)
-        if params:
-            run.log_params(params)
-        return run
 
 
 @dataclass(frozen=True)
@@ -447,156 +261,3 @@ class Run:
             tags["reason"] = reason
         self.set_tags(tags)
         self.client.set_terminated(self.run_id, status=OUTCOMES[outcome])
-
-
-def save_model(
-    model: nn.Module,
-    folder: Path,
-    *,
-    input_example: np.ndarray[Any, Any],
-    metadata: Mapping[str, Any],
-    about: Model | None = None,
-) -> None:
-    """Write a model to a folder, as `Run.log_model` records it.
-
-    The first call of a process takes seconds, to import PyTorch's compiler.
-
-    Args:
-        model: as `Run.log_model` takes it, and `input_example` as well.
-        folder: which is made.
-        metadata: what to store beside it, with the names of its K `classes`.
-        about: what is known of it already, say its run.
-
-    Raises:
-        ValueError: it is not on the CPU, or its graph is none that `tracking.predict` would load.
-    """
-    import numpy as np
-    from mlflow import pytorch
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    _check_device(model)
-    about = about or Model()
-    images = TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))
-    probabilities = TensorSpec(np.dtype(np.float32), (-1, len(metadata["classes"])))
-    with _frugal_export():
-        pytorch.save_model(
-            model,
-            folder,
-            mlflow_model=about,
-            serialization_format="pt2",
-            signature=ModelSignature(Schema([images]), Schema([probabilities])),
-            input_example=input_example,
-            metadata=dict(metadata),
-            # Inferring them would load the model in a process of its own: 12 s a model.
-            pip_requirements=_requirements(),
-        )
-    # Else MLflow takes a GPU where there is one, which this graph is not for, and raises.
-    about.flavors["python_function"]["config"] = {"device": "cpu"}
-    about.save(str(folder / DESCRIPTION))
-
-
-def _check_device(model: nn.Module) -> None:
-    """Raise ValueError for a model that isn't on the CPU: no other machine might load its graph."""
-    for name, weight in model.state_dict().items():
-        if weight.device.type != "cpu":
-            raise ValueError(
-                f"a model is recorded from the CPU, for machines without a GPU: its {name} is on "
-                f"{weight.device} (model.cpu() moves it)"
-            )
-
-
-_PROGRAMS: WeakKeyDictionary[nn.Module, ExportedProgram] = WeakKeyDictionary()
-
-
-@contextmanager
-def _frugal_export() -> Iterator[None]:
-    """Have PyTorch trace a model once, and Python write the files of what it has traced.
-
-    Each tracing takes 0.1 s and 0.2 MB that PyTorch never gives back. On a full disk, PyTorch's
-    own writer ends the process; Python raises an OSError. And the files are without what PyTorch
-    notes of each step: lines of source, and paths, of this machine.
-    """
-    import torch
-
-    from tracking.cost import check_cost
-
-    package: Any = torch.export
-    export, save = package.export, package.save
-
-    def export_once(
-        model: nn.Module, example: tuple[Tensor, ...], **options: object
-    ) -> ExportedProgram:
-        program = _PROGRAMS.get(model)
-        if program is None or not _is_of(program, model, example):
-            program = export(model, example, **options)
-            with _recordable():
-                check_cost(program.module(check_guards=False), example[0].shape[1:])
-            _PROGRAMS[model] = program
-        return program
-
-    def save_by_python(program: ExportedProgram, file: str) -> None:
-        content = io.BytesIO()
-        save(program, content)
-        with _recordable():
-            archive = harmless(content.getvalue())
-        Path(file).write_bytes(archive)
-
-    package.export, package.save = export_once, save_by_python
-    try:
-        yield
-    finally:
-        package.export, package.save = export, save
-
-
-@contextmanager
-def _recordable() -> Iterator[None]:
-    """Say of what `tracking.predict` would not load that it can't be recorded."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"this model can't be recorded: {error}") from error
-
-
-def _is_of(program: ExportedProgram, model: nn.Module, example: tuple[Tensor, ...]) -> bool:
-    """Return whether a program has a model's tensors themselves, and was made with this example."""
-    import torch
-
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    made_with: tuple[Tensor, ...] = program.example_inputs[0] if program.example_inputs else ()
-    return (
-        all(tensor is tensors.get(name) for name, tensor in program.state_dict.items())
-        and len(made_with) == len(example)
-        and all(map(torch.equal, made_with, example))
-    )
-
-
-def _client() -> mlflow.MlflowClient:
-    return mlflow.MlflowClient()
-
-
-def _requirements() -> list[str]:
-    """Return what loading the model takes: MLflow, PyTorch and NumPy, in the versions at hand."""
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "torch", "numpy")]
-
-
-def quoted(value: str) -> str:
-    """Return a value as MLflow's search language takes it: it knows two quotes, and no escape."""
-    if "'" not in value:
-        return f"'{value}'"
-    if '"' not in value:
-        return f'"{value}"'
-    raise ValueError(f"{value!r} holds both kinds of quotes: MLflow can't search for it")
-
-
-def _quieten() -> None:
-    """Keep out of what users read what we tell them ourselves, in a line.
-
-    The making of tables, the traceback that MLflow prints of each error that it raises as well, and
-    that a version is waited for.
-    """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from tracking.errors import is_refused_user, one_line, refusal, without_passwords
 from tracking.files import open_own
 
 if TYPE_CHECKING:
@@ -23,66 +27,6 @@ if TYPE_CHECKING:
 # What a server gets that doesn't answer, unless the user says otherwise. MLflow's own bounds (7
 # retries, 120 seconds each) make a wrong address a matter of minutes.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-
-_MESSAGE_LENGTH = 300
-
-_PASSING = (
-    "database or disk is full",
-    "database is locked",
-    "readonly database",
-    "Read-only file system",
-    "No space left on device",
-    "Disk quota exceeded",
-    "requested and ",  # "5520384 requested and 8064 written", as NumPy says it
-)
-
-
-_DATABASE_AWAY = re.compile(
-    r"server closed the connection|terminating connection|connection (?:is|was) (?:lost|closed)"
-    r"|SSL connection has been closed|consuming input failed|the connection is (?:lost|closed)"
-    r"|connection (?:failed|to server).*(?:refused|No such file|timeout|reset|unreachable)"
-    r"|the database system is (?:starting up|shutting down|in recovery|not yet accepting)"
-    r"|(?:too many clients|connection slots are reserved|could not fork new process)"
-    r"|(?:Lost connection to|Can't connect to) MySQL|MySQL server has gone away"
-    # SQLAlchemy's, where the connection was lost amid a transaction; the next one is whole again.
-    r"|Can't reconnect until invalid transaction is rolled back"
-    r"|TEMPORARILY_UNAVAILABLE|database is locked",
-    re.DOTALL | re.IGNORECASE,
-)
-
-# What MLflow's client says of its API, and of artifacts that come through the server.
-_REFUSED_USER = re.compile(r"\b(401|403) (?:!= \d+|Client Error: \w+ for url: \S*/api/)")
-_ASKED = re.compile(r"/api/[\d.]+/([\w/-]+)")
-
-
-def is_refused_user(error: BaseException) -> bool:
-    """Return whether an MLflow server said no because of who asked it."""
-    return bool(_REFUSED_USER.search(str(error)))
-
-
-def is_passing(error: BaseException) -> bool:
-    """Return whether it is a disk, a database or a server that said no, and may not do so later."""
-    return (
-        isinstance(error, NotNowError | AwayError)
-        or any(part in str(error) for part in _PASSING)
-        or (not isinstance(error, ValueError) and is_database_away(error))
-    )
-
-
-class NotNowError(ValueError):
-    """A full disk, a database that is locked or read-only: no fault of what was asked for."""
-
-
-class AwayError(Exception):
-    """A server has not answered for as long as it was waited for."""
-
-
-def is_database_away(error: BaseException) -> bool:
-    """Return whether a database server, or what relays for it, says that it is away for now.
-
-    Drivers have no common code for it, and MLflow's server hands on a text.
-    """
-    return bool(_DATABASE_AWAY.search(str(error)))
 
 
 def tracking_uri() -> str:
@@ -225,7 +169,6 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import requests
     import sqlalchemy
     from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
 
     patience = {key: value for key, value in _PATIENCE.items() if key not in os.environ}
     with environment(patience | default_store()):
@@ -368,21 +311,6 @@ def _is_to_be_made(url: str, *, must_exist: bool) -> bool:
     return True
 
 
-def refusal(line: str, error: BaseException) -> ValueError:
-    """Return the error to raise, with this line, for one that a database has raised."""
-    return (NotNowError if is_passing(error) else ValueError)(without_passwords(line))
-
-
-def without_passwords(text: str) -> str:
-    """Return a text with the passwords of the URLs in it hidden."""
-    # Up to the last @ before another URL, spaces, slashes and all: SQLAlchemy takes passwords that
-    # are not escaped. A port, after which there is no @ in the same word, is none.
-    text = re.sub(
-        r"(?<=://)([^/@:\s]*):(?!\d{1,5}(?:[/\s'\",;:)]|$)(?!\S*@))(?:(?!://).)*@", r"\1:***@", text
-    )
-    return re.sub(r"(?<=password=)[^&'\"]*?(?=&|['\"]|\s\(|: |$)", "***", text)
-
-
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables, for the whole process, while the `with` block lasts."""
@@ -398,39 +326,27 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line, cut where it gets too long to read.
+DEFAULT_EXPERIMENT = "cnn-sweep"
 
-    Without passwords, and without the statement that SQLAlchemy adds: it is not the user's.
+
+def default_experiment() -> str:
+    """Return the name of the experiment that is meant where none is named.
+
+    That is the one which `mlflow run` or the user's environment has chosen, else `cnn-sweep`.
     """
-    text = " ".join(str(error).split()).partition(" [SQL:")[0]
-    if is_refused_user(error):
-        text = _why_refused(text)
-    text = without_passwords(text) or type(error).__name__
-    return text if len(text) <= _MESSAGE_LENGTH else f"{text[:_MESSAGE_LENGTH]} …"
+    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return str(_client().get_experiment(experiment_id).name)
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
-def _why_refused(text: str) -> str:
-    """Return what a server with users means that said no, and where to look."""
-    from urllib.parse import urlsplit
+def _client() -> mlflow.MlflowClient:
+    return mlflow.MlflowClient()
 
-    import mlflow
-    from mlflow.utils.credentials import read_mlflow_creds
 
-    refused, asked = _REFUSED_USER.search(text), _ASKED.search(text)
-    of_registry = asked and asked[1].startswith(
-        ("mlflow/registered-models", "mlflow/model-versions")
-    )
-    uri = mlflow.get_registry_uri() if of_registry else mlflow.get_tracking_uri()
-    name, password = read_mlflow_creds()
-    where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if in_address := urlsplit(uri).username:
-        name, password, where = in_address, "there is one", "the address"
-    if "Invalid Host header" in text:
-        return f"the MLflow server {uri} takes no requests by this name: see its --allowed-hosts"
-    if refused and refused[1] == "403":
-        code = f"403, {asked[1]}" if asked else "403"
-        return f"the MLflow server {uri} does not permit user {name!r} to do this ({code})"
-    if name is None or password is None:
-        return f"the MLflow server {uri} asks who you are (401): set {where}"
-    return f"the MLflow server {uri} knows no user {name!r} with this password (401): check {where}"
+def quoted(value: str) -> str:
+    """Return a value as MLflow's search language takes it: it knows two quotes, and no escape."""
+    if "'" not in value:
+        return f"'{value}'"
+    if '"' not in value:
+        return f'"{value}"'
+    raise ValueError(f"{value!r} holds both kinds of quotes: MLflow can't search for it")

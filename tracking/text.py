@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 # A spreadsheet takes a cell that starts so for a formula (OWASP, CSV injection): full-width signs,
 # too, where Japanese is written. The apostrophe is among them so that what is put before can be

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from experiments.jobs import Event, JobEnded, JobFailed, set_arithmetic, train_job
+from experiments.engine.base import Event, JobEnded, JobFailed
+from experiments.engine.job import set_arithmetic, train_job
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from cnn.config import TrainConfig
     from cnn.data import Dataset
-    from cnn.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class DatasetMeta:
     """A data set as it travels, but for its images, which are an object of Ray's store."""
 
     name: str
@@ -35,9 +36,10 @@ class Images:
 
     def split(self, images: npt.NDArray[np.uint8], seed: int) -> Dataset:
         """Return the data set, split with a seed."""
-        from cnn.data import Pool, split_pool
+        from cnn.cache import ImagePool
+        from cnn.data import split_pool
 
-        pool = Pool(
+        pool = ImagePool(
             images=images, labels=self.labels, classes=self.classes, given_test=self.given_test
         )
         with warnings.catch_warnings():
@@ -47,7 +49,7 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WorkerInfo:
     """Where a worker is, and with what it trains."""
 
     node: str
@@ -89,7 +91,7 @@ class RayWorker:
         self._turn, self._stopped = 0, 0
         self._steps: Iterator[Step] = iter(())
 
-    def open(self, about: Images, images: npt.NDArray[np.uint8]) -> Place:
+    def open(self, about: DatasetMeta, images: npt.NDArray[np.uint8]) -> WorkerInfo:
         """Open the data set, and say where that is.
 
         Args:
@@ -101,7 +103,7 @@ class RayWorker:
         import cnn.training  # noqa: F401 - so that the first job does not wait for it
 
         context = ray.get_runtime_context()
-        return Place(
+        return WorkerInfo(
             node=context.get_node_id(),
             address=str(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
             versions=versions(),

@@ -25,7 +25,8 @@ from zipfile import ZIP_STORED, ZipFile
 import cnn
 
 if TYPE_CHECKING:
-    from cnn.training import Checkpoint, TrainConfig
+    from cnn.config import TrainConfig
+    from cnn.training import Checkpoint
 
 DRAFT = ".draft"
 """The suffix of a checkpoint that is being written."""
@@ -203,8 +204,8 @@ def _check_names(pickle: bytes) -> None:
 
 def _check_fit(parts: dict[str, Any], config: TrainConfig, num_classes: int) -> None:
     """Raise whatever it is if a checkpoint's parts are not those of a training."""
-    from cnn.model import build_cnn
-    from cnn.training import OPTIMIZERS
+    from cnn.networks import build_cnn
+    from cnn.optimizers import OPTIMIZERS
 
     network = build_cnn(num_classes, seed=0)
     network.load_state_dict(parts["model"])

@@ -1,4 +1,4 @@
-"""Names of many image files, and images kept in Parquet: what `tracking.sources` decodes."""
+"""Names of many image files, and images kept in Parquet: what a source decodes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from tracking import parquet_reader
-from tracking.store import one_line
+from tracking.errors import one_line
+from tracking.prediction import parquet_reader
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 Item = str | bytes | ValueError | None
 """An image: a path, its encoded bytes, why it is refused, or nothing where a row has none."""
@@ -105,7 +105,7 @@ class Table:
 
     def __init__(self, file: Path, column: str | None) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq
 
         self.file = file
         try:

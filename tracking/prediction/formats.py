@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tracking.drafts import whole_file
 from tracking.files import create
+from tracking.prediction.drafts import whole_file
 from tracking.text import escape_formulas
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
-    from tracking.sources import Chunk
+    from tracking.prediction.chunks import Chunk
 
 _ROW_GROUP = 65536
 
@@ -125,7 +125,7 @@ class Csv:
 
     def _written(self, table: pa.Table, *, header: bool) -> bytes:
         # Ten times as fast as pandas, and as exact: the shortest digits that give the same number.
-        import pyarrow.csv  # type: ignore[import-untyped]
+        import pyarrow.csv
 
         stream = io.BytesIO()
         options = pyarrow.csv.WriteOptions(include_header=header)
@@ -198,7 +198,7 @@ class JsonLines:
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield some rows at a time, with these of the columns."""
-        import pyarrow.json  # type: ignore[import-untyped]
+        import pyarrow.json
 
         parse = pyarrow.json.ParseOptions(
             explicit_schema=schema, unexpected_field_behavior="ignore"
@@ -236,7 +236,7 @@ class Parquet:
     def finish(self, draft: Path) -> Path:
         """Write the stream as row groups of a certain size."""
         import pyarrow as pa
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq
 
         whole = whole_file(draft)
         whole.unlink(missing_ok=True)  # of a process that was killed

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tracking.outputs import table
+from tracking.prediction.formats import table
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tracking.drafts import Draft
-    from tracking.outputs import Format
-    from tracking.predict import Predictor
-    from tracking.sources import Chunk, Source
+    from tracking.models.predictor import Predictor
+    from tracking.prediction.chunks import Chunk, Source
+    from tracking.prediction.drafts import Draft
+    from tracking.prediction.formats import Format
 
 # Read and written at once, in images: enough to make the cost of a chunk small.
 CHUNK = 1024
@@ -156,3 +156,12 @@ def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
             progress.update(task, completed=done, rate=f"{rate:,.0f}")
 
         yield advance
+
+
+def use_available_cores() -> None:
+    """Have PyTorch compute on no more cores than a container has a quota for."""
+    import torch
+
+    from cnn.devices import num_cores
+
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))

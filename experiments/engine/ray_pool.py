@@ -6,188 +6,37 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private import worker as private
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
-import cnn
-import experiments
-from experiments.checkpoints import Checkpoints
-from experiments.jobs import (
-    CheckpointLost,
-    EpochEnded,
-    Event,
-    JobEnded,
-    JobFailed,
-    JobMoved,
-    environment,
-)
-from experiments.machine import machine
-from experiments.ray_worker import Images, Place, Step, actor_class, versions
-from tracking.ahead import num_cores
-from tracking.store import NotNowError
+from cnn.devices import machine
+from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.job import environment
+from experiments.engine.ray_cluster import TOKENS, Cluster, one_line
+from experiments.engine.ray_worker import DatasetMeta, Step, WorkerInfo, actor_class, versions
+from tracking.errors import NotNowError
 
 if TYPE_CHECKING:
+    from cnn.config import TrainConfig
     from cnn.data import Dataset
-    from cnn.training import TrainConfig
 
 STEPS_AHEAD = 2
 """Calls under way of a worker that trains."""
 GROW_SECONDS = 5.0
 """How often it is looked whether the cluster has room for more workers."""
-CONNECT_SECONDS = 5.0
-TOKENS = "RAY_AUTH_MODE, token or disabled, and the token have to be those of its nodes"
 MAX_DEATHS = 3
 """Workers that never came to work, in a row: more are no accident."""
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
-    """Be connected to a cluster, or to one of our own on this machine, which ends with the block.
-
-    Args:
-        address: `auto`, `ray://HOST:PORT`, `HOST:PORT`, or None for one of our own.
-
-    Raises:
-        ValueError: there is none, or it can't be used, in one line.
-    """
-    _check_reachable(address)
-    own: dict[str, Any] = {"num_cpus": num_cores(), "include_dashboard": False}
-    code = [str(Path(next(iter(package.__path__)))) for package in (cnn, experiments)]
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with _log() as log:
-        try:
-            with _stderr_in(log):
-                ray.init(
-                    address or "local",
-                    # What a node has installed of ours, or of another version, is not what is used.
-                    runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    **({} if address else own),
-                )
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            where = _where(log)
-            if address is None:
-                raise ValueError(f"Ray can't be started: {_one_line(error)}{where}") from error
-            line = f"no Ray cluster can be used at --ray-address {address}: {_one_line(error)}"
-            # A ValueError is of the address itself.
-            hint = "" if isinstance(error, ValueError) else f" ({TOKENS})"
-            raise ValueError(f"{line}{hint}{where}") from error
-        except SystemExit as error:  # what Ray's handler makes of a SIGTERM
-            raise KeyboardInterrupt from error
-        finally:
-            for number, handler in handlers.items():  # Ray's own would abort this process
-                signal.signal(number, handler)
-        try:
-            with _messages_in(log):
-                yield Cluster()
-        finally:
-            ray.shutdown()
-            if where := _where(log):
-                print(f"note: messages of Ray{where}", file=sys.stderr)
-
-
-@contextmanager
-def _log() -> Iterator[IO[bytes]]:
-    """Open a file for what Ray has to say, which is dozens of lines, and remove it if it is empty.
-
-    It stays in the folder for temporary files.
-    """
-    with NamedTemporaryFile(prefix="ray-", suffix=".log", delete=False, buffering=0) as log:
-        try:
-            yield log
-        finally:
-            if not _where(log):
-                Path(log.name).unlink(missing_ok=True)
-
-
-def _where(log: IO[bytes]) -> str:
-    """Return where Ray's own lines are, to go on with a line of ours, if there are any."""
-    return f": see {log.name}" if os.fstat(log.fileno()).st_size else ""
-
-
-@contextmanager
-def _stderr_in(log: IO[bytes]) -> Iterator[None]:
-    """Have what this process writes to standard error, Ray's C++ included, go to a file."""
-    if sys.__stderr__ is None:  # it was closed, and its number may be another file's by now
-        yield
-        return
-    kept = os.dup(2)
-    os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
-def _messages_in(log: IO[bytes]) -> Iterator[None]:
-    """Have what Ray tells of its nodes go to a file: a thread of its own would print it to ours."""
-    printed = private.print_to_stdstream
-
-    def write(data: Mapping[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001
-        log.write("".join(f"{line}\n" for line in data["lines"]).encode())
-
-    private.print_to_stdstream = write
-    try:
-        yield
-    finally:
-        private.print_to_stdstream = printed
-
-
-def _check_reachable(address: str | None) -> None:
-    """Raise ValueError at once if nobody listens; Ray itself would ask for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # `auto`, or a form that Ray may know
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        reason = _one_line(error)
-        raise ValueError(f"no Ray cluster answers at --ray-address {address}: {reason}") from error
-
-
-class Cluster:
-    """The cluster that this process is connected to, as it is now."""
-
-    @property
-    def nodes(self) -> list[Mapping[str, float]]:
-        """What each node has."""
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return [node["Resources"] for node in nodes if node["Alive"]]
-
-    @property
-    def gpus(self) -> float:
-        """How many GPUs all nodes have together."""
-        return sum(node.get("GPU", 0.0) for node in self.nodes)
-
-    def __str__(self) -> str:
-        kinds = Counter(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in self.nodes
-        )
-        counted = [
-            f"{number} node{'s' * (number > 1)} with {kind}" for kind, number in kinds.items()
-        ]
-        return ", ".join(counted) or "no nodes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +87,7 @@ class _Worker:
     actor: Any
     calls: list[Any]
     """What it was asked for, and has not answered yet."""
-    place: Place | None = None
+    place: WorkerInfo | None = None
     """Where it is, once it has opened the data."""
     is_ready: bool = False
     """Whether it has, in the versions that this process has."""
@@ -286,7 +135,7 @@ class RayPool:
         self._refusals: dict[str, str] = {}
         self._next_look = 0.0
         self._checkpoints: Checkpoints
-        self._about: Images
+        self._about: DatasetMeta
         self._images: Any
         threads = max(1, int(needs.cpus))
         self._how = (threads, checkpoint_seconds)
@@ -307,13 +156,13 @@ class RayPool:
                 or nodes have other versions.
             NotNowError: too few workers came.
         """
-        pool = data.train.pool.numpy()
+        pool = data.train.all_images.numpy()
         self._checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir.resolve())
-        self._about = Images(
+        self._about = DatasetMeta(
             name=data.name,
             source=data.source,
             digest=data.digest,
-            labels=data.train.pool_labels.numpy(),
+            labels=data.train.all_labels.numpy(),
             classes=data.classes,
             given_test=len(data.test) if data.given_test else 0,
         )
@@ -409,10 +258,10 @@ class RayPool:
 
     def _receive(self, worker: _Worker) -> Sequence[Event]:
         try:
-            answer: Place | Step | None = ray.get(worker.calls.pop(0))
+            answer: WorkerInfo | Step | None = ray.get(worker.calls.pop(0))
         except RayError as error:
             return self._lose(worker, error)
-        if isinstance(answer, Place):
+        if isinstance(answer, WorkerInfo):
             self._welcome(worker, answer)
         elif isinstance(answer, Step):
             return self._take(worker, answer)
@@ -451,7 +300,7 @@ class RayPool:
             return [CheckpointLost.unkept(error, job.number)] if was_kept else []
         return []
 
-    def _welcome(self, worker: _Worker, place: Place) -> None:
+    def _welcome(self, worker: _Worker, place: WorkerInfo) -> None:
         """Take note of a worker that is ready, though it may be none that can be used.
 
         Such a one is kept, so that Ray puts no other in its place.
@@ -469,7 +318,7 @@ class RayPool:
     def _lose(self, worker: _Worker, error: RayError) -> Sequence[Event]:
         """Take note of a worker that is gone, and let its job go on elsewhere."""
         where = f"on node {worker.place.address} " if worker.place else ""
-        reason = f"the worker {where}was lost: {_one_line(error)}"
+        reason = f"the worker {where}was lost: {one_line(error)}"
         self._remove(worker)
         job = worker.job
         if job is None:
@@ -516,10 +365,3 @@ class RayPool:
         for _ in range(len(self._workers), self._num_workers or self.room()):
             actor = self._new_actor.remote(*self._how)
             self._workers.append(_Worker(actor, [actor.open.remote(self._about, self._images)]))
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

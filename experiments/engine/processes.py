@@ -1,11 +1,8 @@
 """Processes of this machine that train what they are handed.
 
 The main process has a `ProcessPool` of them. A worker starts once, opens the data (memory-mapped,
-so that all share it), and trains one job after another; what comes of it arrives as events. It ends
-with the main process, however that ends: a thread in it waits on the pipe between the two.
-
-Started as `python -m experiments.workers FD`, not forked: its environment (threads, allocator) has
-to be set before it starts, and PyTorch's threads do not survive a fork.
+so that all share it), and trains one job after another; what comes of it arrives as events. What
+runs in it is `process_worker.py`.
 """
 
 from __future__ import annotations
@@ -13,60 +10,27 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from experiments.checkpoints import Checkpoints
-from experiments.jobs import (
-    Event,
-    JobEnded,
-    JobFailed,
-    environment,
-    set_arithmetic,
-    train_job,
-)
+from experiments.engine.base import Event, JobEnded, JobFailed
+from experiments.engine.job import environment
+from experiments.engine.process_worker import DataReference
 
 if TYPE_CHECKING:
-    from cnn.data import Dataset, FileStates
-    from cnn.training import TrainConfig
+    from cnn.config import TrainConfig
+    from cnn.data import Dataset
 
 MAX_IDLE_DEATHS = 3
 """Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
 
 NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReference:
-    """Where a worker finds the data set: an entry of `cnn.data`'s cache.
-
-    The seed of a training is that of its split, too: another seed is another draw of all.
-    """
-
-    digest: str
-    data_dir: Path
-    checked: FileStates | None = None
-    """See `cnn.data.open_cached`."""
-
-    def open(self, seed: int) -> Dataset:
-        """Return the data set, split with a seed."""
-        from cnn.data import open_cached
-
-        return open_cached(self.digest, self.data_dir, seed, checked=self.checked)
-
-    def checkpoints(self) -> Checkpoints:
-        """Return where the checkpoints of trainings on it are kept."""
-        return Checkpoints(digest=self.digest, data_dir=self.data_dir)
 
 
 class ProcessPool:
@@ -97,7 +61,7 @@ class ProcessPool:
 
     def hardware(self) -> str:
         """Return what this machine is."""
-        from experiments.machine import machine
+        from cnn.devices import machine
 
         return machine()
 
@@ -188,11 +152,11 @@ class _Worker:
             variables["CUDA_VISIBLE_DEVICES"] = gpu
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.workers", str(theirs.fileno())],
+                [sys.executable, "-m", "experiments.engine.process_worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=variables,
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
                 # Ctrl-C at the terminal is for the main process: it decides what becomes of jobs.
                 start_new_session=True,
             )
@@ -243,57 +207,3 @@ def _has_cuda() -> bool:
         ctypes.CDLL("libcuda.so.1")
         return True
     return False
-
-
-def main(argv: Sequence[str]) -> None:
-    """Be a worker: train what comes over the connection, until that closes."""
-    connection = Connection(int(argv[0]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stopped: set[int] = set()
-    threading.Thread(target=_listen, args=(connection, inbox, stopped), daemon=True).start()
-
-    import cnn.training  # noqa: F401 - while the main process prepares the data
-
-    set_arithmetic(int(os.environ["OMP_NUM_THREADS"]))
-    reference: DataReference = inbox.get()
-    opened = lru_cache(maxsize=1)(reference.open)
-    checkpoints = reference.checkpoints()
-    opened(0)  # a worker that can't ends here, at no trial's cost
-    while True:
-        job, config = inbox.get()
-        try:
-            for event in train_job(
-                job,
-                config,
-                opened(config.seed),
-                checkpoint=checkpoints.read(config),
-                keep=partial(checkpoints.write, config),
-                should_stop=partial(stopped.__contains__, job),
-            ):
-                connection.send(event)
-        except Exception as error:
-            connection.send(JobFailed.by(error, job))
-
-
-def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:
-    """Take in messages at once, so that a stop is heard during an epoch, and an end at any time."""
-    while True:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            os._exit(1)  # the main process is gone: nobody waits for what is under way
-        if isinstance(message, int):
-            stopped.add(message)
-            continue
-        if isinstance(message, tuple):
-            stopped.discard(message[0])  # a job that was stopped can be handed out again
-        inbox.put(message)
-
-
-if __name__ == "__main__":
-    # Under `-m` this file is `__main__`; what is sent has to be of the module that the other side
-    # imports.
-    from experiments import workers
-
-    workers.main(sys.argv[1:])

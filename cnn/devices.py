@@ -1,49 +1,50 @@
-"""Work done ahead in threads: what is read and decoded while the model is busy."""
+"""What this machine has: processor cores, GPUs, fast arithmetic."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import platform
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-def ahead(
-    work: Callable[[Given], Made], pieces: Iterable[tuple[Given, float]], *, threads: int
-) -> Iterator[Made]:
-    """Do work on pieces in threads, and yield the results in order.
+def resolve_device(name: str) -> str:
+    """Return the device that `auto` stands for, or check that the one named is there.
 
-    Args:
-        work: holds no lock for long: Pillow lets others run while it decodes.
-        pieces: each with its weight. They are taken while those under way weigh less than 1, so
-            that what is kept in memory has a bound.
-        threads: how many work at once.
+    Raises:
+        ValueError: there is no such device; the message says which there are.
     """
-    under_way: deque[tuple[Future[Made], float]] = deque()
-    weight = 0.0
-    with ThreadPoolExecutor(threads) as executor:
-        try:
-            for piece, its_weight in pieces:
-                under_way.append((executor.submit(work, piece), its_weight))
-                weight += its_weight
-                while weight >= 1:
-                    future, its_weight = under_way.popleft()
-                    weight -= its_weight
-                    yield future.result()
-            while under_way:
-                yield under_way.popleft()[0].result()
-        finally:  # an error, or nobody wants more
-            executor.shutdown(cancel_futures=True)
+    import torch
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return "cuda" if len(available) > 1 else "cpu"
+    if name in available or (name == "cuda" and len(available) > 1):
+        return name
+    raise ValueError(f"device {name!r} is not here: choose auto, or one of {', '.join(available)}")
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """Return the precision that `auto` stands for on a device: bfloat16 where that is faster.
+
+    That is on GPUs from Ampere on and on processors with bfloat16 instructions (AMX, AVX-512).
+    """
+    import torch
+
+    from cnn.config import PRECISIONS, check_choice
+
+    if name != "auto":
+        check_choice("precision", name, ["auto", *PRECISIONS])
+        return name
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = any(bfloat16_units().values())
+    return "bfloat16" if fast else "float32"
 
 
 def num_cores() -> int:
@@ -91,3 +92,28 @@ def _quota_in(group: Path) -> float:
         quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return math.inf if int(quota) < 0 else int(quota) / int(period)
     return math.inf
+
+
+def bfloat16_units() -> dict[str, bool]:
+    """Return which of a processor's units for fast bfloat16 products this one has, by name."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "AMX": bool(capabilities.get("amx_tile")),
+        "AVX-512 bfloat16": bool(capabilities.get("avx512_bf16")),
+    }
+
+
+def machine() -> str:
+    """Return what this machine is, as far as it matters for speed."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    units = bfloat16_units().items()
+    has = ", ".join(unit if there else f"no {unit}" for unit, there in units)
+    return f"{num_cores()} cores of {name} ({has}), PyTorch {torch.__version__}"

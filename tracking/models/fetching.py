@@ -1,7 +1,7 @@
 """The files of a stored model, from wherever it is, and whether they are those that were recorded.
 
 Of a folder two files are read: MLmodel and the graph. Nothing else is looked into or copied.
-`import tracking.fetching` is quick: MLflow is imported by what asks it.
+`import tracking.models.fetching` is quick: MLflow is imported by what asks it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tracking.description import MAX_BYTES
-from tracking.safety import MAX_ARCHIVE
-from tracking.store import environment, one_line, reading, refusal, without_passwords
+from tracking.errors import one_line, refusal, without_passwords
+from tracking.models.description import MAX_BYTES
+from tracking.models.safety import MAX_ARCHIVE
+from tracking.store import environment, reading
 
 if TYPE_CHECKING:
     import mlflow
 
-    from tracking.patience import PatientClient
+    from tracking.retries import PatientClient
 
     Client = mlflow.MlflowClient | PatientClient
 

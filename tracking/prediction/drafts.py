@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from tracking.files import check_own, create, open_own, read_own
-from tracking.store import NotNowError, is_passing, one_line
+from tracking.errors import is_passing
+from tracking.files import check_own, create, open_own, read_own, writing
 
 # Of a sidecar: the names of all classes and some counts of each.
 _LARGEST_SIDECAR = 2**26
@@ -48,16 +47,6 @@ class Draft:
                 stream.write(json.dumps({"identity": self.identity, **progress}).encode())
             new.replace(_sidecar(self.target))
         self.rows, self.state = self.rows + rows, state
-
-
-@contextmanager
-def writing(what: str = "the predictions") -> Iterator[None]:
-    """Have an error of the disk be one line, of a kind that passes."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise NotNowError(f"can't write {what}: {reason}") from error
 
 
 @contextmanager
@@ -98,41 +87,6 @@ def open_draft(
             else:
                 _remove(target)
             raise
-
-
-@contextmanager
-def open_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
-    """Hand out a folder to write files to; when the `with` block is done, they are in `folder`.
-
-    If that wasn't there, it is made with all of them at once. Else each of them takes its place as
-    a whole, in the order of `files`, and what else is there stays.
-
-    Args:
-        folder: in one that exists.
-        files: all that may be written; those that were not, but are there from before, are removed.
-
-    Raises:
-        ValueError: a folder in it is a link, so that other files would be replaced than it seems.
-    """
-    folder = folder.resolve()
-    for inner in {(folder / name).parent for name in files} - {folder}:
-        if inner.is_symlink():
-            raise ValueError(f"{str(inner)!r} would be written to, and is a link: remove it")
-    # On the same disk: in the folder itself, if it is there, as another may be mounted there.
-    place = folder if folder.exists() else folder.parent
-    with TemporaryDirectory(prefix=".draft-", dir=place) as scratch:
-        draft = Path(scratch, "folder")
-        draft.mkdir()
-        yield draft
-        if not folder.exists():
-            draft.rename(folder)
-            return
-        for name in files:
-            if (draft / name).exists():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (draft / name).replace(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
 
 
 def _started(

@@ -1,7 +1,7 @@
 """Read the images in a Parquet file, in a process of its own that can't take much memory.
 
 A file of some kilobytes may stand for gigabytes, in ways that nothing in it has to tell; a limit of
-the operating system holds whatever it says. `tracking.inputs` starts this and reads what it writes:
+the operating system holds whatever it says. `inputs` starts this and reads what it writes:
 an Arrow stream of `COLUMNS`. Nothing of `tracking` is imported, so that it starts quickly.
 """
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         most = min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     pa.set_cpu_count(1)
     schema = _schema(pa)
@@ -76,7 +76,7 @@ def _batches(
     import os
 
     import pyarrow as pa
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     skip = int(skipped)
     with (

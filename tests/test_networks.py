@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cnn.losses import PROBABILITIES
-from cnn.model import CNN, Classifier, build_cnn, network_digest
+from cnn.networks import CNN, Classifier, build_cnn, network_digest
 
 
 def random_images(num_images):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tracking.measures import Measures
+    from tracking.evaluation.metrics import Measures
 
 DOTS_PER_INCH = 120
 

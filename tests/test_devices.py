@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.command import _num_threads
-from tracking import ahead
+from cnn import devices
+from experiments.engine.launch import _num_threads
 
 V1 = "4:cpu,cpuacct:{}\n3:memory:/elsewhere\n0::/elsewhere\n"
 V2 = "0::{}\n"
@@ -18,8 +18,8 @@ V2 = "0::{}\n"
 def eight_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the test a machine of eight cores, and a folder for its control groups."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(ahead, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(ahead, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_OWN_CGROUPS", tmp_path / "own")
     return tmp_path
 
 
@@ -64,7 +64,7 @@ def test_a_quota_of_a_container_limits_the_cores(
         (eight_cores / group).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (eight_cores / group / name).write_text(content)
-    assert ahead.num_cores() == expected
+    assert devices.num_cores() == expected
 
 
 def test_cores_that_a_process_may_not_run_on_are_none(
@@ -73,7 +73,7 @@ def test_cores_that_a_process_may_not_run_on_are_none(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     (eight_cores / "own").write_text("0::/\n")
     (eight_cores / "cpu.max").write_text("400000 100000\n")
-    assert ahead.num_cores() == 2
+    assert devices.num_cores() == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tracking.store import AwayError, is_database_away, one_line, without_passwords
+from tracking.errors import AwayError, is_database_away, one_line, without_passwords
 
 if TYPE_CHECKING:
     import mlflow

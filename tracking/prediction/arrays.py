@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tracking.store import one_line
+from tracking.errors import one_line
+from tracking.models.labels import check_labels
 from tracking.text import listed
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _MAGIC = b"\x93NUMPY"
 # NumPy's own is a fiftieth of the first. A directory of the second has some ten thousand arrays.
 _LARGEST_HEADER = 4096
 _LARGEST_DIRECTORY = 2**20
-_LONGEST_LABEL = 10_000
 _PIECE = 2**20
 
 
@@ -88,18 +88,6 @@ def read_arrays(
 
 class _RefusedError(ValueError):
     """What is in a file is whole, but nothing that can be labelled, or too much."""
-
-
-def check_labels(shape: tuple[int, ...], dtype: np.dtype[Any], *, size: int) -> None:
-    """Raise ValueError for an array that can't be the labels of `size` images."""
-    if shape != (size,):
-        raise ValueError(f"{size} images need as many labels, not an array {shape}")
-    if size and dtype.kind not in "iuUO":
-        raise ValueError(f"labels must be class names or integers, not {dtype}")
-    if dtype.kind == "U" and dtype.itemsize > 4 * _LONGEST_LABEL:
-        raise ValueError(
-            f"labels of {dtype.itemsize // 4:,} letters are refused: {_LONGEST_LABEL:,} at most"
-        )
 
 
 def _check_images(file: Path, header: Header, max_pixels: int) -> None:

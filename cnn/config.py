@@ -1,0 +1,85 @@
+"""All that determines a training, but for the data set."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cnn.losses import get_loss
+from cnn.optimizers import OPTIMIZERS, SCHEDULES
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that determines a training run, but for the data set.
+
+    Raises:
+        ValueError: a field is out of its range; the message names field, value and range.
+    """
+
+    loss: str
+    """A name of `cnn.losses.LOSSES`."""
+    learning_rate: float
+    """The highest of the schedule, > 0."""
+    batch_size: int
+    """Images a step, ≥ 1 and at most those of the training split."""
+    epochs: int = 8
+    """Passes over the training split, ≥ 1."""
+    seed: int = 0
+    """Of initial weights, the order of the images and dropout, in 0 .. 2³² − 1."""
+    optimizer: str = "sgd"
+    """A name of `OPTIMIZERS`; `sgd` is with Nesterov momentum."""
+    momentum: float = 0.9
+    """Of `sgd`, in [0, 1)."""
+    weight_decay: float = 0.0
+    """As the optimizer understands it, ≥ 0."""
+    schedule: str = "one_cycle"
+    """How the learning rate goes over the steps: a name of `SCHEDULES`."""
+    precision: str = "float32"
+    """Of the network's arithmetic, a name of `PRECISIONS`; weights are kept in float32."""
+    device: str = "cpu"
+    """Where to train: `cpu`, `cuda`, `cuda:1`, …"""
+
+    def __post_init__(self) -> None:
+        get_loss(self.loss)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("precision", self.precision, PRECISIONS)
+        _check("learning_rate", self.learning_rate, "finite and > 0", lambda v: 0 < v < math.inf)
+        _check("batch_size", self.batch_size, "an integer ≥ 1", _is_integer_from(1))
+        _check("epochs", self.epochs, "an integer ≥ 1", _is_integer_from(1))
+        _check("seed", self.seed, "an integer from 0 to 2**32 - 1", _is_integer_from(0, 2**32 - 1))
+        _check("momentum", self.momentum, "≥ 0 and < 1", lambda v: 0 <= v < 1)
+        _check("weight_decay", self.weight_decay, "finite and ≥ 0", lambda v: 0 <= v < math.inf)
+        is_device = re.compile(r"cpu|cuda(:\d+)?").fullmatch
+        _check("device", self.device, "cpu, cuda or cuda:N", is_device)
+
+    def as_params(self) -> dict[str, Any]:
+        """Return the fields by name, for a tracker's params."""
+        return asdict(self)
+
+
+def _is_integer_from(low: int, high: float = math.inf) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int) and low <= v <= high
+
+
+def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], object]) -> None:
+    try:
+        fine = is_allowed(value) and not isinstance(value, bool)  # True is an integer to Python
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise a ValueError with the choices if `value` is none of them."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,348 @@
+"""Where images come from: the named data sets, and folders of images."""
+
+import http.client
+import importlib.metadata
+import os
+import re
+import socket
+import sys
+import tempfile
+import urllib.error
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+
+from cnn.cache import Bytes, DatasetSource, ImagePool
+from cnn.images import (
+    IMAGE_SIZE,
+    count_passed_over,
+    decode,
+    is_system_name,
+    note_on_passed_over,
+    resize,
+    walk,
+)
+
+_FILES_PER_TASK = 32
+
+# What folders of splits are called, but for fillers such as in `train_images`.
+_SPLITS = {
+    "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
+    "validation": {
+        *("val", "valid", "validation", "validate", "valset", "validationset"),
+        *("dev", "devset", "development", "eval", "evaluation", "evalset"),
+    },
+    "test": {"test", "testing", "tst", "testset", "testingset", "holdout", "heldout"},
+}
+
+_FILLERS = {
+    *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
+    *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
+}
+
+_NETWORK_TIMEOUT_SECONDS = 20.0
+
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
+
+
+def is_known(name: str) -> bool:
+    """Return whether this is the name of a data set, rather than a folder's path."""
+    return name in DATASETS
+
+
+def find_source(name: str, data_dir: Path) -> DatasetSource:
+    """Return where a data set comes from, by its name or by a folder's path. Raises ValueError."""
+    if is_known(name):
+        return DATASETS[name](data_dir)
+    try:
+        if name and Path(name).is_dir():
+            return _folder(Path(name).resolve())
+    except OSError as error:
+        raise ValueError(f"can't list the folder {name!r}: {error}") from error
+    known = ", ".join(sorted(DATASETS))
+    raise ValueError(f"unknown data set {name!r}: choose {known}, or the path of a folder")
+
+
+def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- it comes with scikit-learn
+    return DatasetSource(
+        name="digits",
+        address="sklearn.datasets.load_digits",
+        fingerprint=lambda: [importlib.metadata.version("scikit-learn")],
+        read=_read_digits,
+    )
+
+
+def _read_digits() -> ImagePool:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (M, 8, 8), was 0 to 16
+    return ImagePool(
+        images=resize(grey),
+        labels=digits.target.astype(np.int64),
+        classes=tuple(str(name) for name in digits.target_names),
+        given_test=0,
+    )
+
+
+def _cifar10(data_dir: Path) -> DatasetSource:
+    return DatasetSource(
+        name="cifar10",
+        address="torchvision.datasets.CIFAR10",
+        fingerprint=list,  # it never changes, and torchvision verifies its checksums
+        read=lambda: _read_cifar10(data_dir),
+    )
+
+
+def _read_cifar10(data_dir: Path) -> ImagePool:
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import extract_archive
+
+    with (
+        redirect_stdout(sys.stderr),  # what torchvision says of its progress
+        tempfile.TemporaryDirectory(dir=data_dir, prefix=".cifar10-") as scratch,
+    ):
+        try:
+            train, test = (CIFAR10(data_dir, train=train) for train in (True, False))
+        except RuntimeError:  # not there unpacked, or damaged
+            extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
+            train, test = (CIFAR10(scratch, train=train) for train in (True, False))
+    return ImagePool(
+        images=np.ascontiguousarray(np.concatenate([train.data, test.data])),
+        labels=np.array(train.targets + test.targets, np.int64),
+        classes=tuple(train.classes),
+        given_test=len(test.targets),
+    )
+
+
+def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
+    """Return CIFAR-10's archive in `data_dir`, downloaded if it isn't there or is damaged."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    archive: Path = data_dir / CIFAR10.filename
+    if check_integrity(archive, CIFAR10.tgz_md5):
+        return archive
+    try:
+        with _network_timeout(_NETWORK_TIMEOUT_SECONDS):
+            download_url(CIFAR10.url, scratch, CIFAR10.filename, CIFAR10.tgz_md5)
+    except (*_NETWORK_ERRORS, RuntimeError) as error:
+        damage = f"{str(archive)!r} is damaged, and " if archive.exists() else ""
+        raise ValueError(
+            f"{damage}CIFAR-10 can't be downloaded ({_reason(error)}): put an intact "
+            f"{CIFAR10.filename} from {CIFAR10.url} into {str(data_dir)!r}, or use --dataset digits"
+        ) from error
+    # Only a whole archive gets the name under which it is looked for.
+    (scratch / CIFAR10.filename).replace(archive)
+    return archive
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RuntimeError):  # torchvision, of the checksum
+        return "the server sent another file"
+    # An HTTPError's reason lacks the code, a plain URLError's text is wrapped.
+    return str(error.reason if type(error) is urllib.error.URLError else error)
+
+
+@contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    """Let connections fail that nobody answers: torchvision would wait for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _folder(folder: Path) -> DatasetSource:
+    passed_over: Counter[str] = Counter()
+    train, test, notes = _layout(folder, passed_over)
+    classes = _folders(train, passed_over if train != folder else None)
+    # Training needs an image of each class, and so does each split that is drawn from the same.
+    least = 3 if test is None else 2
+    files, labels = _labelled_files(train, classes, least=least, passed_over=passed_over)
+    notes += _notes_of_inner_splits(train, files) + _notes_of_numbered(train, classes)
+    test_labels: list[int] = []
+    if test is not None:
+        differing = sorted(set(classes) ^ set(_folders(test, passed_over)))
+        if differing:
+            raise ValueError(f"train and test in {str(folder)!r} differ in classes: {differing}")
+        test_files, test_labels = _labelled_files(test, classes, least=1, passed_over=passed_over)
+        files += test_files
+    return DatasetSource(
+        name=folder.name,
+        address=str(folder),
+        fingerprint=lambda: [_fingerprint(file) for file in files],
+        read=lambda: ImagePool(
+            images=_decode_all(files),
+            labels=np.array(labels + test_labels, np.int64),
+            classes=tuple(classes),
+            given_test=len(test_labels),
+        ),
+        notes=notes + note_on_passed_over(passed_over),
+    )
+
+
+def _layout(folder: Path, passed_over: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
+    """Return the folder of the training images, or of all, that of a given test split, and notes.
+
+    A folder whose name says train, validation or test (see `_role`) is a split, or the data set is
+    refused. With one exception: it is a class where its name says train, as that of a vehicle does,
+    it has no folders in it, and there are two other folders or more.
+    """
+    names = _folders(folder, passed_over)
+    roles = {name: role for name in names if (role := _role(name))}
+    if "invalid" in map(str.lower, names):  # two classes, as of tickets
+        roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
+    plain = {name: role for name, role in roles.items() if _role(name, plain=True)}
+    if "train" in plain.values():
+        roles = plain  # beside `train`, `train_old` is another folder
+    others = [name for name in names if name not in roles]
+    is_vehicle = set(roles.values()) == {"train"} and len(others) >= 2
+    if not roles or (is_vehicle and not any(_folders(folder / name) for name in roles)):
+        return folder, None, ()
+    of_role = {role: [name for name in roles if roles[name] == role] for role in _SPLITS}
+    objection = _objection(of_role)
+    if objection:
+        raise ValueError(
+            f"{str(folder)!r} has {objection}. A data set is train/CLASS/*, with test/CLASS/* if "
+            "there is a test split, or just CLASS/*: if one of these is a class, rename its folder"
+        )
+    notes = (f"not used, beside the splits: {', '.join(map(repr, others))}",) if others else ()
+    train, *test = (_unwrapped(folder / name) for name in of_role["train"] + of_role["test"])
+    return train, test[0] if test else None, notes
+
+
+def _objection(of_role: dict[str, list[str]]) -> str:
+    """Return what is wrong with the folders of each split; '' if nothing is."""
+    for role, names in of_role.items():
+        if len(names) > 1:
+            return f"{len(names)} folders for {role}, {names}, where one is expected"
+    validation, test = of_role["validation"], of_role["test"]
+    if not of_role["train"]:
+        return f"a folder {(validation + test)[0]!r}, but none that is called train"
+    # Rather than learn without them, unnoticed.
+    if validation:
+        return (
+            f"a folder {validation[0]!r}, which would not be used (validation images are drawn "
+            "from train): move its images into train, or the folder away"
+        )
+    return ""
+
+
+def _role(name: str, *, plain: bool = False) -> str | None:
+    """Return of which split a folder's name says that it is: of `_SPLITS`, or None.
+
+    Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
+    Without `plain`, it may be the last of several words: `seg_train`.
+    """
+    words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
+    telling = [word for word in words if word not in _FILLERS and len(word) > 1]
+    candidates = ["".join(telling), *([] if plain else telling[-1:])]
+    return next((role for role in _SPLITS for word in candidates if word in _SPLITS[role]), None)
+
+
+def _unwrapped(split: Path) -> Path:
+    # Archives often hold `seg_train/seg_train/CLASS`.
+    return split / split.name if _folders(split) == [split.name] else split
+
+
+def _folders(folder: Path, passed_over: Counter[str] | None = None) -> list[str]:
+    """Return the names of the folders in one; count what is hidden, or a system's own."""
+    names = []
+    for entry in folder.iterdir():
+        if not is_system_name(entry.name):
+            names += [entry.name] if entry.is_dir() else []
+        elif passed_over is not None:
+            count_passed_over(entry.name, passed_over)
+    return sorted(names)
+
+
+def _labelled_files(
+    folder: Path, classes: list[str], *, least: int, passed_over: Counter[str]
+) -> tuple[list[str], list[int]]:
+    """Return the files in the folders of all classes, class by class, and their labels."""
+    # As text: sixty thousand paths are made and asked for their state in half of the time.
+    found = [
+        [f"{folder}/{name}/{file}" for file in walk(folder / name, passed_over)] for name in classes
+    ]
+    if not any(found):
+        raise ValueError(
+            f"no images in {str(folder)!r}: there must be a folder for each class, with its images"
+        )
+    if len(classes) < 2:
+        raise ValueError(f"only one class in {str(folder)!r}: {classes}; there must be two or more")
+    for name, files in zip(classes, found, strict=True):
+        if len(files) < least:
+            raise ValueError(
+                f"class {name!r} in {str(folder)!r} has {len(files)} images: "
+                f"at least {least} are needed, one for each split"
+            )
+    labels = [label for label, files in enumerate(found) for _ in files]
+    return [file for files in found for file in files], labels
+
+
+def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
+    """Tell of CLASS/train and CLASS/test, which are not told apart."""
+    depth = str(folder).count("/") + 2
+    inner = {parts[depth] for file in files if len(parts := file.split("/")) > depth + 1}
+    names = sorted(name for name in inner if _role(name, plain=True))
+    if len({_role(name) for name in names}) < 2:
+        return ()
+    return (
+        f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
+        "the splits are drawn anew",
+    )
+
+
+def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
+    """Tell of fold1/CLASS and fold2/CLASS, whose outer folders are taken for the classes."""
+    if len({re.sub(r"\d+", "", name) for name in classes}) > 1:
+        return ()
+    first, *others = (_folders(folder / name) for name in classes)
+    if len(first) < 2 or any(names != first for names in others):
+        return ()
+    return (
+        f"the classes are {', '.join(map(repr, classes[:3]))}{' …' if len(classes) > 3 else ''}; "
+        f"in each are folders {', '.join(map(repr, first[:3]))}{' …' if len(first) > 3 else ''}: "
+        "if those are the classes, put the images together, as CLASS/*",
+    )
+
+
+def _fingerprint(file: str) -> str:
+    # Archives and copying set the time of the content (mtime) back, but can't set that of the
+    # last change of any kind (ctime). The price: images that were copied are decoded again.
+    try:
+        status = os.stat(file)  # noqa: PTH116 -- see _labelled_files
+    except OSError as error:
+        raise ValueError(f"can't read {file!r}: {error.strerror}") from error
+    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+
+
+def _decode_all(files: Sequence[str]) -> Bytes:
+    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+
+    def decode_from(start: int) -> None:
+        for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
+            images[row] = decode(Path(file))
+
+    # Threads: Pillow holds no lock while it decodes and resizes, and nothing is sent around.
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        # In order, so that of several bad files the first is named. An error cancels the rest.
+        for _ in executor.map(decode_from, range(0, len(files), _FILES_PER_TASK)):
+            pass
+    return images
+
+
+# Each name, and where in `data_dir` or elsewhere its images come from.
+DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"digits": _digits, "cifar10": _cifar10}

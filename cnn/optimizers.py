@@ -1,0 +1,126 @@
+"""What changes the weights: the optimizers, and the schedules of their learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+
+def one_cycle(progress: float) -> float:
+    """Return the share of the peak learning rate at `progress` in [0, 1] through the training.
+
+    Up from 1/25 to 1 over the first 30 %, then down to 0.000004, along half cosines: the schedule
+    of `torch.optim.lr_scheduler.OneCycleLR` with its defaults, but with momentum left alone and
+    without that class' edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
+    """
+    start, warm_up, end = 1 / 25, 0.3, 1 / 25e4
+    if progress < warm_up:
+        return _half_cosine(start, 1.0, progress / warm_up)
+    return _half_cosine(1.0, end, (progress - warm_up) / (1 - warm_up))
+
+
+def cosine(progress: float) -> float:
+    """Return half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    return _half_cosine(1.0, 0.0, progress)
+
+
+def constant(progress: float) -> float:  # noqa: ARG001 - the signature of all schedules
+    """Return 1."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "one_cycle": one_cycle,
+    "cosine": cosine,
+    "constant": constant,
+}
+
+
+def _sgd(
+    weights: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    assert weights.grad is not None
+    sgd(
+        [weights],
+        [weights.grad],
+        [state["momentum"]] if momentum else [None],
+        fused=True,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=learning_rate,
+        dampening=0,
+        nesterov=momentum > 0,
+        maximize=False,
+    )
+
+
+def _adam(
+    weights: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    learning_rate: float,
+    momentum: float,  # noqa: ARG001 - the signature of all optimizers
+    weight_decay: float,
+    decoupled: bool = False,
+) -> None:
+    assert weights.grad is not None
+    adam(
+        [weights],
+        [weights.grad],
+        [state["mean"]],
+        [state["mean_square"]],
+        [],
+        [state["step"]],
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        eps=1e-8,
+        maximize=False,
+        decoupled_weight_decay=decoupled,
+    )
+
+
+class Update(Protocol):
+    """Changes weights (P,) in place, by their gradient and the optimizer's state."""
+
+    def __call__(
+        self,
+        weights: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        """Take one step."""
+
+
+# An optimizer changes weights by their gradient and its own state: tensors of these shapes, zeros
+# at first. PyTorch's functions rather than its classes: the first object of those imports PyTorch's
+# compiler, which takes a second at each worker's start.
+OPTIMIZERS: dict[str, tuple[Update, Mapping[str, str]]] = {
+    "sgd": (_sgd, {"momentum": "weights"}),
+    "adam": (_adam, {"mean": "weights", "mean_square": "weights", "step": "scalar"}),
+    "adamw": (
+        partial(_adam, decoupled=True),
+        {"mean": "weights", "mean_square": "weights", "step": "scalar"},
+    ),
+}
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,1 @@
+"""Workers that train, on this machine or on a Ray cluster."""

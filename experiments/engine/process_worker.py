@@ -1,0 +1,101 @@
+"""A worker process: it trains what comes over a pipe, and sends back events.
+
+`processes.py` starts it as `python -m experiments.engine.process_worker FD`, not by a fork: its
+environment (threads, allocator) has to be set before it starts, and PyTorch's threads do not
+survive a fork. It ends with the main process, however that ends: a thread waits on the pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engine.base import JobFailed
+from experiments.engine.checkpoints import Checkpoints
+from experiments.engine.job import set_arithmetic, train_job
+
+if TYPE_CHECKING:
+    from cnn.cache import FileStates
+    from cnn.data import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReference:
+    """Where a worker finds the data set: an entry of `cnn.data`'s cache.
+
+    The seed of a training is that of its split, too: another seed is another draw of all.
+    """
+
+    digest: str
+    data_dir: Path
+    checked: FileStates | None = None
+    """See `cnn.data.open_cached`."""
+
+    def open(self, seed: int) -> Dataset:
+        """Return the data set, split with a seed."""
+        from cnn.data import open_cached
+
+        return open_cached(self.digest, self.data_dir, seed, checked=self.checked)
+
+    def checkpoints(self) -> Checkpoints:
+        """Return where the checkpoints of trainings on it are kept."""
+        return Checkpoints(digest=self.digest, data_dir=self.data_dir)
+
+
+def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:
+    """Take in messages at once, so that a stop is heard during an epoch, and an end at any time."""
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the main process is gone: nobody waits for what is under way
+        if isinstance(message, int):
+            stopped.add(message)
+            continue
+        if isinstance(message, tuple):
+            stopped.discard(message[0])  # a job that was stopped can be handed out again
+        inbox.put(message)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Be a worker: train what comes over the connection, until that closes."""
+    connection = Connection(int(argv[0]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stopped: set[int] = set()
+    threading.Thread(target=_listen, args=(connection, inbox, stopped), daemon=True).start()
+
+    import cnn.training  # noqa: F401 - while the main process prepares the data
+
+    set_arithmetic(int(os.environ["OMP_NUM_THREADS"]))
+    reference: DataReference = inbox.get()
+    opened = lru_cache(maxsize=1)(reference.open)
+    checkpoints = reference.checkpoints()
+    opened(0)  # a worker that can't ends here, at no trial's cost
+    while True:
+        job, config = inbox.get()
+        try:
+            for event in train_job(
+                job,
+                config,
+                opened(config.seed),
+                checkpoint=checkpoints.read(config),
+                keep=partial(checkpoints.write, config),
+                should_stop=partial(stopped.__contains__, job),
+            ):
+                connection.send(event)
+        except Exception as error:
+            connection.send(JobFailed.by(error, job))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,134 @@
+"""Which data set some images are of, and the splits of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracking.prediction.chunks import ARRAYS, TABLES, Chunk, Source, is_list, known_labels, parts
+from tracking.prediction.prefetch import prefetch
+
+SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownData:
+    """A data set that runs on this machine may have been trained on."""
+
+    name: str
+    """As their param `dataset` has it."""
+    digests: tuple[str, ...]
+    """As their param `dataset_digest` has it: the present one first, then earlier ones."""
+
+
+def dataset_of(text: str, data_dir: Path) -> KnownData | None:
+    """Return the data set that what a user named is of, as far as that can be told quickly.
+
+    `NAME:SPLIT` is of NAME. A folder or a file is of the innermost folder around it that `cnn.data`
+    has read before, as the cache in `data_dir` remembers it. Of others (lists, arrays, tables,
+    folders that were never trained on), nothing is known.
+
+    Raises:
+        ValueError: there is no such data set, or it can't be read.
+    """
+    if is_list(text):
+        return None
+    if not os.path.lexists(text):
+        from cnn import data
+
+        dataset = data.load(split_named(text)[0], data_dir=data_dir, seed=0)
+        return KnownData(name=dataset.name, digests=(dataset.digest,))
+    place = Path(text).resolve()
+    if not place.is_dir() and place.suffix.lower() in (*ARRAYS, *TABLES):
+        return None  # it may lie among the images, and be made of others
+    digests = _digests_by_folder(data_dir)
+    for folder in map(str, (place, *place.parents)):
+        if folder in digests:
+            return KnownData(name=Path(folder).name, digests=digests[folder])
+    return None
+
+
+def _digests_by_folder(data_dir: Path) -> dict[str, tuple[str, ...]]:
+    """Return the folders that `cnn.data` has read, each with its digests, the latest first."""
+    found: dict[str, dict[str, None]] = {}
+    index = sorted((data_dir / "cache" / "index").glob("*.json"), key=_age)
+    for file in index:
+        try:
+            entry = json.loads(file.read_text("utf-8"))
+            found.setdefault(str(entry["source"]), {})[str(entry["digest"])] = None
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: `cnn.data` will mend it
+    return {folder: tuple(digests) for folder, digests in found.items()}
+
+
+def _age(file: Path) -> float:
+    try:
+        return -file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def split_named(text: str) -> tuple[str, str]:
+    """Return data set and split of `NAME:SPLIT`, or raise ValueError, with what else is taken."""
+    name, colon, split = text.rpartition(":")
+    if not colon or not name:
+        raise ValueError(
+            f"there is no {text!r}: give a folder, an image, a list of paths (@FILE, or - for "
+            "standard input), an .npy, .npz or .parquet file, or a split, say digits:test"
+        )
+    if split not in SPLITS:
+        raise ValueError(
+            f"there is no {text!r}; if {name!r} is a data set, its splits are {', '.join(SPLITS)}"
+        )
+    return name, SPLITS[split]
+
+
+def open_split(
+    name: str, split: str, classes: Sequence[str], metadata: Mapping[str, Any], data_dir: Path
+) -> Source:
+    """Open a split as it was when the model was trained, by the same seed."""
+    import torch
+
+    from cnn import data
+
+    if "seed" not in metadata:
+        raise ValueError(f"can't tell {split} from the rest: the model has no seed in its metadata")
+    dataset = data.load(name, data_dir=data_dir, seed=metadata["seed"])
+    images: data.Split = getattr(dataset, split)
+    names = [dataset.classes[label] for label in images.labels.tolist()]
+    labels, notes = known_labels(names, classes)
+    notes = (*dataset.notes, *notes)
+    if dataset.digest != metadata.get("dataset_digest"):
+        notes += (
+            f"the model was trained on other data (digest {metadata.get('dataset_digest')}) than "
+            f"{name} is now ({dataset.digest}): its splits may overlap with what it has seen",
+        )
+
+    def chunk(part: slice) -> Chunk:
+        positions = torch.arange(part.start, part.stop)
+        return Chunk(
+            images=images.batch(positions)[0].numpy(),
+            names=[f"{name}:{split}[{index}]" for index in positions.tolist()],
+            labels=labels and labels[part],
+        )
+
+    return Source(
+        size=len(images),
+        read=lambda size, start: prefetch(chunk, parts(len(images), size, start), threads=1),
+        fingerprint=f"{dataset.digest} {split} {metadata['seed']}",
+        has_labels=labels is not None,
+        files=lambda: _files_below(name),
+        notes=notes,
+        split=split,
+    )
+
+
+def _files_below(name: str) -> list[str]:
+    from cnn.images import find_images
+
+    folder = Path(name)
+    return [str(file) for file in find_images(folder)] if folder.is_dir() else []
