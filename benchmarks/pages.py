@@ -2,7 +2,7 @@
 
 Starts a real `mlflow server` on what was recorded of a comparison, or `optuna-dashboard` on a
 study, goes through the pages in Chromium, fails where one doesn't show what it should, and keeps a
-picture of each: those in the README are from here. A test does the same with a small comparison.
+picture of each: those in docs/ are from here. A test does the same with a small comparison.
 """
 
 from __future__ import annotations

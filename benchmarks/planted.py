@@ -1,4 +1,4 @@
-"""How often what `experiments.statistics` says is true, where the truth is known.
+"""How often what `experiments.comparison.assessment` says is true, where the truth is known.
 
     python -m benchmarks.planted
 
@@ -29,9 +29,9 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.common import markdown
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.statistics import Assessment, assess
-from experiments.summary import LEVEL, RELEVANT, interval, repeats_needed
+from experiments.comparison.assessment import Assessment, assess
+from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.comparison.tables import LEVEL, RELEVANT, interval, repeats_needed
 
 Floats = npt.NDArray[np.float64]
 

@@ -42,7 +42,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import Trial, TrialState
 
-from experiments.space import PRUNERS, OneEpochPruner, make_pruner
+from experiments.study.pruners import PRUNERS, OneEpochPruner, make_pruner
 
 HALF_A_POINT = 0.005
 OFTEN_ENOUGH = 0.95
@@ -174,7 +174,7 @@ def draw_trials(curves: Sequence[Curve], trials: int, replays: int, seed: int) -
 
 
 def replay(curves: Sequence[Curve], pruner: BasePruner, *, workers: int, seed: int) -> Replay:
-    """Sweep over some curves, as `experiments.study` would, with so many trials at once.
+    """Sweep over some curves, as `experiments.study.controller` would, with so many trials at once.
 
     The seed is that of the workers' pace and, by the study's name, of Hyperband's brackets.
     """

@@ -1,4 +1,4 @@
-"""The README's result: figure and table of a comparison: `python -m benchmarks.readme --help`."""
+"""The result in docs/benchmarks/cifar10.md and README: `python -m benchmarks.readme --help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks.common import markdown
 
 if TYPE_CHECKING:
-    from experiments.statistics import Assessment
+    from experiments.comparison.assessment import Assessment
 
 FIGURES = Path(__file__).parent / "figures"
 
@@ -27,10 +27,10 @@ def main() -> None:
     options = parser.parse_args()
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from experiments.comparison import load_results
-    from experiments.drawing import sheet
-    from experiments.figures import LearningRates
-    from experiments.statistics import assess
+    from experiments.comparison.assessment import assess
+    from experiments.comparison.results import load_results
+    from experiments.reporting.figures import LearningRates
+    from experiments.reporting.small_multiples import sheet
 
     results = load_results(options.name, options.storage)
     (FIGURES / "comparison.png").write_bytes(sheet(LearningRates(results)))
@@ -43,7 +43,7 @@ def main() -> None:
 
 def table(assessment: Assessment) -> str:
     """Return a row for each loss, the winner first."""
-    from experiments.sections import interval, lead, number
+    from experiments.reporting.parts import interval, lead, number
 
     pairs = {pair["loss"]: pair for pair in assessment.differences.to_dict("records")}
     rows = []

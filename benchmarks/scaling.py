@@ -2,7 +2,7 @@
 
 Everything is real but for the workers: Optuna's storage, MLflow's server with users as a team
 starts it (`experiments.servers`), asked over HTTP by one of them, and the driver,
-`experiments.study.sweep`. A worker is a sleep of `--epoch-seconds` an epoch (± 10 %), which learns
+`controller.sweep`. A worker is a sleep of `--epoch-seconds` an epoch (± 10 %), which learns
 as plausibly as needed for pruning to prune, and ends with the network's weights. Three tables:
 
 1. *Efficiency* with few workers: seconds in which workers trained, of all that they had.
@@ -39,12 +39,12 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from benchmarks.common import markdown, spread
-from experiments.command import MLFLOW_SETTINGS
+from experiments.cli import MLFLOW_SETTINGS
 from experiments.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from benchmarks.simulation import SimulatedPool
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
 
 FIGURES = Path(__file__).parent / "figures"
 PARTS = ("efficiency", "costs", "limits", "drivers")
@@ -121,9 +121,10 @@ class Stopwatch:
         """Watch a sweep with this pool."""
         import requests
 
-        from experiments.heartbeat import Heartbeat
-        from experiments.space import Space
-        from experiments.study import _RunningTrial, _Sweep
+        from experiments.study.controller import _Sweep
+        from experiments.study.heartbeat import Heartbeat
+        from experiments.study.recorder import RunningTrial
+        from experiments.study.space import Space
         from tracking.runs import Run
 
         parts: list[tuple[str, object, str]] = [
@@ -135,9 +136,9 @@ class Stopwatch:
             ("suggest", Space, "suggest"),
             ("open run", _Sweep, "_begin_run"),
             ("open run", _Sweep, "_reopen_run"),
-            ("open run", _RunningTrial, "__init__"),
+            ("open run", RunningTrial, "__init__"),
             ("log to MLflow", Run, "log_metrics"),
-            ("report to Optuna", _RunningTrial, "record"),
+            ("report to Optuna", RunningTrial, "record"),
             ("prune decision", _Sweep, "_should_prune"),
             ("record model", _Sweep, "_record_model"),
             ("close run", Run, "end"),
@@ -240,7 +241,8 @@ class _End(Interrupts):
 def measure(settings: Settings, *, epoch_seconds: float, seconds: float = math.inf) -> Measured:
     """Run a sweep, to its end or for so many seconds, and return what it came to."""
     from benchmarks.simulation import SimulatedPool, no_data
-    from experiments.study import SweepEnded, TrialEnded, TrialProgressed, sweep
+    from experiments.study.controller import sweep
+    from experiments.study.events import SweepEnded, TrialEnded, TrialProgressed
 
     pool, watch = SimulatedPool(settings.workers, epoch_seconds=epoch_seconds), Stopwatch()
     end = _End(pool, watch, seconds)
@@ -376,13 +378,15 @@ class Bench:
 
     def settings(self, study: str, *, workers: int, trials: int, sampler: str = "tpe") -> Settings:
         """Return those of a sweep."""
-        from experiments.settings import Settings
+        from experiments.study.parameters import Choices, LogRange
+        from experiments.study.settings import Settings
 
         return Settings(
-            losses=("l1", "mse", "cross_entropy"),
-            learning_rate_min=0.001,
-            learning_rate_max=1.0,
-            batch_sizes=(16, 32, 64, 128),
+            search={
+                "loss": Choices(("l1", "mse", "cross_entropy")),
+                "learning_rate": LogRange(0.001, 1.0),
+                "batch_size": Choices((16, 32, 64, 128)),
+            },
             trials=trials,
             epochs=self.options.epochs,
             seed=0,

@@ -10,20 +10,20 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import command
+from experiments import cli
 from tracking.cli import Parser, leave
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
     from cnn.data import Dataset
-    from experiments.comparison import ComparisonEnded, Plan
+    from experiments.comparison.plan import ComparisonEnded, Plan
+    from experiments.comparison.results import Results
     from experiments.engine.base import WorkerPool
-    from experiments.results import Results
-    from experiments.settings import Settings
+    from experiments.study.settings import Settings
     from tracking.runs import Run
 
 EPILOG = f"""\
-{command.LOSSES_TEXT}
+{cli.LOSSES_TEXT}
 Three stages: a search for the best setting of each loss, in a study of its own with the same draws;
 the best setting of each trained again on fresh seeds, which split, order and initial weights vary
 with; and then, once, the test split. A report of it all is written at the end.
@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_data_flags(parser)
-    command.add_space_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_space_flags(parser)
     search = parser.add_argument_group("search and confirmation")
     search.add_argument(
         "--trials",
@@ -82,9 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show the confirmed models the test split again: it is recorded, and reported",
     )
-    command.add_search_flags(search)
-    command.add_training_flags(parser)
-    command.add_engine_flags(parser)
+    cli.add_search_flags(search)
+    cli.add_training_flags(parser)
+    cli.add_engine_flags(parser)
     record = parser.add_argument_group("record")
     record.add_argument(
         "--study",
@@ -100,27 +100,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the report is written, in a folder of the comparison's name "
         "(default: %(default)s)",
     )
-    command.add_record_flags(record)
+    cli.add_record_flags(record)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison of a command line, and return the exit code."""
-    return command.run(build_parser(), _run, argv)
+    return cli.run(build_parser(), _run, argv)
 
 
 def _run(options: argparse.Namespace) -> int:
     def settle(num_workers: int) -> Settings:
-        from experiments.comparison import Plan
+        from experiments.comparison.plan import Plan
 
-        command.check_out(options.out, "--out")
+        cli.check_out(options.out, "--out")
         others = {"pruner": "none", "timeout": 0, "register": "none"}
-        settings = command.settings_of(options, num_workers, **others)
+        settings = cli.settings_of(options, num_workers, **others)
         Plan(settings=settings, repeats=options.repeats)  # is checked before anything is begun
         return settings
 
-    with command.workers_and_data(options, settle) as (settings, data, pool):
-        from experiments.comparison import Plan
+    with cli.workers_and_data(options, settle) as (settings, data, pool):
+        from experiments.comparison.plan import Plan
 
         plan = Plan(settings=settings, repeats=options.repeats)
         return _compare(options, plan, data, pool)
@@ -128,9 +128,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool) -> int:
     from cnn.data import open_cached
-    from experiments.comparison import ComparisonEnded, ModelTested, StageStarted, compare
-    from experiments.display import Display
+    from experiments.comparison.plan import ComparisonEnded, ModelTested, StageStarted
+    from experiments.comparison.stages import compare
     from experiments.interrupts import Interrupts
+    from experiments.study.progress import Display
 
     def open_data(seed: int) -> Dataset:
         return open_cached(data.digest, options.data_dir, seed, checked=data.checked)
@@ -169,8 +170,8 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
 
 def _publish(results: Results, run: Run, out: Path) -> str:
     """Write the report, store it in the comparison's run, and return what is to be printed."""
-    from experiments.report import write_report
-    from experiments.statistics import assess
+    from experiments.comparison.assessment import assess
+    from experiments.reporting.rendering import write_report
 
     assessment = assess(results)
     folder = out / re.sub(r"[^\w.-]+", "-", results.name)
@@ -190,14 +191,14 @@ def _publish(results: Results, run: Run, out: Path) -> str:
 
 def _report(ended: ComparisonEnded, found: str = "") -> int:
     if ended.outcome == "interrupted":
-        return command.interrupted(ended.reason)
+        return cli.interrupted(ended.reason)
     if ended.outcome == "failed":
         print(f"stopped: {ended.reason}", file=sys.stderr)
         return 1
     print(
         f"{found}\n"
-        f"  compare the runs:  {command.ui_command()}\n"
-        f"                     then {command.ui_address(ended.experiment_id)}/{ended.parent_run_id}"
+        f"  compare the runs:  {cli.ui_command()}\n"
+        f"                     then {cli.ui_address(ended.experiment_id)}/{ended.parent_run_id}"
     )
     return 0
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from tracking.cli import SIGNALS, handling
 
-SAME_WISH_SECONDS = 1.0
-INSIST_SECONDS = 0.5
+DUPLICATE_SIGNAL_SECONDS = 1.0
+RERAISE_SECONDS = 0.5
 """A block that should end at once, and has not after so long, is told again."""
 
 
@@ -58,7 +58,7 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> Interrupts:
-        handlers = dict.fromkeys(SIGNALS, self._receive) | {signal.SIGALRM: self._insist}
+        handlers = dict.fromkeys(SIGNALS, self._receive) | {signal.SIGALRM: self._raise_again}
         self._handling = handling(handlers)
         self._handling.__enter__()
         return self
@@ -70,12 +70,12 @@ class Interrupts:
         now = time.monotonic()
         if self.first is None:
             self.first = now
-            self._insist()
-        elif now > self.first + SAME_WISH_SECONDS:
+            self._raise_again()
+        elif now > self.first + DUPLICATE_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
-    def _insist(self, *_: object) -> None:
+    def _raise_again(self, *_: object) -> None:
         if self._raises:
             # Some code that is being imported goes on after whatever was raised in it.
-            signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, RERAISE_SECONDS)
             raise InterruptionError

@@ -7,34 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tracking.cli import Parser, run_command
-from tracking.files import check_folder, open_folder, writing
+from tracking.files import check_folder
 
 # What is slow to import (pandas, Matplotlib, Optuna) is imported where it is needed: --help is not.
-if TYPE_CHECKING:
-    from experiments.results import Results
-    from experiments.statistics import Assessment
-
-
-def write_report(results: Results, assessment: Assessment, folder: Path) -> None:
-    """Write report.html, report.md, and the data and figures of both, to a folder.
-
-    The same results give the same bytes. If there is no folder yet, it is there with all files or
-    not at all; in one that is there, each file is replaced as a whole, and others stay.
-
-    Raises:
-        NotNowError: the disk said no.
-    """
-    from experiments.page import FILES, contents
-    from experiments.sections import make
-
-    made = contents(make(results, assessment))
-    with writing("the report"), open_folder(folder, FILES) as draft:
-        for name, content in made.items():
-            (draft / name).parent.mkdir(exist_ok=True)
-            (draft / name).write_bytes(content)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,8 +46,9 @@ def _run(options: argparse.Namespace) -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import optuna
 
-    from experiments.comparison import load_results
-    from experiments.statistics import assess
+    from experiments.comparison.assessment import assess
+    from experiments.comparison.results import load_results
+    from experiments.reporting.rendering import write_report
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = load_results(options.name, options.storage)

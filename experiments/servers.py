@@ -39,7 +39,7 @@ from experiments.accounts import (
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.supervision import LOOK_SECONDS, Server, check_port, running, stop_orphaned
 from tracking.cli import Parser, run_command
-from tracking.errors import NotNowError, one_line
+from tracking.errors import TransientError, one_line
 from tracking.files import writing
 from tracking.store import environment
 
@@ -194,7 +194,7 @@ def make_data(place: Place) -> Path:
             **_as_its_user(),
         )
     if made.returncode:
-        raise NotNowError(f"can't make PostgreSQL's data: {' '.join(made.stderr.split())}")
+        raise TransientError(f"can't make PostgreSQL's data: {' '.join(made.stderr.split())}")
     (draft / "pg_hba.conf").write_text(ACCESS)
     draft.rename(data)
     return programs
@@ -210,7 +210,7 @@ def wait_for(answers: Callable[[], bool], servers: Sequence[Server], stopped: In
             raise InterruptionError
         if time.monotonic() > deadline:
             line = f"{servers[-1].name} doesn't answer after {START_SECONDS} s"
-            raise NotNowError(f"{line}: see {servers[-1].log}")
+            raise TransientError(f"{line}: see {servers[-1].log}")
         time.sleep(LOOK_SECONDS)
 
 
@@ -339,7 +339,7 @@ def serve(place: Place) -> None:
     """Run both servers until there is a signal.
 
     Raises:
-        NotNowError: one of them dies again and again, or can't be set up.
+        TransientError: one of them dies again and again, or can't be set up.
     """
     import psycopg
     from mlflow.exceptions import MlflowException
@@ -354,7 +354,7 @@ def serve(place: Place) -> None:
                     ui.keep_running()
                     time.sleep(LOOK_SECONDS)
         except (psycopg.Error, MlflowException) as error:
-            raise NotNowError(f"the servers can't be set up: {one_line(error)}") from error
+            raise TransientError(f"the servers can't be set up: {one_line(error)}") from error
 
 
 def port(text: str) -> int:

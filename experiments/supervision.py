@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from tracking.cli import OutputError
-from tracking.errors import NotNowError
+from tracking.errors import TransientError
 
 STOP_SECONDS = 60
 LOOK_SECONDS = 0.2
@@ -53,15 +53,15 @@ class Server:
         self._start()
 
     def check(self) -> None:
-        """Raise NotNowError if it has ended."""
+        """Raise TransientError if it has ended."""
         if self._has_ended():
-            raise NotNowError(f"{self._what_happened()}: see {self.log}")
+            raise TransientError(f"{self._what_happened()}: see {self.log}")
 
     def keep_running(self) -> None:
         """Start it again if it has died; for a loop that asks several times a second.
 
         Raises:
-            NotNowError: it has died too often.
+            TransientError: it has died too often.
         """
         if self._start_at is not None:
             if time.monotonic() >= self._start_at:
@@ -74,7 +74,7 @@ class Server:
             self.restarts = 0
         if self.restarts == RESTARTS:
             line = f"{self._what_happened()} again, after {RESTARTS} restarts"
-            raise NotNowError(f"{line}: see {self.log}")
+            raise TransientError(f"{line}: see {self.log}")
         pause = FIRST_PAUSE_SECONDS * 2**self.restarts
         self.restarts += 1
         self._start_at = time.monotonic() + pause

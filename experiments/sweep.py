@@ -11,17 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import command
+from experiments import cli
 from tracking.cli import Parser, leave
 from tracking.text import printable
 
 # What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
 if TYPE_CHECKING:
-    from experiments.settings import Settings
-    from experiments.study import SweepEnded, SweepStarted
+    from experiments.study.events import SweepEnded, SweepStarted
+    from experiments.study.settings import Settings
 
 EPILOG = f"""\
-{command.LOSSES_TEXT}
+{cli.LOSSES_TEXT}
 The same command again continues its study: --trials is the total. Runs and models go to MLflow
 (sqlite:///mlflow.db unless MLFLOW_TRACKING_URI says otherwise), the study to --storage.
 
@@ -40,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_data_flags(parser)
-    command.add_space_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_space_flags(parser)
     search = parser.add_argument_group("search")
     search.add_argument(
         "--trials",
@@ -79,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no trial after so long; 0 is no limit (default: %(default)s)",
     )
-    command.add_search_flags(search)
-    command.add_training_flags(parser)
-    command.add_engine_flags(parser)
+    cli.add_search_flags(search)
+    cli.add_training_flags(parser)
+    cli.add_engine_flags(parser)
     record = parser.add_argument_group("record")
     record.add_argument(
         "--study",
@@ -104,13 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write TensorBoard event files as well, a folder for each trial",
     )
-    command.add_record_flags(record)
+    cli.add_record_flags(record)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep of a command line, and return the exit code."""
-    return command.run(build_parser(), _run, argv)
+    return cli.run(build_parser(), _run, argv)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -118,17 +118,18 @@ def _run(options: argparse.Namespace) -> int:
         if options.tensorboard is not None:
             if find_spec("tensorboard") is None:
                 raise ValueError("--tensorboard needs TensorBoard: pip install '.[tensorboard]'")
-            command.check_out(options.tensorboard, "--tensorboard")
-        return command.settings_of(options, num_workers)
+            cli.check_out(options.tensorboard, "--tensorboard")
+        return cli.settings_of(options, num_workers)
 
-    with command.workers_and_data(options, settle) as (settings, data, pool):
+    with cli.workers_and_data(options, settle) as (settings, data, pool):
         return _sweep(options, settings, data, pool)
 
 
 def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
-    from experiments.display import Display
     from experiments.interrupts import Interrupts
-    from experiments.study import BestRegistered, SweepEnded, SweepStarted, sweep
+    from experiments.study.controller import sweep
+    from experiments.study.events import BestRegistered, SweepEnded, SweepStarted
+    from experiments.study.progress import Display
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
@@ -137,9 +138,9 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
         interrupts = stack.enter_context(Interrupts())
         observers: list[Any] = [stack.enter_context(Display(settings))]
         if options.tensorboard is not None:
-            from experiments.tensorboard import EventFiles
+            from experiments.study.tensorboard import EventFiles
 
-            observers.append(stack.enter_context(EventFiles(options.tensorboard)))
+            observers.append(stack.enter_context(EventFiles(options.tensorboard, settings.space())))
         events = stack.enter_context(closing(sweep(settings, data, pool, interrupts)))
         for event in events:
             if isinstance(event, SweepStarted):
@@ -157,15 +158,18 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
 
 def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
     """Print the trials, the best one, and what to type next."""
+    from experiments.study.parameters import PARAMETERS
+
     table = ended.trials
     if table is not None:
-        shown = table.drop(columns=["val_loss", "run_id"]).assign(
-            learning_rate=table["learning_rate"].map("{:.4g}".format),
-            val_accuracy=table["val_accuracy"].map("{:.2%}".format),
-        )
+        texts = {
+            each.name: table[each.name].map(each.text) for each in PARAMETERS if each.name in table
+        }
+        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format)
+        shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
         print(f"\n{shown.to_string(index=False)}\n" if len(shown) else "")
     if ended.outcome == "interrupted":
-        return command.interrupted(ended.reason)
+        return cli.interrupted(ended.reason)
     if ended.outcome == "failed":
         print(f"stopped: {printable(ended.reason)}", file=sys.stderr)
         return 1
@@ -187,13 +191,14 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         if len(there)
         else "no complete trial has a model any more"
     )
+    values = ", ".join(
+        f"{each.label} {each.text(best[each.name])}" for each in PARAMETERS if each.name in best
+    )
     print(
-        f"best: trial {best['trial']}, loss {best['loss']}, learning rate "
-        f"{best['learning_rate']:.4g}, batch size {best['batch_size']}: validation accuracy "
-        f"{best['val_accuracy']:.2%}\n"
+        f"best: trial {best['trial']}, {values}: validation accuracy {best['val_accuracy']:.2%}\n"
         f"{line}"
-        f"  compare the runs:  {command.ui_command()}\n"
-        f"                     then {command.ui_address(started.experiment_id)}\n"
+        f"  compare the runs:  {cli.ui_command()}\n"
+        f"                     then {cli.ui_address(started.experiment_id)}\n"
         f"  label images:      {label}"
     )
     return 0

@@ -10,8 +10,8 @@ import optuna
 import pandas as pd
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from experiments.ranking import best_first
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.study.ranking import best_first
 
 # (best accuracy, learning rate that it is at, where training diverges) of each loss.
 TRUTH = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from experiments.settings import Settings
+from experiments.study.parameters import BY_NAME, searched
+from experiments.study.settings import Settings
 
 
 def small_settings(storage: str, **changes: Any) -> Settings:
@@ -36,4 +38,16 @@ def small_settings(storage: str, **changes: Any) -> Settings:
         "max_failures": 99,
         "tracking_timeout": 0,
     }
-    return Settings(**settings | changes)
+    return changed(Settings(**{"search": searched(settings)} | _others(settings)), **changes)
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    """Return other settings; what is searched is named as in a study: losses, batch_sizes, ..."""
+    told: dict[str, Any] = {}
+    for name, domain in settings.search.items():
+        told |= BY_NAME[name].identity(domain)
+    return replace(settings, search=searched(told | changes), **_others(changes))
+
+
+def _others(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: told[name] for name in told if name in Settings.__dataclass_fields__}

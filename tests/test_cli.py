@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tracking.cli import SIGNALS, OutputError, Parser, run_command
-from tracking.errors import NotNowError, without_passwords
+from tracking.errors import TransientError, without_passwords
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = [
@@ -72,8 +72,8 @@ def raises(error: BaseException) -> Callable[[argparse.Namespace], None]:
     ("error", "resume", "code", "line"),
     [
         (ValueError("--n must be ≥ 1, not 0"), "", 2, "tool: error: --n must be ≥ 1, not 0"),
-        (NotNowError("the disk is full"), "", 1, "tool: error: the disk is full"),
-        (NotNowError("the disk is full"), AGAIN, 1, f"stopped: the disk is full; {AGAIN}"),
+        (TransientError("the disk is full"), "", 1, "tool: error: the disk is full"),
+        (TransientError("the disk is full"), AGAIN, 1, f"stopped: the disk is full; {AGAIN}"),
         (ValueError("two\nlines"), "", 2, "tool: error: two lines"),
         (ValueError("\x1b[2Ja name"), "", 2, "tool: error: \\x1b[2Ja name"),
         (ValueError("\u202ea name"), "", 2, "tool: error: \\u202ea name"),

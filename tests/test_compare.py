@@ -15,8 +15,8 @@ from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.compare import build_parser, main
-from experiments.settings import Settings
-from experiments.space import SAMPLERS
+from experiments.study.samplers import SAMPLERS
+from experiments.study.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
@@ -40,7 +40,7 @@ def test_the_help_names_every_choice() -> None:
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
-    own = {"points", "tags", "pruner", "timeout", "register", "worker_device"}
+    own = {"search", "configurations", "tags", "pruner", "timeout", "register", "worker_device"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 

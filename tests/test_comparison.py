@@ -14,28 +14,26 @@ from fake_pool import FakePool, Script, diverges, trains
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.tracking._tracking_service.utils import _get_store
-from small_sweep import small_settings
+from small_sweep import changed, small_settings
 from tracking_helpers import new_store
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
-from experiments import comparison
-from experiments.comparison import (
-    ComparisonEnded,
-    Event,
-    ModelTested,
-    Plan,
-    StageStarted,
-    _open_record,
-    compare,
+from experiments.comparison import testing
+from experiments.comparison.plan import ComparisonEnded, Event, ModelTested, Plan, StageStarted
+from experiments.comparison.results import (
+    CURVE_COLUMNS,
+    REPEAT_COLUMNS,
+    TRIAL_COLUMNS,
+    Results,
     load_results,
 )
+from experiments.comparison.stages import _open_record, compare
+from experiments.comparison.tables import summarise
 from experiments.engine.base import EpochEnded
-from experiments.figure_data import best_settings
 from experiments.interrupts import Interrupts
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.study import TrialProgressed
-from experiments.summary import summarise
+from experiments.reporting.figure_data import best_settings
+from experiments.study.events import TrialProgressed
 from tracking.runs import Run as TrackedRun
 from tracking.selection import load_run
 
@@ -328,7 +326,7 @@ def test_the_test_split_is_looked_at_once_unless_a_second_time_is_asked_for(
 def test_a_run_that_is_deleted_while_the_test_split_is_shown_is_passed_over(
     plan: Plan, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, deleted = comparison.test_model, []
+    real, deleted = testing.test_model, []
 
     def test_model(run: TrackedRun, *args: Any, **kwargs: Any) -> float:
         if not deleted:
@@ -336,7 +334,7 @@ def test_a_run_that_is_deleted_while_the_test_split_is_shown_is_passed_over(
             MlflowClient().delete_run(run.run_id)
         return real(run, *args, **kwargs)
 
-    monkeypatch.setattr(comparison, "test_model", test_model)
+    monkeypatch.setattr("experiments.comparison.stages.test_model", test_model)
     events = run(plan, data)
     ended = events[-1]
     assert isinstance(ended, ComparisonEnded)
@@ -360,7 +358,7 @@ def test_losses_and_repeats_that_diverge_are_left_out(plan: Plan, data: Dataset)
         bad = config.loss == "l1" or (config.loss == "mse" and config.seed == 9)
         yield from (diverges if bad else trains(good))(job, config)
 
-    run(replace(plan, settings=replace(plan.settings, losses=("l1", *LOSSES))), data, script)
+    run(replace(plan, settings=changed(plan.settings, losses=("l1", *LOSSES))), data, script)
     assert set(results(plan).trials["loss"]) == {"l1", *LOSSES}
     table = results(plan).repeats.set_index(["loss", "seed"])
     assert table["outcome"].to_dict() == {

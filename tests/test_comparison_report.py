@@ -27,9 +27,10 @@ import pandas as pd
 import pytest
 from planted_results import planted_results
 
-from experiments import figure_data, page, report, sections
-from experiments.results import Results
-from experiments.statistics import assess
+from experiments import report
+from experiments.comparison.assessment import assess
+from experiments.comparison.results import Results
+from experiments.reporting import figure_data, rendering, sections
 
 THREE = ("cross_entropy", "mse", "l1")
 EVIL = "</script><img src=http://evil.example/x onerror=alert(1)>"
@@ -82,7 +83,7 @@ class Page(HTMLParser):
 
 
 def written(results: Results, folder: Path) -> Page:
-    report.write_report(results, assess(results), folder)
+    rendering.write_report(results, assess(results), folder)
     return Page((folder / "report.html").read_text("utf-8"))
 
 
@@ -350,7 +351,7 @@ def test_the_same_results_give_the_same_bytes(
     again = planted_results(name=EVIL, losses=results.plan["losses"], classes=CLASSES)
     written(again, tmp_path / "report")
     assert digests(tmp_path / "report") == digests(folder)
-    assert set(digests(folder)) == set(page.FILES)
+    assert set(digests(folder)) == set(rendering.FILES)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -374,7 +375,7 @@ def test_a_new_report_takes_the_place_of_the_old_and_of_nothing_else(tmp_path: P
 def test_a_report_that_can_not_be_finished_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_bytes, before = Path.write_bytes, list(page.FILES)
+    write_bytes, before = Path.write_bytes, list(rendering.FILES)
 
     def fill_up(file: Path, content: bytes) -> int:
         if file.name == before[-2]:
@@ -462,7 +463,7 @@ def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
         return planted_results(losses=("mse",), trials=2, repeats=1)
 
     comparison = SimpleNamespace(load_results=load_results)
-    monkeypatch.setitem(sys.modules, "experiments.comparison", comparison)
+    monkeypatch.setitem(sys.modules, "experiments.comparison.stages", comparison)
 
 
 @pytest.mark.usefixtures("one_comparison")
@@ -470,7 +471,7 @@ def test_the_command_writes_a_report_and_says_the_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main(["planted", "--out", str(tmp_path / "out")]) == 0
-    assert set(page.FILES) >= set(digests(tmp_path / "out")) >= {"report.html", "report.md"}
+    assert set(rendering.FILES) >= set(digests(tmp_path / "out")) >= {"report.html", "report.md"}
     out, err = capsys.readouterr()
     results = planted_results(losses=("mse",), trials=2, repeats=1)
     assert out.splitlines()[:2] == list(assess(results).statements[:2])

@@ -31,7 +31,7 @@ from cnn.losses import PROBABILITIES
 from cnn.networks import CNN, Classifier
 from experiments.engine.base import Event
 from experiments.sweep import main
-from tracking.errors import is_passing
+from tracking.errors import is_transient
 from tracking.models.recording import save_model
 from tracking.store import make_whole
 
@@ -224,8 +224,8 @@ def test_a_full_disk_is_told_from_bad_input_whoever_says_it() -> None:
         "[Errno 28] No space left on device: 'data'",
         "5520384 requested and 8064 written",
     ):
-        assert is_passing(ValueError(f"can't use the data folder 'data': {text}"))
-    assert not is_passing(ValueError("unknown loss 'mes'"))
+        assert is_transient(ValueError(f"can't use the data folder 'data': {text}"))
+    assert not is_transient(ValueError("unknown loss 'mes'"))
 
 
 @pytest.mark.parametrize("spare", [0, 20_000])
@@ -269,7 +269,7 @@ def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_i
 
 HOLDING = """
 import sys, time
-from experiments.storage import held
+from experiments.study.storage import held
 with held("sqlite:///optuna.db", "faults"):
     print("held", flush=True)
     time.sleep(600)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 import cnn.losses
 import cnn.training
-import experiments.identity
+import experiments.study.identity
 from cnn.data import Dataset
 from cnn.losses import LOSSES
 from cnn.networks import CNN
-from experiments.identity import (
+from experiments.study.controller import sweep
+from experiments.study.events import SweepStarted
+from experiments.study.identity import (
     _git,
     code_state,
     differences,
@@ -33,8 +35,8 @@ from experiments.identity import (
     split_digest,
     training_digest,
 )
-from experiments.settings import Settings
-from experiments.study import SweepStarted, open_study, sweep
+from experiments.study.opening import open_study
+from experiments.study.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,7 +67,7 @@ def edit_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(num_classes: int, *, seed: int) -> CNN:
         return WithReLU(num_classes)
 
-    monkeypatch.setattr(experiments.identity, "build_cnn", build)
+    monkeypatch.setattr(experiments.study.identity, "build_cnn", build)
     digest_of_cnn.cache_clear()
 
 
@@ -82,7 +84,7 @@ def edit_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def backwards(num_images: int, *, seed: int, epoch: int) -> Tensor:
         return torch.arange(num_images).flip(0)
 
-    monkeypatch.setattr(experiments.identity, "epoch_order", backwards)
+    monkeypatch.setattr(experiments.study.identity, "epoch_order", backwards)
 
 
 def good(job: int, config: Any) -> float:
@@ -181,7 +183,7 @@ def test_another_commit_or_version_is_said(
 ) -> None:
     assert start(settings, coloured_noise).notes == ()
     other = {"commit": "f" * 40, "uncommitted": "cnn/networks.py"}
-    monkeypatch.setattr(experiments.identity, "code_state", lambda: other)
+    monkeypatch.setattr(experiments.study.identity, "code_state", lambda: other)
     (note,) = start(replace(settings, trials=2), coloured_noise).notes
     assert note.startswith("this study was begun with another environment: commit ")
     assert "→ ffffffff, uncommitted" in note
@@ -193,7 +195,7 @@ def test_code_that_no_digest_of_calls_sees_is_noted_though_git_sees_no_differenc
 ) -> None:
     # The loop of training, in a file that had changes before, too; or where there is no git.
     state = {"commit": "unknown", "uncommitted": "cnn/training.py"}
-    monkeypatch.setattr(experiments.identity, "code_state", lambda: state)
+    monkeypatch.setattr(experiments.study.identity, "code_state", lambda: state)
     started = start(settings, coloured_noise)
     before = source_digest()
     (run, _) = MlflowClient().search_runs([started.experiment_id])
@@ -253,7 +255,7 @@ def test_an_optimizer_or_schedule_that_was_edited_trains_otherwise(
 ) -> None:
     before = training_digest("mse", "sgd", "one_cycle")
     training_digest.cache_clear()
-    monkeypatch.setattr(experiments.identity, name, getattr(cnn.training, name) | edited)
+    monkeypatch.setattr(experiments.study.identity, name, getattr(cnn.training, name) | edited)
     assert training_digest("mse", "sgd", "one_cycle") != before
 
 
@@ -274,7 +276,7 @@ KNOWN = {
 def test_digests_are_the_same_on_every_machine_and_in_every_process(digits_cache: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from cnn.data import load\n"
-        "from experiments.identity import made_with\n"
+        "from experiments.study.identity import made_with\n"
         "made = made_with(load('digits', data_dir=Path(sys.argv[1]), seed=0),"
         " losses=['cross_entropy', 'l1', 'mse'], optimizer='sgd', schedule='one_cycle')\n"
         "print({'network': made['network'], 'split': made['split']} | made['training'])"
@@ -294,7 +296,7 @@ def test_the_state_of_the_code_is_that_of_this_repository(monkeypatch: pytest.Mo
     state = code_state()
     if _git("rev-parse", "HEAD") is not None:  # an archive that was unpacked has none
         assert len(state["commit"]) == 40
-    monkeypatch.setattr(experiments.identity, "REPOSITORY", Path("/"))
+    monkeypatch.setattr(experiments.study.identity, "REPOSITORY", Path("/"))
     code_state.cache_clear()
     assert code_state() == {"commit": "unknown", "uncommitted": "unknown"}
 
@@ -316,7 +318,7 @@ def test_changes_that_are_in_no_commit_are_named(
     (tmp_path / "cnn" / "networks.py").write_text("a = 1\n")
     git("add", "-A")
     git("commit", "-qm", "first")
-    monkeypatch.setattr(experiments.identity, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiments.study.identity, "REPOSITORY", tmp_path)
     assert code_state()["uncommitted"] == "none"
     code_state.cache_clear()
     (tmp_path / "notes.txt").write_text("not of the code")

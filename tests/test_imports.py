@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,57 @@ FORBIDDEN = {
     "cnn": {"mlflow", "optuna", "tracking", "experiments"},
     "tracking": {"optuna", "cnn", "experiments"},
 }
-# What labels images by name has to decode them as training does: a call of one of its functions
-# imports `cnn`, importing it does not.
-INSIDE_FUNCTIONS = {
-    "tracking/prediction/chunks.py": {"cnn"},
-    "tracking/prediction/pipeline.py": {"cnn"},
-    "tracking/prediction/splits.py": {"cnn"},
-    "tracking/prediction/sources.py": {"cnn"},
+# Prediction decodes images as training does: a call of its functions imports `cnn`, importing
+# them does not.
+INSIDE_FUNCTIONS = {"tracking/prediction": {"cnn"}}
+
+# A file imports from lower lines, from its own, and from its own package, wherever in the file.
+LAYERS = """
+    cnn.images cnn.losses cnn.networks cnn.optimizers
+    cnn.cache cnn.config
+    cnn.datasets cnn.devices
+    cnn.data
+    cnn.training
+    tracking.errors
+    tracking.text tracking.files tracking.cli tracking.store tracking.retries
+    tracking.models
+    tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
+    tracking.selection
+    tracking.registry
+    tracking.prediction
+    tracking.evaluation
+    tracking.best tracking.predict tracking.promote tracking.report
+    experiments.interrupts experiments.accounts experiments.supervision
+    experiments.engine
+    experiments.study
+    experiments.comparison
+    experiments.reporting
+    experiments.cli
+    experiments.sweep experiments.compare experiments.report experiments.servers
+"""
+RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+
+# What travels to Ray's nodes and runs in worker processes.
+WORKERS = {"base", "checkpoints", "job", "process_worker", "ray_worker"}
+
+# Where names of other packages may stand that these do not promise to keep, by a pattern of them;
+# each is used by a test that would fail if it went.
+PRIVATE_NAMES = {
+    r"optuna\.storages\._|\._(storage|backend|trial_id|study_id)\b": {
+        "experiments/study/heartbeat.py",
+        "experiments/study/retrying_storage.py",
+        "experiments/study/storage.py",
+        "experiments/study/trial_cache.py",
+    },
+    r"\btorch(\.\w+)*\._[a-z]": {
+        "cnn/training.py",  # _foreach_copy_: all gradients in one call
+        "experiments/engine/checkpoints.py",  # how a state_dict is pickled
+        "experiments/study/recorder.py",  # whether the compiler was imported
+        "tracking/models/cost.py",  # an operator that exports have
+        "tracking/models/safety.py",  # the logger of a loaded graph
+    },
+    r"\bray\._private\b": {"experiments/engine/ray_cluster.py"},
+    r"\b_download_file\b": {"tracking/models/fetching.py"},
 }
 
 SLOW_TO_IMPORT = {"torch", "mlflow", "optuna", "pandas", "matplotlib"}
@@ -97,7 +143,8 @@ def wrong_statements(package: str, *, root: Path = ROOT) -> list[str]:
         for name, line, in_function in imports(path)
         if name in FORBIDDEN[package]
         and not (
-            in_function and name in INSIDE_FUNCTIONS.get(path.relative_to(root).as_posix(), set())
+            in_function
+            and name in INSIDE_FUNCTIONS.get(path.parent.relative_to(root).as_posix(), set())
         )
     ]
 
@@ -123,6 +170,83 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
             yield name.partition(".")[0], node.lineno, id(node) in inside
 
 
+def modules(*packages: str, root: Path) -> dict[str, Path]:
+    """Return the files of packages by the names of their modules."""
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in packages
+        for path in (root / package).rglob("*.py")
+    }
+
+
+def imported(path: Path, known: Collection[str]) -> set[str]:
+    """Return which of the known modules a file imports, in functions and for types as well."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=aliases):
+                found |= {alias.name for alias in aliases}
+            case ast.ImportFrom(module=str(module), level=0, names=aliases):
+                full = {f"{module}.{alias.name}" for alias in aliases}
+                found |= full & set(known) or {module}
+    return found & set(known)
+
+
+def rank(module: str) -> int:
+    """Return a module's layer: that of the longest name in `LAYERS` which it is, or is part of."""
+    name = module
+    while name not in RANK:
+        name = name.rpartition(".")[0]
+    return RANK[name]
+
+
+def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
+    """Return which of our modules each imports. The packages themselves are empty."""
+    files = modules("cnn", "tracking", "experiments", root=root)
+    known = {name for name, path in files.items() if path.stem != "__init__"}
+    return {name: imported(files[name], known) for name in known}
+
+
+def upward_imports(root: Path = ROOT) -> list[str]:
+    """Return the imports of a higher layer."""
+    return sorted(
+        f"{module} imports {other}"
+        for module, others in import_graph(root).items()
+        for other in others
+        if rank(other) > rank(module)
+    )
+
+
+def test_a_file_imports_from_its_own_layer_and_lower_ones_only() -> None:
+    assert upward_imports() == []
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    list(TopologicalSorter(import_graph()).static_order())  # raises CycleError
+
+
+def test_workers_know_cnn_and_each_other_only() -> None:
+    graph = import_graph()
+    ours = {f"experiments.engine.{name}" for name in WORKERS}
+    foreign = {
+        f"{module} imports {other}"
+        for module in ours
+        for other in graph[module] - ours
+        if not other.startswith("cnn.")
+    }
+    assert foreign == set()
+
+
+@pytest.mark.parametrize("pattern", PRIVATE_NAMES)
+def test_private_names_of_other_packages_stand_in_few_files(pattern: str) -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules("cnn", "tracking", "experiments", root=ROOT).values()
+        if re.search(pattern, path.read_text())
+    }
+    assert found == PRIVATE_NAMES[pattern]
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_importing_a_package_brings_nothing_that_it_must_not_know(package: str) -> None:
     assert wrong_imports(package) == {}
@@ -135,8 +259,7 @@ def test_no_file_of_a_package_imports_what_it_must_not_know(package: str) -> Non
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_every_module_is_looked_at(package: str) -> None:
-    stems = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
-    assert set(brought(package, ROOT)) == {package, *(f"{package}.{stem}" for stem in stems)}
+    assert set(brought(package, ROOT)) == modules(package, root=ROOT).keys()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +301,7 @@ def test_a_worker_does_not_import_the_compiler() -> None:
 
 
 def test_the_workers_do_not_wait_for_mlflow() -> None:
-    loads = "import sys, experiments.study; print(sys.argv[1] in sys.modules)"
+    loads = "import sys, experiments.study.controller; print(sys.argv[1] in sys.modules)"
     assert in_a_new_process(loads, "mlflow", root=ROOT).strip() == "False"
 
 
@@ -190,18 +313,18 @@ def plant(root: Path, file: str, source: str) -> None:
 
 
 def test_a_module_that_imports_what_it_must_not_would_be_found(tmp_path: Path) -> None:
-    plant(tmp_path, "experiments/space.py", "")
+    plant(tmp_path, "experiments/study/space.py", "")
     plant(tmp_path, "cnn/good.py", "import json\n")
-    plant(tmp_path, "cnn/networks.py", "from experiments import space\n")
-    plant(tmp_path, "tracking/runs.py", "import experiments.space\n")
+    plant(tmp_path, "cnn/networks.py", "from experiments.study import space\n")
+    plant(tmp_path, "tracking/runs.py", "import experiments.study.space\n")
     assert wrong_imports("cnn", root=tmp_path) == {"cnn.networks": {"experiments"}}
     assert wrong_imports("tracking", root=tmp_path) == {"tracking.runs": {"experiments"}}
     assert wrong_statements("cnn", root=tmp_path) == ["cnn/networks.py:1 imports experiments"]
 
 
 def test_an_import_that_goes_round_about_would_be_found(tmp_path: Path) -> None:
-    plant(tmp_path, "experiments/space.py", "")
-    plant(tmp_path, "helpers/names.py", "import experiments.space\n")
+    plant(tmp_path, "experiments/study/space.py", "")
+    plant(tmp_path, "helpers/names.py", "import experiments.study.space\n")
     plant(tmp_path, "cnn/networks.py", "import helpers.names\n")
     assert wrong_imports("cnn", root=tmp_path) == {"cnn.networks": {"experiments"}}
 
@@ -214,3 +337,17 @@ def test_an_import_that_hides_in_a_function_would_be_found(tmp_path: Path) -> No
         "tracking/prediction/sources.py:4 imports cnn",  # only inside functions
         "tracking/runs.py:2 imports cnn",
     ]
+
+
+def test_an_upward_import_would_be_found(tmp_path: Path) -> None:
+    plant(tmp_path, "tracking/store.py", "def f():\n    from tracking import registry\n")
+    plant(tmp_path, "tracking/registry.py", "from tracking.store import f\n")
+    plant(tmp_path, "cnn/data.py", "")
+    plant(tmp_path, "experiments/study/space.py", "import experiments.comparison.plan\n")
+    plant(tmp_path, "experiments/comparison/plan.py", "from cnn import data\n")
+    assert upward_imports(tmp_path) == [
+        "experiments.study.space imports experiments.comparison.plan",
+        "tracking.store imports tracking.registry",
+    ]
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(import_graph(tmp_path)).static_order())

@@ -111,7 +111,7 @@ def test_afterwards_signals_do_what_they_did_before() -> None:
 
 
 def test_a_block_that_goes_on_nevertheless_is_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.interrupts.INSIST_SECONDS", 0.01)
+    monkeypatch.setattr("experiments.interrupts.RERAISE_SECONDS", 0.01)
     with Interrupts() as interrupts:
         reached = []
         with suppress(InterruptionError), interrupts.at_once():

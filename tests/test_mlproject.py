@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from experiments import compare, sweep
-from experiments.command import _split
+from experiments.cli import _split
 from tracking import predict
 
 ROOT = Path(__file__).parent.parent

@@ -35,7 +35,7 @@ def train(tracker: Tracker) -> Train:
         run.log_params({"dataset_digest": digest, "seed": 0})
         recorded = tracker.client.get_run(run_id)
         if register:
-            Registry(client=tracker.client, name="colours").offer(recorded)
+            Registry(client=tracker.client, name="colours").register(recorded)
         return recorded
 
     return trained

@@ -13,7 +13,7 @@ from optuna.trial import Trial, TrialState
 
 from benchmarks import pruning
 from benchmarks.pruning import Curve, Replay, choose, draw_trials, read_curves, replay
-from experiments.space import PRUNERS, OneEpochPruner, make_pruner
+from experiments.study.pruners import PRUNERS, OneEpochPruner, make_pruner
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

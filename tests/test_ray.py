@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
 from experiments.engine.ray_cluster import connected  # noqa: E402
 from experiments.engine.ray_pool import Needs, RayPool  # noqa: E402
-from tracking.errors import NotNowError  # noqa: E402
+from tracking.errors import TransientError  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,7 +55,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def pool(nodes: Nodes, data: Dataset, data_dir: Path) -> RayPool:
-    pool = RayPool(ONE_CPU, num_workers=None, min_workers=1, patience=120, checkpoint_seconds=0)
+    pool = RayPool(ONE_CPU, num_workers=None, min_workers=1, retries=120, checkpoint_seconds=0)
     pool.open(data, data_dir)
     return pool
 
@@ -224,7 +224,7 @@ def test_needs_that_no_node_can_meet(cpus: float, gpus: float, error: str) -> No
 def test_a_gpu_that_no_node_has_is_said_and_not_waited_for(
     nodes: Nodes, data: Dataset, data_dir: Path
 ) -> None:
-    pool = RayPool(Needs(cpus=1, gpus=1), num_workers=2, min_workers=1, patience=0.5)
+    pool = RayPool(Needs(cpus=1, gpus=1), num_workers=2, min_workers=1, retries=0.5)
     with pytest.raises(
         ValueError,
         # A node that was killed a moment ago may not be missed yet.
@@ -235,8 +235,8 @@ def test_a_gpu_that_no_node_has_is_said_and_not_waited_for(
 
 
 def test_too_few_workers_are_said(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
-    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=2, patience=0.5)
-    with pytest.raises(NotNowError, match=r"^\d of --min-workers 2 workers began within 0.5 s"):
+    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=2, retries=0.5)
+    with pytest.raises(TransientError, match=r"^\d of --min-workers 2 workers began within 0.5 s"):
         pool.open(data, data_dir)
 
 
@@ -245,7 +245,7 @@ def test_nodes_with_other_versions_train_nothing(
 ) -> None:
     other = {"Python": "3.11.99", "PyTorch": "1.0"}
     monkeypatch.setattr("experiments.engine.ray_pool.versions", lambda: other)
-    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=1, patience=60)
+    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=1, retries=60)
     node = nodes.add_node(num_cpus=1)  # the head's CPU may be another pool's
     with pytest.raises(ValueError, match="^node .* has Python .*, not Python 3.11.99, PyTorch 1.0"):
         pool.open(data, data_dir)
@@ -300,7 +300,7 @@ def test_what_ray_tells_while_it_works_is_in_a_file_too(
 def test_several_workers_share_a_gpu(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
     # Ray takes our word for it that there is one: it is told to workers, and they use none.
     node = nodes.add_node(num_cpus=1, num_gpus=1)
-    pool = RayPool(Needs(cpus=0.1, gpus=0.25), num_workers=None, min_workers=4, patience=60)
+    pool = RayPool(Needs(cpus=0.1, gpus=0.25), num_workers=None, min_workers=4, retries=60)
     pool.open(data, data_dir)
     assert pool.num_idle == 4
     seen = [

@@ -21,11 +21,13 @@ import experiments.engine.processes
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine.base import Event
-from experiments.settings import Settings
-from experiments.study import BestRegistered, SweepEnded, SweepEvent, sweep
+from experiments.study.controller import sweep
+from experiments.study.events import BestRegistered, SweepEnded, SweepEvent
+from experiments.study.parameters import Choices, LogRange
+from experiments.study.settings import Settings
 from experiments.sweep import build_parser, main
-from tracking.registry import Registry, _agreed, check_name, default_name, offer
-from tracking.retries import Patience, PatientClient, TrackingAwayError
+from tracking.registry import Registry, _agreed, check_name, default_name, register_best
+from tracking.retries import RetryingClient, RetryPolicy, TrackingAwayError
 from tracking.runs import Run
 from tracking.tracker import Tracker
 
@@ -67,7 +69,7 @@ def versions() -> dict[int, ModelVersion]:
 
 def test_a_version_says_where_its_model_is_from(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker, 0.9861)
-    registry.offer(run)
+    registry.register(run)
     (version,) = versions().values()
     assert version.run_id == run.info.run_id
     assert version.source == f"models:/{run.outputs.model_outputs[0].model_id}"
@@ -92,15 +94,15 @@ def test_the_model_shows_its_version_as_mlflows_own_registering_has_it(
     tracker: Tracker, registry: Registry
 ) -> None:
     run = trained(tracker)
-    registry.offer(run)
-    registry.offer(run)
+    registry.register(run)
+    registry.register(run)
     model = tracker.client.get_logged_model(run.outputs.model_outputs[0].model_id)
     assert model.tags["mlflow.modelVersions"] == '[{"name": "colours", "version": 1}]'
 
 
 def test_the_same_run_is_registered_once(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker)
-    first, second = registry.offer(run), registry.offer(run)
+    first, second = registry.register(run), registry.register(run)
     assert (first.version, first.is_new) == (1, True)
     assert (second.version, second.is_new) == (1, False)
     assert list(versions()) == [1]
@@ -115,13 +117,13 @@ def test_a_version_that_was_made_by_hand_is_taken_and_gets_the_tags(
     client.create_registered_model("colours")
     uri = f"models:/{run.outputs.model_outputs[0].model_id}"
     client.create_model_version("colours", uri, run_id=run.info.run_id)
-    assert registry.offer(run).version == 1
+    assert registry.register(run).version == 1
     assert versions()[1].tags["dataset_digest"] == "d1"
 
 
 def test_a_run_without_a_model_is_not_registered(tracker: Tracker) -> None:
     run_id = record(tracker, has_model=False, outcome="pruned")
-    assert "has no model: it is pruned" in offer(tracker.client, run_id, "colours")
+    assert "has no model: it is pruned" in register_best(tracker.client, run_id, "colours")
     assert MlflowClient().search_registered_models() == []
 
 
@@ -132,7 +134,7 @@ def test_the_champion_is_loaded_by_its_alias(tracker: Tracker, registry: Registr
     run.log_metrics({"val/accuracy": 0.9}, step=1)
     log_model(run)
     run.end("complete")
-    registry.offer(tracker.client.get_run(run.run_id))
+    registry.register(tracker.client.get_run(run.run_id))
     predictor = load_model("models:/colours@champion")
     assert predictor.run_id == run.run_id
     assert predictor.classes == ("red", "green", "blue")
@@ -149,7 +151,7 @@ def with_files(tracker: Tracker) -> tuple[Run, Path]:
 
 def test_a_version_carries_the_digests_of_its_files(tracker: Tracker, registry: Registry) -> None:
     run, folder = with_files(tracker)
-    registry.offer(tracker.client.get_run(run.run_id))
+    registry.register(tracker.client.get_run(run.run_id))
     tags = versions()[1].tags
     for file in ("MLmodel", "data/model.pt2"):
         assert tags[f"sha256/{file}"] == sha256((folder / file).read_bytes()).hexdigest()
@@ -161,7 +163,7 @@ def test_a_model_that_was_changed_in_the_store_is_not_made_champion(
     run, folder = with_files(tracker)
     with (folder / "MLmodel").open("a") as stream:
         stream.write("# changed\n")
-    line = offer(tracker.client, run.run_id, "colours")
+    line = register_best(tracker.client, run.run_id, "colours")
     assert line.startswith("not as colours: models:/colours/1 can't be used as a model: ")
     assert "its MLmodel was changed since it was recorded: its SHA-256 is " in line
     assert champion() is None
@@ -173,14 +175,14 @@ def test_a_model_that_was_changed_in_the_store_is_not_made_champion(
 
 
 def test_the_first_is_champion(tracker: Tracker, registry: Registry) -> None:
-    standing = registry.offer(trained(tracker))
+    standing = registry.register(trained(tracker))
     assert champion() == 1
     assert str(standing) == "version 1 of colours: the champion, as there was none before"
 
 
 def test_a_better_one_takes_its_place(tracker: Tracker, registry: Registry) -> None:
-    registry.offer(trained(tracker, 0.5))
-    standing = registry.offer(trained(tracker, 0.6))
+    registry.register(trained(tracker, 0.5))
+    standing = registry.register(trained(tracker, 0.6))
     assert champion() == 2
     assert str(standing) == (
         "version 2 of colours: the champion, as its val/accuracy 0.6 beats version 1's 0.5"
@@ -192,8 +194,8 @@ def test_a_better_one_takes_its_place(tracker: Tracker, registry: Registry) -> N
 def test_one_that_is_no_better_does_not(
     tracker: Tracker, registry: Registry, accuracy: float
 ) -> None:
-    registry.offer(trained(tracker, 0.5))
-    standing = registry.offer(trained(tracker, accuracy))
+    registry.register(trained(tracker, 0.5))
+    standing = registry.register(trained(tracker, accuracy))
     assert champion() == 1
     assert not standing.is_champion
     assert "is not above that of the champion, version 1: 0.5" in str(standing)
@@ -209,8 +211,8 @@ def test_one_that_is_no_better_does_not(
 def test_what_is_measured_on_other_images_is_not_compared(
     tracker: Tracker, registry: Registry, params: Mapping[str, object], why: str
 ) -> None:
-    registry.offer(trained(tracker, 0.5))
-    standing = registry.offer(trained(tracker, 0.9, **params))
+    registry.register(trained(tracker, 0.5))
+    standing = registry.register(trained(tracker, 0.9, **params))
     assert champion() == 1
     assert why in str(standing)
 
@@ -219,8 +221,8 @@ def test_what_is_measured_on_other_images_is_not_compared(
 def test_one_without_an_accuracy_does_not_beat_any(
     tracker: Tracker, registry: Registry, accuracy: float | None
 ) -> None:
-    registry.offer(trained(tracker, 0.5))
-    assert "it has no val/accuracy" in registry.offer(trained(tracker, accuracy)).why
+    registry.register(trained(tracker, 0.5))
+    assert "it has no val/accuracy" in registry.register(trained(tracker, accuracy)).why
     assert champion() == 1
 
 
@@ -231,7 +233,7 @@ def test_a_champion_of_which_nothing_is_known_is_not_compared(
     client.create_registered_model("colours")
     client.create_model_version("colours", "s3://elsewhere")
     client.set_registered_model_alias("colours", "champion", "1")
-    standing = registry.offer(trained(tracker))
+    standing = registry.register(trained(tracker))
     assert "version 1's data set is not known" in standing.why
     assert champion() == 1
 
@@ -242,15 +244,15 @@ def test_of_a_champion_without_tags_its_run_tells(tracker: Tracker, registry: Re
     client.create_registered_model("colours")
     client.create_model_version("colours", "s3://elsewhere", run_id=run.info.run_id)
     client.set_registered_model_alias("colours", "champion", "1")
-    assert registry.offer(trained(tracker, 0.6)).is_champion
+    assert registry.register(trained(tracker, 0.6)).is_champion
 
 
 def test_a_version_is_judged_once(tracker: Tracker, registry: Registry) -> None:
-    registry.offer(trained(tracker, 0.5))
+    registry.register(trained(tracker, 0.5))
     better = trained(tracker, 0.6)
-    registry.offer(better)
+    registry.register(better)
     registry.rollback()
-    standing = registry.offer(better)  # the same sweep again
+    standing = registry.register(better)  # the same sweep again
     assert champion() == 1
     assert "not the champion, rolled back to version 1" in str(standing)
 
@@ -263,7 +265,10 @@ def test_a_registry_that_refuses_is_no_failure_of_the_sweep(
 
     monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
     run = trained(tracker)
-    assert offer(tracker.client, run.info.run_id, "colours") == "not as colours: Permission denied"
+    assert (
+        register_best(tracker.client, run.info.run_id, "colours")
+        == "not as colours: Permission denied"
+    )
 
 
 def test_what_another_sweep_wrote_at_the_same_moment_is_no_refusal(
@@ -279,7 +284,7 @@ def test_what_another_sweep_wrote_at_the_same_moment_is_no_refusal(
             raise MlflowException(message)
 
     monkeypatch.setattr(MlflowClient, "set_model_version_tag", at_the_same_moment)
-    line = offer(tracker.client, trained(tracker).info.run_id, "cnn-digits")
+    line = register_best(tracker.client, trained(tracker).info.run_id, "cnn-digits")
     assert raised
     assert line.startswith("version 1 of cnn-digits, registered before: the champion")
 
@@ -293,7 +298,7 @@ def test_a_full_disk_is_raised_for_it_may_be_otherwise_later(
     monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
     run = trained(tracker)
     with pytest.raises(MlflowException, match="disk is full"):
-        offer(tracker.client, run.info.run_id, "colours")
+        register_best(tracker.client, run.info.run_id, "colours")
 
 
 # Killed, or with a server that is away
@@ -341,12 +346,12 @@ def mortal(client: Any, life: int) -> Any:
 def test_a_kill_at_any_write_leaves_nothing_that_a_new_start_does_not_mend(
     tracker: Tracker, registry: Registry, life: int
 ) -> None:
-    registry.offer(trained(tracker, 0.5))
+    registry.register(trained(tracker, 0.5))
     better = trained(tracker, 0.6)
     dying = mortal(tracker.client, life)
     with pytest.raises(KilledError) if life < NUM_WRITES else nullcontext():
-        Registry(client=dying, name="colours").offer(better)
-    standing = registry.offer(better)
+        Registry(client=dying, name="colours").register(better)
+    standing = registry.register(better)
     assert (standing.version, champion(), sorted(versions())) == (2, 2, [1, 2])
     assert registry.rollback().version == 1
     assert champion() == 1
@@ -357,7 +362,7 @@ def test_a_rollback_that_is_killed_leaves_a_history_that_agrees_with_the_alias(
     tracker: Tracker, registry: Registry, life: int
 ) -> None:
     for accuracy in (0.5, 0.6, 0.7):
-        registry.offer(trained(tracker, accuracy))
+        registry.register(trained(tracker, accuracy))
     with pytest.raises(KilledError):
         Registry(client=mortal(tracker.client, life), name="colours").rollback()
     went_back = champion() == 2
@@ -381,9 +386,9 @@ def test_an_answer_that_is_lost_makes_no_second_version(tracker: Tracker) -> Non
             return made
 
     server: Any = Server()
-    client = PatientClient(server, Patience(seconds=30))
+    client = RetryingClient(server, RetryPolicy(seconds=30))
     run = trained(tracker)
-    assert offer(client, run.info.run_id, "colours").startswith("version 1 of colours")
+    assert register_best(client, run.info.run_id, "colours").startswith("version 1 of colours")
     assert server.lost == 2
     assert list(versions()) == [1]
     assert champion() == 1
@@ -397,11 +402,11 @@ def test_of_two_processes_that_register_the_same_run_one_gives_way(
 
     def first_the_other(*args: Any, **kwargs: Any) -> ModelVersion:
         monkeypatch.setattr(MlflowClient, "create_model_version", create)
-        registry.offer(run)
+        registry.register(run)
         return create(*args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "create_model_version", first_the_other)
-    assert registry.offer(run).version == 1
+    assert registry.register(run).version == 1
     assert list(versions()) == [1]
 
 
@@ -409,9 +414,9 @@ def test_a_second_version_that_a_user_has_made_is_left_alone(
     tracker: Tracker, registry: Registry
 ) -> None:
     run = trained(tracker)
-    registry.offer(run)
+    registry.register(run)
     MlflowClient().create_model_version("colours", "s3://elsewhere", run_id=run.info.run_id)
-    registry.offer(run)
+    registry.register(run)
     assert sorted(versions()) == [1, 2]
 
 
@@ -422,7 +427,7 @@ def test_a_server_that_stays_away_is_raised(tracker: Tracker) -> None:
 
     away: Any = Away()
     with pytest.raises(TrackingAwayError):
-        offer(PatientClient(away, Patience()), "0" * 32, "colours")
+        register_best(RetryingClient(away, RetryPolicy()), "0" * 32, "colours")
 
 
 # Names
@@ -465,9 +470,12 @@ def settings(**given: Any) -> Settings:
     options = build_parser().parse_args(["--trials", "2", "--epochs", "1", "--workers", "1"])
     names = set(Settings.__dataclass_fields__) & set(vars(options))
     chosen = {name: value for name, value in vars(options).items() if name in names}
-    return Settings(
-        **chosen | {"losses": ("mse",), "batch_sizes": (2,), "register": "auto"} | given
-    )
+    search = {
+        "loss": Choices(("mse",)),
+        "learning_rate": LogRange(0.001, 1.0),
+        "batch_size": Choices((2,)),
+    }
+    return Settings(**chosen | {"search": search, "register": "auto"} | given)
 
 
 def swept(data: Dataset, script: Script, **given: Any) -> list[SweepEvent]:

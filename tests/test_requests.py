@@ -11,9 +11,10 @@ from fake_pool import FakePool, trains
 from small_sweep import small_settings
 
 from cnn.data import Dataset
-from experiments.settings import Settings
-from experiments.study import TrialEnded, sweep
-from tracking.retries import PatientClient
+from experiments.study.controller import sweep
+from experiments.study.events import TrialEnded
+from experiments.study.settings import Settings
+from tracking.retries import RetryingClient
 
 
 @pytest.fixture
@@ -27,13 +28,13 @@ def settings(mlflow_store: str, tmp_path: Path) -> Settings:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The calls of MLflow's client, counted; nearly each is a request."""
     counted: Counter[str] = Counter()
-    get = PatientClient.__getattr__
+    get = RetryingClient.__getattr__
 
-    def counting(client: PatientClient, name: str) -> Any:
+    def counting(client: RetryingClient, name: str) -> Any:
         counted[name] += 1
         return get(client, name)
 
-    monkeypatch.setattr(PatientClient, "__getattr__", counting)
+    monkeypatch.setattr(RetryingClient, "__getattr__", counting)
     return counted
 
 

@@ -7,13 +7,16 @@ from typing import Any
 import optuna
 import pytest
 
-from experiments.space import Space, make_sampler
+from experiments.study.parameters import Choices, LogRange
+from experiments.study.samplers import make_sampler
+from experiments.study.space import Space
 
 SPACE = Space(
-    losses=("l1", "mse", "cross_entropy"),
-    learning_rate_min=0.001,
-    learning_rate_max=1.0,
-    batch_sizes=(16, 32),
+    search={
+        "loss": Choices(("l1", "mse", "cross_entropy")),
+        "learning_rate": LogRange(0.001, 1.0),
+        "batch_size": Choices((16, 32)),
+    }
 )
 
 

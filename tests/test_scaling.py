@@ -24,8 +24,8 @@ from benchmarks.simulation import SimulatedPool, epoch_of
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine.base import EpochEnded, Event
-from experiments.settings import Settings
-from experiments.study import sweep
+from experiments.study.controller import sweep
+from experiments.study.settings import Settings
 
 CONFIG = TrainConfig(loss="mse", learning_rate=0.2, batch_size=16, epochs=3)
 

@@ -35,7 +35,7 @@ from benchmarks.faults import free_port
 from experiments.accounts import OWNER, USER_CONNECTIONS, Passwords
 from experiments.servers import build_parser, main
 from experiments.supervision import Server, running, stop_orphaned
-from tracking.errors import NotNowError
+from tracking.errors import TransientError
 
 REPOSITORY = Path(__file__).parents[1]
 Test = TypeVar("Test", bound=Callable[..., object])
@@ -687,7 +687,7 @@ def test_a_server_that_ran_for_long_has_all_its_restarts_again(
         while server.log.read_text().count("it starts") < 4:
             server.keep_running()
         monkeypatch.setattr(experiments.supervision, "STEADY_SECONDS", 600)
-        with pytest.raises(NotNowError, match="again, after 1 restarts"):
+        with pytest.raises(TransientError, match="again, after 1 restarts"):
             keep_running_for_ever(server)
 
 

@@ -65,7 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[str]:
-    """The real server, as README says to start it; gives the address for images."""
+    """The real server, as docs/how-to/serve.md says to start it; gives the address for images."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -23,20 +23,15 @@ from postgresql import find_programs, server, start, stop
 from small_sweep import small_settings
 
 import experiments.engine.processes
-import experiments.heartbeat
+import experiments.study.heartbeat
 from cnn.data import Dataset
 from experiments.engine.base import Event
-from experiments.heartbeat import Heartbeat
-from experiments.settings import Settings
-from experiments.storage import agree, open_storage
-from experiments.study import (
-    SweepEnded,
-    TrialEnded,
-    TrialProgressed,
-    TrialStarted,
-    open_study,
-    sweep,
-)
+from experiments.study.controller import sweep
+from experiments.study.events import SweepEnded, TrialEnded, TrialProgressed, TrialStarted
+from experiments.study.heartbeat import Heartbeat
+from experiments.study.opening import open_study
+from experiments.study.settings import Settings
+from experiments.study.storage import open_storage, set_once
 from experiments.sweep import main
 
 pytestmark = [
@@ -68,7 +63,7 @@ def storage(postgresql: str) -> Iterator[str]:
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Heartbeat, "is_due", lambda self: True)
-    monkeypatch.setattr(experiments.heartbeat, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(experiments.study.heartbeat, "GRACE_SECONDS", 1)
 
 
 @pytest.fixture
@@ -130,7 +125,7 @@ def test_a_trial_too_many_is_given_back_for_a_larger_total(
     next(first)
     with pytest.MonkeyPatch.context() as same_time:
         # What the second saw when the first had not asked yet.
-        same_time.setattr("experiments.study._num_begun", answers(0, 1))
+        same_time.setattr("experiments.study.trials._num_begun", answers(0, 1))
         next(second)
     assert states(settings, coloured_noise) == [TrialState.RUNNING, TrialState.WAITING]
     for events in (first, second):
@@ -182,7 +177,7 @@ def test_what_a_dead_process_left_is_looked_for_though_signs_are_due_during_wait
         return bool(waited) and not waited.clear()  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(Heartbeat, "is_due", is_due)
-    monkeypatch.setattr(experiments.heartbeat, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(experiments.study.heartbeat, "GRACE_SECONDS", 1)
     settings = replace(settings, trials=2, timeout=60)
     dead = begin(settings, coloured_noise)
     while not isinstance(next(dead), TrialStarted):
@@ -248,13 +243,13 @@ def test_a_process_that_died_before_its_first_sign_of_life_is_noticed(
 
 def test_the_first_to_set_an_attribute_decides(settings: Settings, coloured_noise: Dataset) -> None:
     first, second = (open_study(settings, coloured_noise) for _ in range(2))
-    assert agree(first, "colour", "red") == "red"
-    assert agree(second, "colour", "blue") == "red"
+    assert set_once(first, "colour", "red") == "red"
+    assert set_once(second, "colour", "blue") == "red"
 
 
 MAKING = """
 import sys, optuna
-from experiments.storage import open_storage
+from experiments.study.storage import open_storage
 print("ready", flush=True)
 sys.stdin.readline()
 study = optuna.create_study(study_name="x", storage=open_storage(sys.argv[1]), load_if_exists=True)

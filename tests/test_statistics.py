@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 from benchmarks.planted import POPULATIONS, TRUTH, World, study, told_apart
-from experiments.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.statistics import Assessment, assess
-from experiments.summary import compare, interval, repeats_needed
-from experiments.wording import points
+from experiments.comparison.assessment import Assessment, assess
+from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.comparison.statements import points
+from experiments.comparison.tables import compare, interval, repeats_needed
 
 NAN = math.nan
 

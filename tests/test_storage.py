@@ -17,16 +17,16 @@ from mlflow.exceptions import MlflowException
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from experiments.storage import (
-    RetryingStorage,
-    agree,
+from experiments.study.retrying_storage import RetryingStorage
+from experiments.study.storage import (
     check_storage,
     open_storage,
+    set_once,
     storage_errors,
-    storage_patience,
+    storage_retries,
 )
 from experiments.sweep import main
-from tracking.errors import AwayError, is_database_away, is_passing
+from tracking.errors import AwayError, is_database_away, is_transient
 from tracking.retries import is_away
 from tracking.store import check_tracking, check_uri
 
@@ -212,7 +212,7 @@ def ending(server: Server, seconds: float = 5) -> bool:
     study = server.create_new_study([optuna.study.StudyDirection.MAXIMIZE])
     trial = server.create_new_trial(study)
     server.failures = failures
-    storage: Any = RetryingStorage(server, storage_patience(seconds, bool))  # type: ignore[arg-type]
+    storage: Any = RetryingStorage(server, storage_retries(seconds, bool))  # type: ignore[arg-type]
     done: bool = storage.set_trial_state_values(trial, TrialState.COMPLETE, [1.0])
     assert storage.get_trial(trial).state == TrialState.COMPLETE
     return done
@@ -228,12 +228,12 @@ def test_a_server_that_stays_away_is_given_up_in_a_line() -> None:
     with pytest.raises(AwayError, match="^the storage doesn't answer: server closed the") as error:
         ending(Server(99, is_done=False), seconds=0.5)
     assert time.monotonic() - start < 5
-    assert is_passing(error.value)
+    assert is_transient(error.value)
 
 
 def test_what_is_no_absence_is_not_waited_out() -> None:
     server = Server(0, is_done=False)
-    storage: Any = RetryingStorage(server, storage_patience(60, bool))  # type: ignore[arg-type]
+    storage: Any = RetryingStorage(server, storage_retries(60, bool))  # type: ignore[arg-type]
     assert storage.engine == "an engine"
     with pytest.raises(KeyError):
         storage.get_trial(99)
@@ -259,7 +259,7 @@ def test_what_is_no_absence_is_not_waited_out() -> None:
 def test_a_server_that_is_away_is_known_by_what_it_says(text: str) -> None:
     assert is_database_away(Exception(text))
     assert is_away(MlflowException(text))
-    assert is_passing(sqlalchemy.exc.OperationalError("", {}, Exception(text)))
+    assert is_transient(sqlalchemy.exc.OperationalError("", {}, Exception(text)))
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_a_server_that_refuses_is_not_away(text: str) -> None:
 def test_who_agrees_when_an_answer_was_lost_has_its_own_value(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = open_storage("sqlite:///optuna.db", storage_patience(5, bool))
+    storage = open_storage("sqlite:///optuna.db", storage_retries(5, bool))
     study = optuna.create_study(storage=storage)
     lose_the_answer(monkeypatch, storage)
-    assert agree(study, "colour", "red") == "red"
-    assert agree(study, "colour", "blue") == "red"
+    assert set_once(study, "colour", "red") == "red"
+    assert set_once(study, "colour", "blue") == "red"
 
 
 def lose_the_answer(monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:

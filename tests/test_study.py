@@ -21,15 +21,14 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from small_sweep import small_settings
+from small_sweep import changed, small_settings
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine.base import CheckpointLost, Event, JobMoved
-from experiments.identity import digest_of_cnn, training_digest
 from experiments.interrupts import Interrupts
-from experiments.settings import Settings
-from experiments.study import (
+from experiments.study.controller import sweep
+from experiments.study.events import (
     SweepEnded,
     SweepEvent,
     SweepStarted,
@@ -38,11 +37,13 @@ from experiments.study import (
     TrialProgressed,
     TrialStarted,
     TrialUnprotected,
-    open_study,
-    sweep,
-    trials_table,
 )
-from tracking.errors import is_passing
+from experiments.study.identity import digest_of_cnn, training_digest
+from experiments.study.opening import open_study
+from experiments.study.parameters import Choices
+from experiments.study.settings import Settings
+from experiments.study.trials import trials_table
+from tracking.errors import is_transient
 from tracking.runs import Run
 
 METRICS = {
@@ -535,8 +536,8 @@ def test_the_name_of_a_study_follows_from_its_settings(settings: Settings, data:
     for other in (
         replace(settings, seed=1),
         replace(settings, epochs=4),
-        replace(settings, losses=("mse",)),
-        replace(settings, learning_rate_max=0.5),
+        changed(settings, losses=("mse",)),
+        changed(settings, learning_rate_max=0.5),
         replace(settings, sampler="tpe"),
     ):
         assert open_study(other, data).study_name != name
@@ -588,7 +589,11 @@ def test_a_batch_larger_than_the_training_split_is_refused_before_anything_is_re
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="batch size 131 .* 130 images"):
-        run_sweep(replace(settings, batch_sizes=(2, 131)), data, trains(good))
+        run_sweep(
+            replace(settings, search={**settings.search, "batch_size": Choices((2, 131))}),
+            data,
+            trains(good),
+        )
     assert not (tmp_path / "optuna.db").exists()
 
 
@@ -626,7 +631,7 @@ def test_the_table_ranks_complete_trials_first_and_ties_by_validation_loss(
         tied.metrics["val/loss"] = 10.0 - job
         return iter([tied, weights(job)])
 
-    settings = replace(settings, losses=("mse",), trials=4, epochs=1)
+    settings = changed(settings, losses=("mse",), trials=4, epochs=1)
     run_sweep(settings, data, script)
     table = trials_table(open_study(settings, data))
     assert table["trial"].tolist() == [3, 2, 0, 1]
@@ -680,7 +685,7 @@ def test_settings_out_of_range_are_refused_by_name(
     settings: Settings, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match="^") as error:
-        replace(settings, **change)
+        changed(settings, **change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -689,8 +694,8 @@ def test_a_killed_process_holds_a_study_no_longer(
     settings: Settings, data: Dataset, tmp_path: Path
 ) -> None:
     holding = (
-        "import sys, time; from experiments.storage import held\n"
-        "with held(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
+        "import sys, time; from experiments.study.storage import study_lock\n"
+        "with study_lock(sys.argv[1], sys.argv[2]):\n print('held', flush=True); time.sleep(60)"
     )
     name = open_study(settings, data).study_name
     with subprocess.Popen(
@@ -709,7 +714,7 @@ def test_a_killed_process_holds_a_study_no_longer(
 def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.study.HANDED_OUT_AT_ONCE", 2)
+    monkeypatch.setattr("experiments.study.controller.MAX_DISPATCH", 2)
     handed_out: list[int] = []
 
     class Noting(FakePool):
@@ -770,7 +775,7 @@ def test_a_start_that_mlflow_refuses_leaves_nothing_running(
         refuse(patch)
         with pytest.raises(ValueError, match="^[^\n]+$") as error:
             run_sweep(settings, data, trains(good))
-    assert not is_passing(error.value)  # none of these is mended by waiting
+    assert not is_transient(error.value)  # none of these is mended by waiting
     assert TrialState.RUNNING not in {trial.state for trial in trials(settings, data)}
     client = MlflowClient()
     for experiment in client.search_experiments(ViewType.ALL):
@@ -877,4 +882,4 @@ def test_an_error_that_waiting_does_not_mend_is_told_as_such(
     monkeypatch.setattr(Run, "log_params", refuse)
     with pytest.raises(ValueError, match="params can't be changed") as error:
         run_sweep(settings, data, trains(good))
-    assert not is_passing(error.value)
+    assert not is_transient(error.value)

@@ -20,8 +20,9 @@ from cnn.devices import num_cores
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.engine.launch import _num_workers
-from experiments.settings import Settings
-from experiments.space import PRUNERS, SAMPLERS
+from experiments.study.pruners import PRUNERS
+from experiments.study.samplers import SAMPLERS
+from experiments.study.settings import Settings
 from experiments.sweep import build_parser, main
 from tracking.run_search import model_uri
 
@@ -69,7 +70,7 @@ def test_the_choices_of_an_option_are_those_of_its_table(option: str, table: obj
 
 
 def test_every_setting_is_an_option() -> None:
-    own = {"points", "tags", "worker_device"}
+    own = {"search", "configurations", "tags", "worker_device"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 
@@ -143,7 +144,8 @@ def test_lists_are_taken_with_spaces_or_commas_and_all_is_all(
     main(["--losses", "l1 mse", "--batch-sizes", "8,16"])
     main(["--losses", "l1", "mse", "--batch-sizes", "8", "16"])
     main(["--losses", "all"])
-    assert (seen[0].losses, seen[0].batch_sizes) == (("l1", "mse"), (8, 16))
+    assert seen[0].search["batch_size"].values == (8, 16)
+    assert seen[0].losses == ("l1", "mse")
     assert seen[0] == seen[1]
     assert seen[2].losses == tuple(LOSSES)
 

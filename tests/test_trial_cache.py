@@ -13,8 +13,8 @@ from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-import experiments.trial_cache
-from experiments.trial_cache import TrialCache
+import experiments.study.trial_cache
+from experiments.study.trial_cache import TrialCache
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_trial_of_another_process_is_seen_at_once_and_its_progress_in_time(
     assert states() == [TrialState.RUNNING]
     theirs.tell(trial, 0.5)
     assert states() == [TrialState.RUNNING]
-    monkeypatch.setattr(experiments.trial_cache, "REFRESH_SECONDS", 0)
+    monkeypatch.setattr(experiments.study.trial_cache, "REFRESH_SECONDS", 0)
     assert states() == [TrialState.COMPLETE]
 
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tracking.errors import is_passing, without_passwords
+from tracking.errors import is_transient, without_passwords
 from tracking.store import default_store, environment
 from tracking.text import printable
 
@@ -125,11 +125,11 @@ def _run_command(
             _complain(_stopped(f"can't write the output: {error}", begun))
         return 1
     except ValueError as error:
-        if begun and is_passing(error):
+        if begun and is_transient(error):
             _complain(_stopped(_line(error), begun))
         else:
             _complain(f"{parser.prog}: error: {_line(error)}")
-        return 1 if is_passing(error) else 2
+        return 1 if is_transient(error) else 2
     except MemoryError:
         _complain(_stopped("this machine has not enough memory for it", begun))
         return 1

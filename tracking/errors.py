@@ -6,7 +6,7 @@ import re
 
 _MESSAGE_LENGTH = 300
 
-_PASSING = (
+_TRANSIENT = (
     "database or disk is full",
     "database is locked",
     "readonly database",
@@ -40,16 +40,16 @@ def is_refused_user(error: BaseException) -> bool:
     return bool(_REFUSED_USER.search(str(error)))
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether it is a disk, a database or a server that said no, and may not do so later."""
     return (
-        isinstance(error, NotNowError | AwayError)
-        or any(part in str(error) for part in _PASSING)
+        isinstance(error, TransientError | AwayError)
+        or any(part in str(error) for part in _TRANSIENT)
         or (not isinstance(error, ValueError) and is_database_away(error))
     )
 
 
-class NotNowError(ValueError):
+class TransientError(ValueError):
     """A full disk, a database that is locked or read-only: no fault of what was asked for."""
 
 
@@ -67,7 +67,7 @@ def is_database_away(error: BaseException) -> bool:
 
 def refusal(line: str, error: BaseException) -> ValueError:
     """Return the error to raise, with this line, for one that a database has raised."""
-    return (NotNowError if is_passing(error) else ValueError)(without_passwords(line))
+    return (TransientError if is_transient(error) else ValueError)(without_passwords(line))
 
 
 def without_passwords(text: str) -> str:

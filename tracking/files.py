@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from tracking.errors import NotNowError, one_line
+from tracking.errors import TransientError, one_line
 
 _CREATE = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 # Opening a named pipe would wait for somebody at its other end.
@@ -121,7 +121,7 @@ def writing(what: str = "the predictions") -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise NotNowError(f"can't write {what}: {reason}") from error
+        raise TransientError(f"can't write {what}: {reason}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from tracking.cli import Parser, run_command
-from tracking.registry import CHAMPION, Registry, Standing, check_name
+from tracking.registry import CHAMPION, Promotion, Registry, check_name
 from tracking.store import reading
 
 
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"  label images:      python -m tracking.predict SOURCE --model {_uri(options.name)}")
 
 
-def _done(registry: Registry, options: argparse.Namespace) -> Standing:
+def _done(registry: Registry, options: argparse.Namespace) -> Promotion:
     """Do what the command line asks for, and return what came of it."""
     if options.rollback:
         return registry.rollback()

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tracking.errors import is_passing, one_line
+from tracking.errors import is_transient, one_line
 from tracking.models.fetching import check_stored, digest_tags
 from tracking.run_search import described, model_uri
 from tracking.selection import DEFAULT_METRIC
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from tracking.retries import PatientClient
+    from tracking.retries import RetryingClient
 
 CHAMPION = "champion"
 
@@ -64,7 +64,7 @@ def check_name(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Promotion:
     """A version of a registered model, and whether it is the champion."""
 
     name: str
@@ -84,7 +84,7 @@ class Standing:
 class Registry:
     """A registered model, which is made once there is a version of it."""
 
-    client: mlflow.MlflowClient | PatientClient
+    client: mlflow.MlflowClient | RetryingClient
     name: str
 
     def register(self, run: Run) -> tuple[ModelVersion, bool]:
@@ -93,7 +93,7 @@ class Registry:
         Raises:
             ValueError: the run has no model.
         """
-        uri, about = model_uri(run), facts(run)
+        uri, about = model_uri(run), version_tags(run)
         model = self.client.get_logged_model(uri.removeprefix("models:/"))
         digests = digest_tags(model.tags)
         found = self._versions_of(run)
@@ -121,7 +121,7 @@ class Registry:
         self._link(model, int(first.version))
         return first, is_new
 
-    def offer(self, run: Run) -> Standing:
+    def register_best(self, run: Run) -> Promotion:
         """Register a run's model, and make it champion if it beats the present one.
 
         It is judged once: whoever goes back to another version by hand finds it there, although the
@@ -134,21 +134,21 @@ class Registry:
         if number == champion:
             is_champion, why = True, verdict or "as it was before"
             if verdict is None:
-                self._judged(number, why)
+                self._set_verdict(number, why)
         elif verdict is not None:
             is_champion, why = False, verdict
         else:
-            beats, why = self.judge(facts(run))
+            beats, why = self.judge(version_tags(run))
             is_champion = bool(beats)
             if is_champion:
-                self._crown(number, why)
+                self._set_champion(number, why)
             else:
-                self._judged(number, why)
-        return Standing(
+                self._set_verdict(number, why)
+        return Promotion(
             name=self.name, version=number, is_new=is_new, is_champion=is_champion, why=why
         )
 
-    def promote(self, version: int, *, force: bool = False) -> Standing:
+    def promote(self, version: int, *, force: bool = False) -> Promotion:
         """Make a version champion, whether it is better or not.
 
         Raises:
@@ -161,18 +161,20 @@ class Registry:
             why = "as it was before: nothing was done"
         else:
             why = self._check(self._facts_of(found), force=force)
-            self._crown(version, why)
-        return Standing(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+            self._set_champion(version, why)
+        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
 
-    def promote_run(self, run: Run, *, force: bool = False) -> Standing:
+    def promote_run(self, run: Run, *, force: bool = False) -> Promotion:
         """Make the version champion that a run's model is, which is registered if it is none."""
         if not self._versions_of(run):
-            self._check(facts(run), force=force)  # before there is a version that nobody wants
+            self._check(
+                version_tags(run), force=force
+            )  # before there is a version that nobody wants
         version, is_new = self.register(run)
         standing = self.promote(int(version.version), force=force)
         return replace(standing, is_new=is_new)
 
-    def rollback(self) -> Standing:
+    def rollback(self) -> Promotion:
         """Make the version champion that was it before the present one.
 
         Raises:
@@ -187,13 +189,13 @@ class Registry:
         self._check_stored(version)
         why = "after its alias was removed"
         if champion is not None:
-            self._judged(champion, f"rolled back to version {version}")
+            self._set_verdict(champion, f"rolled back to version {version}")
             why = f"after version {champion} was rolled back"
         # If only the alias is moved, the history that is left is read as is meant: see `_agreed`.
         self.client.set_registered_model_alias(self.name, CHAMPION, str(version))
         self._write_history(earlier)
-        self._judged(version, why)
-        return Standing(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+        self._set_verdict(version, why)
+        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
 
     def judge(self, about: Mapping[str, str]) -> tuple[bool | None, str]:
         """Return whether a model beats the champion, None if that can't be said; and why."""
@@ -247,7 +249,7 @@ class Registry:
             )
         return f"by hand, {'' if beats else 'though '}{why.removeprefix('as ')}"
 
-    def _crown(self, number: int, why: str) -> None:
+    def _set_champion(self, number: int, why: str) -> None:
         """Make a version champion."""
         self._check_stored(number)
         champion, history = self._state()
@@ -255,15 +257,15 @@ class Registry:
             history.append(number)
         self._write_history(history)
         if champion is not None:
-            self._judged(champion, f"as version {number} took its place")
+            self._set_verdict(champion, f"as version {number} took its place")
         self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
-        self._judged(number, why)
+        self._set_verdict(number, why)
 
     def _check_stored(self, number: int) -> None:
         """Raise ValueError for a version whose model was changed since it was recorded."""
         check_stored(self.client, f"models:/{self.name}/{number}")
 
-    def _judged(self, number: int, why: str) -> None:
+    def _set_verdict(self, number: int, why: str) -> None:
         self.client.set_model_version_tag(self.name, str(number), VERDICT_TAG, why)
 
     def _state(self) -> tuple[int | None, list[int]]:
@@ -344,7 +346,7 @@ class Registry:
         tags = dict(version.tags)
         if version.run_id and not {*SAME, DEFAULT_METRIC} <= set(tags):
             with suppress(MlflowException):  # the run may be gone
-                return facts(self.client.get_run(version.run_id)) | tags
+                return version_tags(self.client.get_run(version.run_id)) | tags
         return tags
 
 
@@ -352,7 +354,7 @@ class _NoModelError(ValueError):
     """There is no registered model of this name."""
 
 
-def offer(client: mlflow.MlflowClient | PatientClient, run_id: str, name: str) -> str:
+def register_best(client: mlflow.MlflowClient | RetryingClient, run_id: str, name: str) -> str:
     """Offer a run's model to a registered model, and return a line on what came of it.
 
     A registry that refuses is no failure of what trained the model: that is said in the line, too.
@@ -362,9 +364,9 @@ def offer(client: mlflow.MlflowClient | PatientClient, run_id: str, name: str) -
 
     for is_first in (True, False):
         try:
-            return str(Registry(client=client, name=name).offer(client.get_run(run_id)))
+            return str(Registry(client=client, name=name).register_best(client.get_run(run_id)))
         except (MlflowException, ValueError) as error:
-            if is_passing(error):
+            if is_transient(error):
                 raise
             # Another sweep of the study wrote the same at the same moment: it is there by now.
             if not (is_first and ALREADY_THERE.search(str(error))):
@@ -372,7 +374,7 @@ def offer(client: mlflow.MlflowClient | PatientClient, run_id: str, name: str) -
     raise AssertionError("the second try returns or raises")
 
 
-def facts(run: Run) -> dict[str, str]:
+def version_tags(run: Run) -> dict[str, str]:
     """Return the tags of a version: where a run's model is from, and how good it is."""
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
     about: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Patience with a tracking server that is away: try again, within a bound, and lose nothing."""
+"""RetryPolicy with a tracking server that is away: try again, within a bound, and lose nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 LOOK_EVERY_SECONDS = 0.2
 HEALTH_SECONDS = 5.0
 TRIES_OF_ARTIFACTS = 4
-
-# The second is what is left of an answer once MLflow's client has tried again itself.
-_UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
 
 # The second is what is left of an answer once MLflow's client has tried again itself.
 _UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
@@ -79,12 +76,12 @@ def why_away(error: BaseException) -> str | None:
 
 
 @dataclass(kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for a server that is away. It is lost once: then no call is waited for."""
 
     seconds: float = 0
     should_stop: Callable[[], bool] = lambda: False
-    """Asked several times a second while waiting: once true, there is no more patience."""
+    """Asked several times a second while waiting: once true, nothing is retried any more."""
     why_away: Callable[[BaseException], str | None] = why_away
     """Says in a line that an error is one to wait out; None for others, which are raised."""
     why_refused: Callable[[BaseException], str | None] = refused_artifacts
@@ -92,7 +89,7 @@ class Patience:
     last_away: float = -math.inf
     """When it was waited for last, by `time.monotonic`."""
 
-    def insist(self, call: Callable[[], Result]) -> Result:
+    def call(self, request: Callable[[], Result]) -> Result:
         """Call until the server answers.
 
         Raises:
@@ -102,7 +99,7 @@ class Patience:
         deadline, pause, tries = time.monotonic() + self.seconds, FIRST_PAUSE_SECONDS, 0
         while True:
             try:
-                return call()
+                return request()
             except Exception as error:
                 tries += 1
                 line = self.why_away(error)
@@ -120,7 +117,7 @@ class Patience:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _sleep(self, seconds: float) -> bool:
-        """Sleep, and return whether there is still patience."""
+        """Sleep, and return whether to retry."""
         end = time.monotonic() + seconds
         while not self.should_stop():
             left = end - time.monotonic()
@@ -130,17 +127,17 @@ class Patience:
         return False
 
 
-class PatientClient:
+class RetryingClient:
     """An `MlflowClient` of which every call that can be repeated is, while the server is away."""
 
-    def __init__(self, client: mlflow.MlflowClient, patience: Patience) -> None:
-        self._client, self.patience = client, patience
+    def __init__(self, client: mlflow.MlflowClient, retries: RetryPolicy) -> None:
+        self._client, self.retries = client, retries
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)
         if name in NOT_REPEATABLE:
             return call
-        return lambda *args, **kwargs: self.patience.insist(lambda: call(*args, **kwargs))
+        return lambda *args, **kwargs: self.retries.call(lambda: call(*args, **kwargs))
 
 
 def is_away(error: BaseException) -> bool:

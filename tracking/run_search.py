@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.store.entities import PagedList
 
-    from tracking.retries import PatientClient
+    from tracking.retries import RetryingClient
 
 
 # One page holds all runs of most sweeps, so that their number can be told; more are not counted.
@@ -275,7 +275,7 @@ def _is(key: str, value: str | None) -> str:
 
 
 def first_with_model(
-    client: mlflow.MlflowClient | PatientClient, run_ids: Iterable[str | None]
+    client: mlflow.MlflowClient | RetryingClient, run_ids: Iterable[str | None]
 ) -> str | None:
     """Return the first of these runs that is there with its model: neither of them was deleted."""
     from mlflow.exceptions import MlflowException
@@ -341,7 +341,7 @@ def check_where(client: mlflow.MlflowClient, experiment_id: str, where: str) -> 
         ) from error
 
 
-def _is_there(client: mlflow.MlflowClient | PatientClient, model_id: str) -> bool:
+def _is_there(client: mlflow.MlflowClient | RetryingClient, model_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:

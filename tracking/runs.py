@@ -28,7 +28,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from tracking.models.fetching import read_folder
 from tracking.models.recording import save_model
-from tracking.retries import PatientClient
+from tracking.retries import RetryingClient
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ OUTCOMES = {
 class Run:
     """One MLflow run."""
 
-    client: PatientClient
+    client: RetryingClient
     run_id: str
     experiment_id: str
 
@@ -176,9 +176,7 @@ class Run:
         assert not model.training
         assert len(input_example) >= 2
         about = {"classes": list(classes), **(metadata or {})}
-        return self.client.patience.insist(
-            lambda: self._log_model(model, input_example, about, step)
-        )
+        return self.client.retries.call(lambda: self._log_model(model, input_example, about, step))
 
     def _log_model(
         self,

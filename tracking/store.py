@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-import mlflow
-from mlflow.exceptions import MlflowException
-
 from tracking.errors import is_refused_user, one_line, refusal, without_passwords
 from tracking.files import open_own
 
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 # What a server gets that doesn't answer, unless the user says otherwise. MLflow's own bounds (7
 # retries, 120 seconds each) make a wrong address a matter of minutes.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 def tracking_uri() -> str:
@@ -157,7 +154,7 @@ def reading() -> AbstractContextManager[mlflow.MlflowClient]:
 def opening() -> AbstractContextManager[mlflow.MlflowClient]:
     """Open the tracking store, which is made where there is none; else like `reading`.
 
-    The client serves beyond the block, with MLflow's own patience: a server that answered once is
+    The client serves beyond the block, with MLflow's own retries: a server that answered once is
     waited for.
     """
     return _opened(must_exist=False)
@@ -169,9 +166,10 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
     import requests
     import sqlalchemy
     from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
 
-    patience = {key: value for key, value in _PATIENCE.items() if key not in os.environ}
-    with environment(patience | default_store()):
+    bounds = {key: value for key, value in _BOUNDS.items() if key not in os.environ}
+    with environment(bounds | default_store()):
         uri = mlflow.get_tracking_uri()
         try:
             check_uri(uri)

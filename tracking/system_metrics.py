@@ -15,7 +15,7 @@ INTERVAL_SECONDS = 10.0
 PREFIX = "system/"
 
 
-class MachineLoad:
+class SystemMetrics:
     """Use of processor, memory, disk, network and GPU, logged to a run now and then.
 
     A run that is taken up again goes on with the next step.

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from tracking.retries import Patience, PatientClient
+from tracking.retries import RetryingClient, RetryPolicy
 from tracking.runs import Run
 from tracking.store import check_location, default_experiment, default_location, opening, quoted
 
@@ -26,21 +26,21 @@ from tracking.store import check_location, default_experiment, default_location,
 class Tracker:
     """An experiment on a tracking server, in which runs are opened."""
 
-    client: PatientClient
+    client: RetryingClient
     experiment_id: str
     experiment: str
     context_tags: Mapping[str, str]
     """Who, from which source and commit: the same for all runs of a process, and slow to find."""
 
     @classmethod
-    def open(cls, experiment: str | None = None, *, patience: Patience | None = None) -> Tracker:
+    def open(cls, experiment: str | None = None, *, retries: RetryPolicy | None = None) -> Tracker:
         """Open the experiment named, which is made where there is none.
 
         Under `mlflow run`, runs have to be in the experiment of the run that it opened.
 
         Args:
             experiment: its name; None is `default_experiment()`.
-            patience: with a server that goes away later.
+            retries: how long to wait for a server that goes away later.
 
         Raises:
             ValueError: the tracking store can't be opened, or the experiment can't be used.
@@ -83,7 +83,7 @@ class Tracker:
         check_location(found.name, found.artifact_location)
         host = {"host": platform.node(), "pid": str(os.getpid())}
         return cls(
-            client=PatientClient(client, patience or Patience()),
+            client=RetryingClient(client, retries or RetryPolicy()),
             experiment_id=found.experiment_id,
             experiment=found.name,
             context_tags=resolve_tags() | host,
@@ -174,7 +174,7 @@ class Tracker:
             ).info
             return Run(self.client, info.run_id, self.experiment_id)
 
-        run = self.client.patience.insist(create)
+        run = self.client.retries.call(create)
         if params:
             run.log_params(params)
         return run

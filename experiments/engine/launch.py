@@ -77,7 +77,7 @@ def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str |
             needs,
             num_workers=workers,
             min_workers=min_workers,
-            patience=options.ray_timeout,
+            timeout=options.ray_timeout,
         )
         if options.ray_address is None and pool.room() < min_workers:
             raise ValueError(pool.no_room())  # nobody joins a cluster of our own

@@ -25,7 +25,7 @@ from experiments.engine.checkpoints import Checkpoints
 from experiments.engine.job import environment
 from experiments.engine.ray_cluster import TOKENS, Cluster, one_line
 from experiments.engine.ray_worker import DatasetMeta, Step, WorkerInfo, actor_class, versions
-from tracking.errors import NotNowError
+from tracking.errors import TransientError
 
 if TYPE_CHECKING:
     from cnn.config import TrainConfig
@@ -112,7 +112,7 @@ class RayPool:
         num_workers: how many there are to be, while the cluster has room; None: as many as it has
             room for.
         min_workers: how many `open` waits for.
-        patience: for how many seconds it does.
+        timeout: for how many seconds it does.
         checkpoint_seconds: how long a worker trains at least between two checkpoints that it sends.
     """
 
@@ -122,11 +122,11 @@ class RayPool:
         *,
         num_workers: int | None,
         min_workers: int,
-        patience: float,
+        timeout: float,
         checkpoint_seconds: float = 10,
     ) -> None:
         self._needs, self._num_workers = needs, num_workers
-        self._min_workers, self._patience = min_workers, patience
+        self._min_workers, self._timeout = min_workers, timeout
         self._workers: list[_Worker] = []
         self._queue: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
@@ -154,7 +154,7 @@ class RayPool:
         Raises:
             ValueError: no node of the cluster has room for a worker, the store none for the data,
                 or nodes have other versions.
-            NotNowError: too few workers came.
+            TransientError: too few workers came.
         """
         pool = data.train.all_images.numpy()
         self._checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir.resolve())
@@ -176,14 +176,14 @@ class RayPool:
         self._await_workers()
 
     def _await_workers(self) -> None:
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         said = False
         while (ready := sum(worker.is_ready for worker in self._workers)) < self._min_workers:
             self._grow()
-            if not said and self._patience and not self.room():
+            if not said and self._timeout and not self.room():
                 said = True
                 print(
-                    f"note: {self.no_room()}; waiting {self._patience:g} s for one that has",
+                    f"note: {self.no_room()}; waiting {self._timeout:g} s for one that has",
                     file=sys.stderr,
                 )
             if self._refusals and not ready:
@@ -191,9 +191,9 @@ class RayPool:
             if time.monotonic() >= deadline:
                 if not self.room():
                     raise ValueError(self.no_room())
-                raise NotNowError(
+                raise TransientError(
                     f"{ready} of --min-workers {self._min_workers} workers began within "
-                    f"{self._patience:g} s; {self.no_room()}"
+                    f"{self._timeout:g} s; {self.no_room()}"
                 )
             self.wait(0.2)
 
@@ -324,7 +324,7 @@ class RayPool:
         if job is None:
             self._deaths += worker.place is None
             if self._deaths > MAX_DEATHS:
-                raise NotNowError(f"{reason}, {self._deaths} times in a row ({TOKENS})")
+                raise TransientError(f"{reason}, {self._deaths} times in a row ({TOKENS})")
             return []
         if self._jobs.get(job.number) is not job:  # it was stopped
             return []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.errors import NotNowError, one_line
+from tracking.errors import TransientError, one_line
 from tracking.evaluation.figures import FIGURES
 from tracking.evaluation.metrics import BINS, Counter, Measures
 from tracking.files import open_folder, writing
@@ -299,7 +299,7 @@ def log(measures: Measures, subject: Subject, folder: Path) -> str:
     get a further value if they differ.
 
     Raises:
-        NotNowError: the server said no.
+        TransientError: the server said no.
     """
     assert subject.run_id is not None
     files, prefix = f"reports/{subject.name}", f"report/{subject.name}"
@@ -313,7 +313,7 @@ def log(measures: Measures, subject: Subject, folder: Path) -> str:
             if {key: run.data.metrics.get(key) for key in values} != values:
                 client.log_batch(subject.run_id, metrics=_of_the_model(values, run))
     except Exception as error:  # stores of artifacts raise what they like
-        raise NotNowError(
+        raise TransientError(
             f"the report is in {str(folder)!r}, but not in run {subject.run_id}: {one_line(error)}"
         ) from error
     return f"logged into {described(run)}: metrics {prefix}/…, files {files}/"

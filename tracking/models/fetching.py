@@ -22,9 +22,9 @@ from tracking.store import environment, reading
 if TYPE_CHECKING:
     import mlflow
 
-    from tracking.retries import PatientClient
+    from tracking.retries import RetryingClient
 
-    Client = mlflow.MlflowClient | PatientClient
+    Client = mlflow.MlflowClient | RetryingClient
 
 DESCRIPTION, GRAPH = "MLmodel", "data/model.pt2"
 _PICKLE = "data/model.pth"

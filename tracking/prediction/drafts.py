@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tracking.errors import is_passing
+from tracking.errors import is_transient
 from tracking.files import check_own, create, open_own, read_own, writing
 
 # Of a sidecar: the names of all classes and some counts of each.
@@ -81,7 +81,7 @@ def open_draft(
             with writing():
                 _published(finish(draft_file(target)), target)
         except BaseException as error:
-            if draft.rows and (isinstance(error, KeyboardInterrupt) or is_passing(error)):
+            if draft.rows and (isinstance(error, KeyboardInterrupt) or is_transient(error)):
                 line = f"note: {draft.rows} rows are kept: the same command goes on with --resume"
                 print(line, file=sys.stderr)
             else:

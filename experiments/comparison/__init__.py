@@ -1,0 +1,1 @@
+"""Several losses: the same search for each, then statistics of repeats."""

@@ -1,0 +1,96 @@
+"""What a comparison is told, and the events of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cnn.data import Dataset
+from experiments.study.events import SweepEvent
+from experiments.study.parameters import Choices
+from experiments.study.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a comparison is told.
+
+    Raises:
+        ValueError: something is out of its range.
+    """
+
+    settings: Settings
+    """Of the search for one loss, but with all of the losses."""
+    repeats: int
+    """How often the best setting of each loss is trained again."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be ≥ 1, not {self.repeats}")
+        if self.settings.seed + self.repeats > 2**32 - 1:
+            raise ValueError(f"--seed + --repeats must be < 2**32: {self.settings.seed}")
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the repeats: the next ones after that of the search."""
+        return range(self.settings.seed + 1, self.settings.seed + 1 + self.repeats)
+
+    def identity(self, data: Dataset) -> dict[str, Any]:
+        """Return what makes two comparisons the same: all that they depend on but the repeats."""
+        return self.settings.identity(data) | {"trials": self.settings.trials}
+
+    def search(self, name: str, loss: str) -> Settings:
+        """Return the settings of the search for a loss' best setting."""
+        return replace(
+            self.settings,
+            search={**self.settings.search, "loss": Choices((loss,))},
+            study=f"{name}/search/{loss}",
+            tags={"comparison": name, "stage": "search"},
+        )
+
+    def confirmation(self, name: str, winners: Sequence[Mapping[str, Any]]) -> Settings:
+        """Return the settings of the repeats: the winners with each seed, seed by seed."""
+        losses = tuple(winner["loss"] for winner in winners)
+        configurations = [{**each, "seed": seed} for seed in self.seeds for each in winners]
+        return replace(
+            self.settings,
+            search={**self.settings.search, "loss": Choices(losses)},
+            configurations=configurations,
+            trials=len(configurations),
+            study=f"{name}/confirm",
+            tags={"comparison": name, "stage": "confirm"},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStarted:
+    """A stage begins."""
+
+    title: str
+    settings: Settings | None
+    """Of its sweep, if it is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTested:
+    """A confirmed model was shown the test split."""
+
+    loss: str
+    seed: int
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonEnded:
+    """Nothing runs any more, and all is recorded."""
+
+    name: str
+    outcome: str
+    """As that of a sweep."""
+    reason: str
+    experiment_id: str
+    parent_run_id: str
+
+
+Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded

@@ -1,0 +1,244 @@
+"""Tables that the figures of a comparison's report show; each is written as CSV beside them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from experiments.comparison.results import Results
+from experiments.study.ranking import best_first
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def losses_of(results: Results) -> list[str]:
+    """Return the losses that are compared, in the order of the plan."""
+    return [str(loss) for loss in results.plan["losses"]]
+
+
+def best_settings(results: Results) -> pd.DataFrame:
+    """Return the row of `results.trials` with the best setting of each loss that has one.
+
+    The best is the first complete trial of `best_first`: the one whose setting is confirmed.
+    """
+    complete = results.trials[results.trials["outcome"] == "complete"]
+    ordered = best_first(complete.dropna(subset="val_accuracy"))
+    return ordered.drop_duplicates("loss").set_index("loss", drop=False)
+
+
+# Accuracy against budget
+
+
+def draws_are_independent(results: Results) -> bool:
+    """Return whether the settings were drawn so that expected validation performance is defined."""
+    return bool(results.plan["sampler"] == "random")
+
+
+def expected_best(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the expected maximum of k = 1, …, n draws, estimated without bias from n of them.
+
+    That is the mean of the maximum over all subsets of k draws (Tang et al. 2020, "Showing Your
+    Work Doesn't Always Work"), where Dodge et al. 2019 draw with replacement, which is too low.
+
+    Args:
+        values: (n,) independent draws.
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = len(ordered)
+    ranks = np.arange(1, n + 1)
+    # The share of the subsets of k whose maximum has rank i is C(i - 1, k - 1) / C(n, k).
+    shares = np.full(n, 1 / n) if n else ranks
+    expected = np.empty(n)
+    for k in range(1, n + 1):
+        expected[k - 1] = shares @ ordered
+        if k < n:
+            shares = shares * (ranks - k) / k * (k + 1) / (n - k)
+    return expected
+
+
+def budget(results: Results) -> pd.DataFrame:
+    """Return `loss`, `trials` and the expected best `val_accuracy` of so many trials.
+
+    Diverged trials count with the accuracy that they had; failed ones, which have none, don't.
+    There are no rows if the trials are no independent draws.
+    """
+    rows = []
+    if draws_are_independent(results):
+        for loss in losses_of(results):
+            accuracies = results.trials.loc[results.trials["loss"] == loss, "val_accuracy"].dropna()
+            rows += [
+                (loss, trials, value)
+                for trials, value in enumerate(expected_best(accuracies.to_numpy()), start=1)
+            ]
+    return pd.DataFrame(rows, columns=["loss", "trials", "val_accuracy"])
+
+
+# Learning curves
+
+
+def learning_curves(results: Results) -> pd.DataFrame:
+    """Return means and ranges over the trainings of each loss' best setting, epoch by epoch.
+
+    Those are its repeats on fresh seeds, or, as long as there are none, the one training of the
+    search: `stage` says which. Of several, those that came to the last epoch: a mean of which some
+    drop out on the way would be a curve that no training has. `trainings` is how many they are.
+    """
+    parts: list[pd.DataFrame] = []
+    best = best_settings(results)
+    for loss in losses_of(results):
+        curves = results.curves[results.curves["loss"] == loss]
+        chosen = curves[curves["stage"] == "confirm"]
+        if chosen.empty and loss in best.index:
+            chosen = curves[
+                (curves["stage"] == "search") & (curves["trial"] == best.loc[loss, "trial"])
+            ]
+        length = chosen.groupby("trial")["epoch"].transform("max")
+        whole = chosen[length == length.max()]
+        epochs = whole.groupby(["stage", "loss", "epoch"], sort=True)
+        parts.append(
+            epochs.agg(
+                trainings=("trial", "nunique"),
+                train_accuracy=("train_accuracy", "mean"),
+                val_accuracy=("val_accuracy", "mean"),
+                val_accuracy_low=("val_accuracy", "min"),
+                val_accuracy_high=("val_accuracy", "max"),
+            ).reset_index()
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+# The search
+
+
+ALL_LOSSES = "all losses"
+
+
+def importances(results: Results) -> pd.DataFrame:
+    """Return `loss`, `parameter`, `importance` (0 to 1, PED-ANOVA): of all losses, then of each.
+
+    An importance needs at least two different accuracies, and a parameter that varied.
+    """
+    studies = {ALL_LOSSES: joint_study(results)} | dict(results.studies)
+    rows = [
+        (loss, name, share)
+        for loss, study in studies.items()
+        for name, share in study_importances(study).items()
+    ]
+    return pd.DataFrame(rows, columns=["loss", "parameter", "importance"])
+
+
+def study_importances(study: optuna.Study) -> dict[str, float]:
+    """Return how much each parameter of a study that varied matters; nothing if that is unknown."""
+    import optuna
+
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    varied = varied_parameters(study)
+    if len({trial.value for trial in complete}) < 2 or not varied:
+        return {}
+    return dict(optuna.importance.get_param_importances(study, params=varied))
+
+
+def varied_parameters(study: optuna.Study) -> list[str]:
+    """Return the parameters of which a study has tried more than one value."""
+    import optuna
+
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    values: dict[str, set[Any]] = {}
+    for trial in complete:
+        for name, value in trial.params.items():
+            values.setdefault(name, set()).add(value)
+    return sorted(name for name, tried in values.items() if len(tried) > 1)
+
+
+def joint_study(results: Results) -> optuna.Study:
+    """Return one study of the finished trials of all losses, with the loss as a parameter.
+
+    Its values are escaped, as Plotly reads some HTML.
+    """
+    import optuna
+    from optuna.distributions import CategoricalDistribution
+
+    losses = CategoricalDistribution([html.escape(loss) for loss in losses_of(results)])
+    joint = optuna.create_study(
+        storage=optuna.storages.InMemoryStorage(), study_name=results.name, direction="maximize"
+    )
+    for loss in losses_of(results):
+        study = results.studies.get(loss)
+        for trial in study.get_trials(deepcopy=False) if study is not None else ():
+            if trial.state is optuna.trial.TrialState.COMPLETE:
+                joint.add_trial(
+                    optuna.trial.create_trial(
+                        value=trial.value,
+                        params=trial.params | {"loss": html.escape(loss)},
+                        distributions=trial.distributions | {"loss": losses},
+                    )
+                )
+    return joint
+
+
+# Confusions, time
+
+
+def confusions(results: Results) -> pd.DataFrame:
+    """Return `loss`, `true`, `predicted`, `images` and their `share` of the true class.
+
+    Pairs without images are left out: of K classes there are K² pairs.
+    """
+    parts = []
+    classes = np.array(results.classes, dtype=object)
+    for loss in losses_of(results):
+        if loss in results.confusions:
+            counts = results.confusions[loss]
+            true, predicted = np.nonzero(counts)
+            images = counts[true, predicted]
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "loss": loss,
+                        "true": classes[true],
+                        "predicted": classes[predicted],
+                        "images": images,
+                        "share": images / counts.sum(axis=1)[true],
+                    }
+                )
+            )
+    if not parts:
+        return pd.DataFrame(columns=["loss", "true", "predicted", "images", "share"])
+    return pd.concat(parts, ignore_index=True)
+
+
+def most_confused(counts: npt.NDArray[np.int64], number: int) -> list[tuple[int, int]]:
+    """Return the pairs of a true class and another, predicted one that are the most frequent."""
+    wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:number]
+    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    return [(int(true), int(predicted)) for true, predicted in pairs if wrong[true, predicted]]
+
+
+def speed(results: Results) -> pd.DataFrame:
+    """Return the time that trainings took, for each loss and batch size.
+
+    `seconds` is the mean of a training, `seconds_in_all` the sum of all, `images_per_second` the
+    median. Search and repeats are taken together.
+    """
+    columns = ["loss", "batch_size", "seconds", "images_per_second"]
+    frames = [frame[columns] for frame in (results.trials, results.repeats) if len(frame)]
+    if not frames:
+        return pd.DataFrame(columns=["loss", "batch_size", "trainings", *columns[2:]])
+    found = pd.concat(frames, ignore_index=True).dropna(subset="seconds")
+    order = {loss: position for position, loss in enumerate(losses_of(results))}
+    groups = found.groupby(["loss", "batch_size"]).agg(
+        trainings=("seconds", "size"),
+        seconds=("seconds", "mean"),
+        seconds_in_all=("seconds", "sum"),
+        images_per_second=("images_per_second", "median"),
+    )
+    return groups.reset_index().sort_values(
+        ["loss", "batch_size"], key=lambda column: column.map(lambda value: order.get(value, value))
+    )

@@ -1,0 +1,310 @@
+"""What the figures of a comparison's report show.
+
+Those that answer its question are small ones, one a loss; Optuna's own plots are interactive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from experiments.comparison.results import Results
+from experiments.reporting.figure_data import best_settings, budget, learning_curves, losses_of
+from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallFigures
+from tracking.text import shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which is too
+# faint on white, and black, which is not seen in the dark. A marker or a dash goes with each.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+OBJECTIVE_TITLE = "validation accuracy"
+_BLUE = (0.0, 0x72 / 255, 0xB2 / 255)
+"""The first of the colours."""
+
+
+class LearningRates(SmallFigures):
+    """Accuracy against learning rate, a marker a batch size; hollow where training diverged."""
+
+    has_key = True
+
+    def __init__(self, results: Results) -> None:
+        self.plan = results.plan
+        self.all_trials = results.trials
+        self.trials = results.trials.dropna(subset=["val_accuracy"])
+        self.best = best_settings(results)
+        self.losses = _present(results, self.trials["loss"])
+        self._limits = _limits(self.trials["val_accuracy"])
+
+    def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
+        """Draw the figure of a loss."""
+        trials = self.trials[self.trials["loss"] == loss].sort_values("learning_rate")
+        for size, color, marker in self._looks():
+            of_size = trials[trials["batch_size"] == size]
+            is_whole = of_size["outcome"] == "complete"
+            for rows, line, face, edge, width in (
+                (of_size[is_whole], "-", color, palette.ink, 0.6),
+                (of_size[~is_whole], "none", "none", color, 1.4),
+            ):
+                axes.plot(
+                    rows["learning_rate"],
+                    rows["val_accuracy"],
+                    color=color,
+                    linestyle=line,
+                    linewidth=1,
+                    marker=marker,
+                    markersize=7,
+                    markerfacecolor=face,
+                    markeredgecolor=edge,
+                    markeredgewidth=width,
+                )
+        low, high = self.plan["learning_rate_min"], self.plan["learning_rate_max"]
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.3, high * 1.3)
+        ticks = _decades(low, high)
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.xaxis.set_minor_formatter(lambda _value, _position: "")
+        axes.set_xlabel("learning rate")
+        _accuracy_axis(axes, self._limits)
+
+    def describe(self, loss: str) -> str:
+        """Return what is to be seen in it, in words."""
+        outcomes = self.all_trials.loc[self.all_trials["loss"] == loss, "outcome"]
+        counts = outcomes.value_counts()
+        words = [f"{counts[what]} {what}" for what in ("diverged", "failed") if what in counts]
+        text = _counted(len(outcomes), "trial") + (f" ({', '.join(words)})" if words else "")
+        if loss not in self.best.index:
+            return f"{text}, none of which completed" if len(outcomes) else text
+        row = self.best.loc[[loss]].iloc[0]
+        return (
+            f"{text}, the best {percent(row['val_accuracy'])} at learning rate "
+            f"{row['learning_rate']:.3g}, batch size {row['batch_size']:.0f}"
+        )
+
+    def key(self, palette: Palette) -> list[Line2D]:
+        """Return what the markers are."""
+        from matplotlib.lines import Line2D
+
+        entries = [
+            Line2D(
+                [],
+                [],
+                color=color,
+                linewidth=1,
+                marker=marker,
+                markersize=7,
+                markeredgecolor=palette.ink,
+                markeredgewidth=0.6,
+                label=f"batch size {size}",
+            )
+            for size, color, marker in self._looks()
+        ]
+        hollow = Line2D(
+            [],
+            [],
+            linestyle="none",
+            marker="o",
+            markersize=7,
+            markerfacecolor="none",
+            markeredgecolor=palette.ink,
+            markeredgewidth=1.4,
+            label="hollow: diverged",
+        )
+        return [*entries, hollow]
+
+    def _looks(self) -> list[tuple[int, str, str]]:
+        """Return the batch sizes, each with its colour and marker."""
+        sizes = sorted(self.plan["batch_sizes"])
+        return [
+            (size, COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
+            for number, size in enumerate(sizes)
+        ]
+
+
+class Budget(SmallFigures):
+    """Expected best accuracy against the number of trials."""
+
+    def __init__(self, results: Results) -> None:
+        self.table = budget(results)
+        self.losses = _present(results, self.table["loss"])
+        self._limits = _limits(self.table["val_accuracy"])
+
+    def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
+        """Draw the figure of a loss: its own curve, and those of the others behind."""
+        _draw_among_others(axes, self.table, "trials", loss, palette)
+        _count_axis(axes, self.table["trials"].max(), "trials")
+        _accuracy_axis(axes, self._limits)
+
+    def describe(self, loss: str) -> str:
+        """Return what is to be seen in it, in words."""
+        rows = self.table[self.table["loss"] == loss]
+        if rows.empty:
+            return "no trial has an accuracy"
+        first, last = rows.iloc[0], rows.iloc[-1]
+        text = f"{percent(first['val_accuracy'])} expected of one trial"
+        if len(rows) == 1:
+            return text
+        return f"{text}, {percent(last['val_accuracy'])} of the best of {last['trials']}"
+
+
+class LearningCurves(SmallFigures):
+    """Accuracies against epochs, at the best setting, with a band over the seeds."""
+
+    def __init__(self, results: Results) -> None:
+        self.table = learning_curves(results)
+        self.repeats = results.repeats["loss"].value_counts()
+        self.epochs = results.plan["epochs"]
+        self.losses = _present(results, self.table["loss"])
+        shown = ["val_accuracy_low", "val_accuracy_high", "train_accuracy"]
+        self._limits = _limits(self.table[shown].to_numpy(float).ravel())
+
+    def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
+        """Draw the figure of a loss: its own curves, and the means of the others behind."""
+        rows = self.table[self.table["loss"] == loss]
+        low, high = rows["val_accuracy_low"], rows["val_accuracy_high"]
+        axes.fill_between(rows["epoch"], low, high, color=palette.accent, alpha=0.3, linewidth=0)
+        _draw_among_others(axes, self.table, "epoch", loss, palette)
+        axes.plot(
+            rows["epoch"], rows["train_accuracy"], color=palette.ink, linewidth=1.2, linestyle="--"
+        )
+        _count_axis(axes, self.epochs, "epoch")
+        _accuracy_axis(axes, self._limits)
+
+    def describe(self, loss: str) -> str:
+        """Return what is to be seen in it, in words."""
+        rows = self.table[self.table["loss"] == loss]
+        if rows.empty:
+            return "no training of a setting that was chosen"
+        last = rows.iloc[-1]
+        if last["stage"] == "search":
+            of = "of one training, of the search"
+        else:
+            of = f"in the mean of {_counted(last['trainings'], 'seed')}"
+            if last["trainings"] < self.repeats[loss]:
+                of += f" of {self.repeats[loss]} (the others ended before)"
+        return (
+            f"{percent(last['val_accuracy'])} after {_counted(last['epoch'], 'epoch')} {of}; "
+            f"in training {percent(last['train_accuracy'])}"
+        )
+
+
+class Confusions(SmallFigures):
+    """Confusion matrices, each row in percent of its true class' images."""
+
+    height = 340
+    # With how many classes the cells have numbers, and the axes names.
+    most_numbers: ClassVar[int] = 12
+    most_names: ClassVar[int] = 30
+    longest_name: ClassVar[int] = 16
+
+    def __init__(self, results: Results) -> None:
+        self.counts = {loss: counts for loss, counts in results.confusions.items() if counts.sum()}
+        self.losses = _present(results, self.counts)
+        self.names: list[str] = []
+        if len(results.classes) <= self.most_names:
+            self.names = [shortened(name, self.longest_name) for name in results.classes]
+        margin = 30 + 6 * max(map(len, self.names), default=0)
+        self.margins = (margin, margin)
+
+    def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
+        """Draw the figure of a loss."""
+        counts = self.counts[loss]
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        # By the square root, so that a confusion of some percent is seen. What is transparent has
+        # the colour of the page.
+        shades = np.empty((*shares.shape, 4))
+        shades[..., :3], shades[..., 3] = _BLUE, np.sqrt(shares)
+        axes.imshow(shades, interpolation="none", aspect="auto")
+        has_numbers = len(shares) <= self.most_numbers
+        for (true, predicted), share in np.ndenumerate(shares):
+            if has_numbers and share >= 0.005:
+                color = "white" if share > 0.6 else palette.ink
+                text = axes.text(predicted, true, f"{100 * share:.0f}", color=color, fontsize=9)
+                text.set(ha="center", va="center")
+        places, size = range(len(self.names)), FONT_SIZE - 2 if has_numbers else 7
+        # As they are: a name may have dollar signs, between which Matplotlib reads mathematics.
+        axes.set_xticks(places, self.names, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(places, self.names, fontsize=size, parse_math=False)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+
+    def describe(self, loss: str) -> str:
+        """Return what is to be seen in it, in words."""
+        if loss not in self.counts:
+            return "no model of it was shown the test split"
+        counts = self.counts[loss]
+        right = percent(np.trace(counts) / counts.sum())
+        return f"{right} of {counts.sum():,} images right, over all repeats"
+
+
+def _present(results: Results, losses: Iterable[str]) -> list[str]:
+    """Return those of some losses that are compared, in the order of the plan."""
+    there = set(losses)
+    return [loss for loss in losses_of(results) if loss in there]
+
+
+def _draw_among_others(
+    axes: Axes, table: pd.DataFrame, over: str, loss: str, palette: Palette
+) -> None:
+    """Draw the accuracy of a loss thick, and those of the others thin behind it."""
+    for other, rows in table.groupby("loss"):
+        if other != loss:
+            axes.plot(rows[over], rows["val_accuracy"], color=palette.others, linewidth=1)
+    rows = table[table["loss"] == loss]
+    (line,) = axes.plot(rows[over], rows["val_accuracy"], color=palette.accent, linewidth=2.5)
+    line.set(marker="o", markersize=4)
+
+
+def _accuracy_axis(axes: Axes, limits: tuple[float, float]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    low, high = limits
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.04 else 1))
+    axes.set_ylabel(OBJECTIVE_TITLE)
+    axes.grid(visible=True)
+
+
+def _count_axis(axes: Axes, last: int, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    margin = 0.03 * last
+    axes.set_xlim(1 - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel(label)
+
+
+def _limits(shares: Iterable[float]) -> tuple[float, float]:
+    """Return the limits of an axis that all the small figures have."""
+    values = pd.Series(list(shares), dtype=float).dropna()
+    if values.empty:
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    margin = max(0.05 * (high - low), 0.002)
+    return low - margin, high + margin
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return the powers of ten in a range, or its ends, if there are less than two."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    powers = [float(f"1e{exponent}") for exponent in range(first, last + 1)]
+    return powers if len(powers) > 1 else [low, high]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a reader reads it."""
+    return f"{100 * share:.1f} %"

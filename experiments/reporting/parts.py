@@ -1,0 +1,102 @@
+"""What a report consists of, whatever it is rendered to: sections of tables, figures and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from experiments.reporting.small_multiples import Panel, SmallFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as it is shown."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """Texts; the first of a row is what the row is about."""
+    data: str = ""
+    """Of which of `TABLES` it is."""
+    kind: str = "table"
+    """Or facts: each row a word and a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Small figures, one a loss."""
+
+    name: str
+    """Of `FIGURES`."""
+    caption: str
+    small: SmallFigures
+    panels: Sequence[Panel]
+    data: str
+    kind: str = "gallery"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """An interactive plot."""
+
+    name: str
+    caption: str
+    figure: Mapping[str, Any]
+    """As Plotly's script takes it."""
+    data: str
+    kind: str = "plot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the report, under a heading."""
+
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    items: Sequence[Table | Gallery | Plot] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A whole report."""
+
+    name: str
+    answer: Sequence[str]
+    """Two sentences at most."""
+    missing: Sequence[str]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+    tables: Mapping[str, pd.DataFrame]
+    """Each of `TABLES`."""
+
+
+def interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> str:
+    """Return the mean of a measure, with its interval if there is one."""
+    mean = row.get(f"{name}_mean", row.get(name))
+    low, high = factor * row[f"{name}_low"], factor * row[f"{name}_high"]
+    text = number(factor * mean, digits)
+    return text if pd.isna(low) else f"{text} ({number(low, digits)} to {number(high, digits)})"
+
+
+def lead(pair: Mapping[Any, Any]) -> str:
+    """Return how many points the first of a pair is ahead, with the interval if there is one."""
+    ends = {f"difference_{end}": pair[end] for end in ("low", "high")}
+    return interval({"difference": pair["difference"], **ends}, "difference", 100, "+.2f")
+
+
+def number(value: Any, digits: str) -> str:
+    """Return a number as it is shown, if there is one."""
+    return "–" if pd.isna(value) else f"{value:{digits}}".replace("-", "−")
+
+
+def plain(value: Any) -> str:
+    """Return a value of a plan as text."""
+    if isinstance(value, float):
+        return "–" if pd.isna(value) else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "–" if value is None else str(value)

@@ -1,0 +1,145 @@
+"""What a sweep shows while it runs: a line for each trial that ended, and what runs, live."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from cnn.config import TrainConfig
+from experiments.study.events import (
+    SweepEvent,
+    SweepStarted,
+    TrialEnded,
+    TrialMoved,
+    TrialProgressed,
+    TrialStarted,
+    TrialUnprotected,
+)
+from experiments.study.parameters import BY_NAME
+from experiments.study.settings import Settings
+
+
+class Display(AbstractContextManager["Display"]):
+    """Show a sweep's events: on a terminal with a live line for each running trial."""
+
+    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+        self.settings = settings
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[accuracy]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[int, TaskID] = {}
+        self.configs: dict[int, TrainConfig] = {}
+        self.best: tuple[float, int] | None = None
+        self.num_ended = 0
+        self.num_epochs = 0
+        self.num_before = 0
+        self.start = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, event: SweepEvent) -> None:
+        """Show an event."""
+        match event:
+            case SweepStarted():
+                self._show_start(event)
+            case TrialStarted():
+                self.configs[event.trial] = event.config
+                self.tasks[event.trial] = self.progress.add_task(
+                    self._description(event.trial, event.config),
+                    total=event.config.epochs,
+                    accuracy="",
+                )
+            case TrialProgressed():
+                self.num_epochs += 1
+                accuracy = f"epoch {event.number}  {event.metrics['val/accuracy']:7.2%}"
+                self.progress.update(
+                    self.tasks[event.trial],
+                    completed=event.number,
+                    accuracy=f"{accuracy}   {self._outlook()}",
+                )
+            case TrialMoved():
+                description = self._description(event.trial, self.configs[event.trial])
+                self.console.print(
+                    f"{description}  goes on elsewhere: {event.reason}", markup=False
+                )
+            case TrialUnprotected():
+                description = self._description(event.trial, self.configs[event.trial])
+                self.console.print(f"{description}  {event.reason}", markup=False)
+            case TrialEnded():
+                self._show_end(event)
+
+    def _show_start(self, event: SweepStarted) -> None:
+        self.num_before, self.best = event.num_before, event.best_before
+        already = f", {event.num_before} already finished" if event.num_before else ""
+        workers = f"{self.settings.workers} worker{'s' * (self.settings.workers > 1)}"
+        self.console.print(
+            f"study {event.study}: {self.settings.trials} trials of {self.settings.epochs} "
+            f"epochs{already}; {workers}; MLflow experiment {event.experiment}",
+            markup=False,
+        )
+        for note in event.notes:
+            self.console.print(f"note: {note}", markup=False)
+        if event.num_before >= self.settings.trials:
+            self.console.print("nothing is left to do: --trials is the total")
+
+    def _show_end(self, event: TrialEnded) -> None:
+        self.progress.remove_task(self.tasks.pop(event.trial))
+        config = self.configs.pop(event.trial)
+        self.num_ended += 1
+        if event.outcome == "complete" and event.accuracy is not None:
+            self.best = max(self.best or (-1.0, 0), (event.accuracy, event.trial), key=_accuracy)
+        accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
+        reason = f"   {event.reason}" if event.reason else ""
+        self.console.print(
+            f"{self._description(event.trial, config)}  {event.outcome:11s} {accuracy} "
+            f"{event.epochs:3d} epochs {event.seconds:6.1f} s   {self._outlook()}{reason}",
+            markup=False,
+        )
+
+    def _description(self, trial: int, config: TrainConfig) -> str:
+        parts = [f"{trial:4d} "]
+        for parameter in (BY_NAME[name] for name in self.settings.search):
+            label = f"{parameter.short} " if parameter.short else ""
+            value = parameter.text(getattr(config, parameter.name))
+            parts.append(f"{label}{value:{parameter.width}s}")
+        return " ".join(parts)
+
+    def _outlook(self) -> str:
+        best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {self.best[1]})"
+        left = self._seconds_left()
+        time_left = "" if left is None else f"  {_clock(left)} left"
+        return f"{best}{time_left}"
+
+    def _seconds_left(self) -> float | None:
+        """Return about how long it takes, from the trials that ended, or else from the epochs."""
+        elapsed = time.monotonic() - self.start
+        wanted = self.settings.trials - self.num_before
+        if self.num_ended:
+            return elapsed / self.num_ended * (wanted - self.num_ended)
+        if self.num_epochs:
+            return elapsed / self.num_epochs * (wanted * self.settings.epochs - self.num_epochs)
+        return None
+
+
+def _accuracy(scored: tuple[float, int]) -> float:
+    return scored[0]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

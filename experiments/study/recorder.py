@@ -1,0 +1,275 @@
+"""What MLflow is told of a sweep: its runs, their params, metrics, tags and models."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial
+
+from cnn.config import TrainConfig
+from cnn.data import Dataset
+from cnn.losses import PROBABILITIES, get_loss
+from cnn.networks import CNN, Classifier
+from experiments.engine.base import EpochEnded, JobEnded
+from experiments.interrupts import InterruptionError, Interrupts
+from experiments.study.events import TrialEnded
+from experiments.study.parameters import run_name
+from experiments.study.settings import Settings
+from experiments.study.storage import last_reported_epoch, set_once
+
+# MLflow, a second to import, can wait until the workers have begun.
+if TYPE_CHECKING:
+    from tracking.runs import Run
+    from tracking.tracker import Tracker
+
+RETRIES = 1
+"""How often a trial that failed is tried again, on a fresh worker."""
+
+OBJECTIVE = "val/accuracy"
+
+
+class Recorder:
+    """Opens the runs of a sweep, and records what they are of.
+
+    Args:
+        tracker: the experiment that the runs are in.
+        study: that the trials are of.
+        settings: of the sweep.
+        data: the data set.
+        made_with: what has to stay the same within the study: see `Settings.made_with`.
+        environment: which code and versions train: see `identity.environment`.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        study: Study,
+        settings: Settings,
+        data: Dataset,
+        *,
+        made_with: Mapping[str, Any],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.tracker, self.study, self.settings, self.data = tracker, study, settings, data
+        self.made_with, self.environment = made_with, environment
+        self._parent: Run | None = None
+        self._space = settings.space()
+        self._classifiers: dict[str, Classifier] = {}
+
+    def open_parent(self, under: str | None) -> Run:
+        """Return the parent of the trials' runs: the study's own run, if it has one.
+
+        Args:
+            under: the id of the run that the parent is part of, if it is part of one.
+        """
+        study, tags = self.study, self.settings.tags
+        own = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
+        earlier = study.user_attrs.get("parent_run_id")
+        whole = tags.get("comparison")
+        name = f"sweep {study.study_name}"
+        if whole is not None:
+            name = study.study_name.removeprefix(f"{whole}/").replace("/", " ")
+        parent = self.tracker.parent_run(name, tags={**tags, **own}, earlier=earlier, under=under)
+        self._parent = parent  # from here on it is closed, whatever happens
+        if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
+            first = set_once(study, "parent_run_id", parent.run_id)
+            if first != parent.run_id and (run := self.tracker.find_run(first)) is not None:
+                parent.delete()  # another process made one at the same time
+                self._parent = parent = run
+        else:
+            study.set_user_attr("parent_run_id", parent.run_id)
+        # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
+        identity = self.settings.identity(self.data)
+        network = {"network_digest": self.made_with["network"]}
+        parent.log_params({f"sweep/{k}": v for k, v in {**identity, **network}.items()})
+        parent.set_tags(self._environment_tags())
+        log_data(parent, self.data)
+        # That nothing can be stored is found now, and not at the first model.
+        parent.log_text(json.dumps({**identity, **self.made_with}, indent=2), "settings.json")
+        return parent
+
+    def end_parent(self, outcome: str, *, reason: str) -> None:
+        """Close the parent, if it was opened."""
+        if self._parent is not None:
+            self._parent.end(outcome, reason=reason)
+
+    @property
+    def parent(self) -> Run:
+        """The parent of the trials' runs."""
+        assert self._parent is not None
+        return self._parent
+
+    def open_run(self, trial: Trial, config: TrainConfig) -> Run:
+        """Open a run for a new trial."""
+        name = run_name(trial.number, self._space.varied(config))
+        tags = self._tags(trial.number) | self._environment_tags()
+        run = self.tracker.start_run(name, tags=tags, parent=self.parent)
+        trial.set_user_attr("run_id", run.run_id)
+        self._log_config(run, config)
+        log_data(run, self.data)
+        return run
+
+    def reopen_run(self, trial: Trial, config: TrainConfig) -> Run:
+        """Open the run of a resumed trial again, or a new one if it has none yet."""
+        run = self.find_run(trial)
+        if run is None:
+            return self.open_run(trial, config)
+        run.reopen(tags=self.tracker.process_tags)
+        trial.set_user_attr("run_id", run.run_id)
+        # The process that opened it may have died before it came to these.
+        if not run.params():
+            self._log_config(run, config)
+        log_data(run, self.data)
+        return run
+
+    def find_run(self, trial: Trial | FrozenTrial) -> Run | None:
+        """Return the run of a trial, though its process may have died before it noted its id."""
+        if run_id := trial.user_attrs.get("run_id"):
+            return self.tracker.find_run(run_id)
+        return self.tracker.find_tagged(self._tags(trial.number))
+
+    def _log_config(self, run: Run, config: TrainConfig) -> None:
+        run.log_params(
+            {
+                **config.as_params(),
+                "dataset": self.data.name,
+                "dataset_digest": self.data.digest,
+                "network_digest": self.made_with["network"],
+                "training_digest": self.made_with["training"][config.loss],
+            }
+        )
+
+    def _tags(self, number: int) -> dict[str, str]:
+        # The study's own id: one that was deleted and made again may have the same name.
+        study = {"study": self.study.study_name, "study_id": self.study.user_attrs["id"]}
+        return {**self.settings.tags, **study, "trial": str(number), "role": "trial"}
+
+    def _environment_tags(self) -> dict[str, str]:
+        names = ("commit", "uncommitted", "source", "python", "torch")
+        return {f"code.{name}": self.environment[name] for name in names}
+
+    def warm_up_export(self, config: TrainConfig, interrupts: Interrupts) -> None:
+        """Export a model once and discard it, while the workers train their first trials.
+
+        The first export of a process imports PyTorch's compiler, which takes seconds: a worker
+        would wait as long, and so would a Ctrl-C.
+        """
+        if "torch._dynamo" in sys.modules:
+            return
+        from tracking.models.recording import save_model
+
+        model = self._classifier(config)
+        classes = {"classes": self.data.classes}
+        with (
+            suppress(InterruptionError),
+            TemporaryDirectory() as scratch,
+            interrupts.at_once(),
+        ):
+            folder = Path(scratch, "model")
+            save_model(model, folder, input_example=self._example(), metadata=classes)
+
+    def record_model(self, running: RunningTrial, event: JobEnded) -> None:
+        """Record the model of a trial that has ended."""
+        model = self._classifier(running.config)
+        weights = {name: torch.from_numpy(values) for name, values in event.weights.items()}
+        model.network.load_state_dict(weights)
+        running.run.log_model(
+            model,
+            input_example=self._example(),
+            classes=self.data.classes,
+            step=running.epochs,
+            metadata={
+                "dataset": self.data.name,
+                "dataset_digest": self.data.digest,
+                "loss": running.config.loss,
+                "seed": running.config.seed,
+                "study": self.study.study_name,
+                "trial": running.trial.number,
+            },
+        )
+
+    def _classifier(self, config: TrainConfig) -> Classifier:
+        """Return the model to record, without its weights: one for all trials with one graph.
+
+        So a graph is traced once a sweep. That is quicker, and PyTorch keeps each that it traced.
+        """
+        kind = get_loss(config.loss).outputs_to_probabilities
+        if kind not in self._classifiers:
+            network = CNN(len(self.data.classes))
+            self._classifiers[kind] = Classifier(network, PROBABILITIES[kind]).eval()
+        return self._classifiers[kind]
+
+    def _example(self) -> np.ndarray[Any, Any]:
+        images, _ = self.data.validation.batch(torch.arange(2))
+        return images.numpy()
+
+
+class RunningTrial:
+    """A trial under way: its Optuna trial, its run, and what came of it so far."""
+
+    def __init__(self, trial: Trial, config: TrainConfig, run: Run, *, is_new: bool) -> None:
+        self.trial, self.config, self.run = trial, config, run
+        self.start = time.monotonic()
+        self.epochs = 0
+        self.accuracy: float | None = None
+        self.val_loss: float | None = None
+        self.diverged = False
+        # An earlier process has recorded these epochs of a resumed trial. Training repeats them
+        # bit for bit, so they need not be recorded again.
+        self.recorded = 0 if is_new else run.last_step(OBJECTIVE)
+        self.reported = 0 if is_new else last_reported_epoch(trial)
+
+    def record(self, event: EpochEnded) -> None:
+        """Record an epoch in MLflow and Optuna, unless an earlier process has."""
+        self.epochs, self.diverged = event.number, event.diverged
+        self.accuracy, self.val_loss = event.metrics[OBJECTIVE], event.metrics["val/loss"]
+        if event.number > self.recorded:
+            self.run.log_metrics(event.metrics, step=event.number)
+            self.recorded = event.number
+        if event.number > self.reported:
+            self.trial.report(self.accuracy, event.number)
+            self.reported = event.number
+
+    def may_be_retried(self) -> bool:
+        """Note a failure, and return whether it was the first: its cause may be the worker."""
+        failures = self.trial.user_attrs.get("failures", 0) + 1
+        self.trial.set_user_attr("failures", failures)
+        return bool(failures <= RETRIES)
+
+    def ended(self, outcome: str, reason: str) -> TrialEnded:
+        """Return the event of its end."""
+        return TrialEnded(
+            trial=self.trial.number,
+            outcome=outcome,
+            accuracy=self.accuracy,
+            epochs=self.epochs,
+            seconds=time.monotonic() - self.start,
+            reason=reason,
+        )
+
+
+def log_data(run: Run, data: Dataset) -> None:
+    """Log to a run which data it trains on."""
+    run.log_dataset(
+        name=data.name,
+        digest=data.digest,
+        source=data.source,
+        profile={
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+        },
+        context="training",
+    )

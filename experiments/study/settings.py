@@ -1,0 +1,144 @@
+"""What a sweep is told, checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.samplers import BaseSampler
+
+from cnn.data import Dataset
+from cnn.devices import resolve_device, resolve_precision
+from experiments.study.identity import made_with
+from experiments.study.parameters import BY_NAME, Configuration, Domain
+from experiments.study.pruners import PRUNERS
+from experiments.study.samplers import SAMPLERS, FixedSampler, make_sampler
+from experiments.study.space import Space
+from experiments.study.storage import check_study_name
+from tracking.registry import check_name, default_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a sweep is told; `experiments.sweep` explains each.
+
+    Raises:
+        ValueError: one is out of its range; the message names the flag, the value and the range.
+    """
+
+    search: Mapping[str, Domain]
+    """What is searched, by names of `parameters.PARAMETERS`."""
+    trials: int
+    epochs: int
+    seed: int
+    sampler: str
+    pruner: str
+    optimizer: str
+    schedule: str
+    device: str
+    precision: str
+    study: str | None
+    storage: str
+    experiment: str | None
+    timeout: float
+    """Seconds; 0 is no limit."""
+    workers: int
+    max_failures: int
+    """Failed trials in a row."""
+    tracking_timeout: float
+    """Seconds that a tracking server may be away."""
+    configurations: Sequence[Configuration] = ()
+    """Those of all trials, in order: then nothing is sampled."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of all of its runs, beside their own."""
+    register: str = "none"
+    """The registered model that the best trial's becomes a version of: a name, `auto` or `none`."""
+    worker_device: str | None = None
+    """What `device` is to workers that are on other machines, which this one can't ask."""
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (
+            ("--sampler", self.sampler, SAMPLERS),
+            ("--pruner", self.pruner, PRUNERS),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
+        for flag, number in (
+            ("--trials", self.trials),
+            ("--workers", self.workers),
+            ("--max-failures", self.max_failures),
+        ):
+            if number < 1:
+                raise ValueError(f"{flag} must be ≥ 1, not {number}")
+        if not 0 <= self.timeout < math.inf:
+            raise ValueError(f"--timeout must be seconds ≥ 0 (0: no limit), not {self.timeout}")
+        if not 0 <= self.tracking_timeout < math.inf:
+            raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {self.tracking_timeout}")
+        if self.study is not None:
+            check_study_name(self.study)
+        if self.register not in ("auto", "none"):
+            check_name(self.register)
+        assert len(self.configurations) in (0, self.trials)
+        self.space()
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The loss functions that are searched."""
+        return tuple(str(loss) for loss in self.search["loss"].values)
+
+    def space(self) -> Space:
+        """Return the search space."""
+        device = self.worker_device or resolve_device(self.device)
+        # GPUs of other machines are taken to be of Ampere's generation or later.
+        is_remote_gpu = self.worker_device == "cuda" and self.precision == "auto"
+        precision = "bfloat16" if is_remote_gpu else resolve_precision(self.precision, device)
+        return Space(
+            search=self.search,
+            fixed={
+                "epochs": self.epochs,
+                "seed": self.seed,
+                "optimizer": self.optimizer,
+                "schedule": self.schedule,
+                "precision": precision,
+                "device": device,
+            },
+            varies_seed=bool(self.configurations),
+        )
+
+    def make_sampler(self) -> BaseSampler:
+        """Return what chooses the configurations of the trials."""
+        if self.configurations:
+            return FixedSampler(self.configurations)
+        return make_sampler(self.sampler, self.seed)
+
+    def registered_model(self, data: Dataset) -> str | None:
+        """Return the name of the registered model, None for none."""
+        names = {"auto": default_name(data.name), "none": None}
+        return names.get(self.register, self.register)
+
+    def made_with(self, data: Dataset) -> dict[str, Any]:
+        """Return what has to stay the same within a study, beside its `identity`: the code."""
+        return made_with(
+            data,
+            losses=self.losses,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+        )
+
+    def identity(self, data: Dataset) -> dict[str, Any]:
+        """Return what makes two sweeps the same study: all that its results depend on."""
+        names = "epochs seed sampler pruner optimizer schedule device precision"
+        identity: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
+        for name, domain in self.search.items():
+            identity |= BY_NAME[name].identity(domain)
+        identity |= {name: getattr(self, name) for name in names.split()}
+        if self.configurations:
+            # Without the seeds, of which there may be more later.
+            values = {tuple(each[name] for name in self.search) for each in self.configurations}
+            identity["points"] = sorted(values)
+        # As it comes back from the study, where tuples are lists.
+        plain: dict[str, Any] = json.loads(json.dumps(identity))
+        return plain

@@ -1,0 +1,53 @@
+"""The search space: an Optuna trial in, the configuration of its training out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.trial import Trial
+
+from cnn.config import TrainConfig
+from experiments.study.parameters import BY_NAME, Configuration, Domain
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a study searches, and what is the same in all of its trials.
+
+    The space is the same for every loss. A range of learning rates that suits one loss starves
+    another, so it should be wide.
+    """
+
+    search: Mapping[str, Domain]
+    """By names of `parameters.PARAMETERS`."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of `TrainConfig`."""
+    varies_seed: bool = False
+    """Whether each trial has a seed of its own, as the configurations of a `FixedSampler` do."""
+
+    def __post_init__(self) -> None:
+        for name, domain in self.search.items():
+            BY_NAME[name].check(domain)
+        first = {name: domain.values[0] for name, domain in self.search.items()}
+        for name, domain in self.search.items():
+            for value in domain.values:
+                self._config(first | {name: value})
+
+    def suggest(self, trial: Trial) -> TrainConfig:
+        """Return the configuration of a trial; of a resumed one, the same as before."""
+        values = {name: domain.suggest(trial, name) for name, domain in self.search.items()}
+        if self.varies_seed:
+            values["seed"] = trial.suggest_int("seed", 0, MAX_SEED)
+        return self._config(values)
+
+    def varied(self, config: TrainConfig) -> Configuration:
+        """Return the values of a configuration that differ between trials."""
+        names = [*self.search, *(["seed"] if self.varies_seed else [])]
+        return {name: getattr(config, name) for name in names}
+
+    def _config(self, values: Configuration) -> TrainConfig:
+        return TrainConfig(**{**self.fixed, **values})
