@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 import torch
+from hypothesis import settings
 from sqlalchemy.event import listens_for
 
 from cnn.config import TrainConfig
@@ -19,6 +20,11 @@ from cnn.data import Dataset, Split
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("tests", max_examples=60 if config.getoption("--slow") else 15)
+    settings.load_profile("tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before its fixtures are made
