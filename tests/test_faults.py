@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).parents[1]
 KILLED_MAKERS = """
 import os, sys, time
 from pathlib import Path
-from tracking.runs import Tracker
+from tracking.tracker import Tracker
 
 def forked():
     child = os.fork()
