@@ -257,6 +257,8 @@ def test_bad_input_in_a_process_of_its_own_has_no_traceback() -> None:
     assert "unknown loss 'hinge'" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_a_real_sweep_in_order(tmp_path: Path, number: int) -> None:
     argv = ["--trials", "50", "--epochs", "50", "--data-dir", "data", "--workers", "1"]
