@@ -34,6 +34,7 @@ from experiments.engine.base import EpochEnded
 from experiments.interrupts import Interrupts
 from experiments.reporting.figure_data import best_settings
 from experiments.study.events import TrialProgressed
+from experiments.study.opening import open_checked_storage
 from tracking.runs import Run as TrackedRun
 from tracking.selection import load_run
 
@@ -393,8 +394,9 @@ def test_a_plan_without_a_name_has_one_that_follows_from_it(tmp_path: Path, data
     plan = plan_in(tmp_path)
     nameless = replace(plan, settings=replace(plan.settings, study=None))
     other = replace(nameless, settings=replace(nameless.settings, seed=8))
+    storage = open_checked_storage(plan.settings, bool)
     names = [
-        _open_record(each, data, bool, retest=False)[0].study_name
+        _open_record(each, data, storage, retest=False).study_name
         for each in (nameless, replace(nameless, repeats=5), other)
     ]
     assert all(name.startswith(f"compare-{data.name}-") for name in names)
