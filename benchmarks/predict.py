@@ -216,7 +216,10 @@ def predict(predictor: Predictor, source: str, out: str) -> None:
     """Label a source as the command does, to the file's last byte, with a model that is loaded."""
     from tracking import predict as command
 
-    with redirect_stdout(None), mock.patch.object(command, "_chosen", return_value=(predictor, "")):
+    with (
+        redirect_stdout(None),
+        mock.patch.object(command, "_choose_model", return_value=(predictor, "")),
+    ):
         code = command.main([source, "--out", out])
     assert code == 0
 

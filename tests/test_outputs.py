@@ -49,7 +49,7 @@ def predictor_of(
 
 
 def use(patch: pytest.MonkeyPatch, predictor: Predictor) -> None:
-    patch.setattr(predict, "_chosen", lambda _: (predictor, "the model of the test"))
+    patch.setattr(predict, "_choose_model", lambda _: (predictor, "the model of the test"))
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
         "from test_outputs import predictor_of, predict, labelling, drafts\n"
-        "predict._chosen = lambda _: (predictor_of(), '')\n"
+        "predict._choose_model = lambda _: (predictor_of(), '')\n"
         "labelling.CHUNK = 1\n"
         "append = drafts.Draft.append\n"
         "def watched(self, content, **options):\n"
@@ -457,7 +457,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_so(
     use(monkeypatch, predictor_of(model=model))
     assert main(["a.npy", "--batch-size", "2"]) == 130
     error = capsys.readouterr().err
-    assert error == "note: 4 rows are kept: the same command goes on with --resume\ninterrupted\n"
+    assert error == "note: 4 rows are kept: --resume continues the same command\ninterrupted\n"
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--batch-size", "2", "--resume"]) == 0
     assert "resuming after 4 of 6" in capsys.readouterr().err

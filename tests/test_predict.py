@@ -863,7 +863,7 @@ def chosen_for(source: str, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "load_model", lambda uri: uri)
         parsed = predict.build_parser().parse_args([source, "--experiment", "two", *options])
-        return predict._chosen(parsed)[1]
+        return predict._choose_model(parsed)[1]
 
 
 def test_the_model_is_of_the_data_set_that_the_source_is_of(of_two: Tracker) -> None:

@@ -26,7 +26,7 @@ from tracking_helpers import COLOURS, log_model, new_store
 
 from tracking import predict, report
 from tracking.evaluation import figures
-from tracking.evaluation.metrics import Counter
+from tracking.evaluation.metrics import MetricsAccumulator
 from tracking.evaluation.report import FILES, count, data_name
 from tracking.prediction import pipeline
 from tracking.tracker import Tracker
@@ -179,9 +179,11 @@ def test_of_a_large_file_only_a_part_is_in_memory(
     frame.to_parquet("out.parquet")
     frame.to_json("out.jsonl", orient="records", lines=True)
     sizes: list[int] = []
-    add = Counter.add
+    add = MetricsAccumulator.add
     monkeypatch.setattr(
-        Counter, "add", lambda self, true, p: (sizes.append(len(true)), add(self, true, p))[1]
+        MetricsAccumulator,
+        "add",
+        lambda self, true, p: (sizes.append(len(true)), add(self, true, p))[1],
     )
     for ending in ENDINGS:
         sizes.clear()
@@ -305,7 +307,7 @@ def test_figures_are_of_a_size_that_can_be_looked_at(num_classes: int, tmp_path:
 def test_names_that_matplotlib_would_not_show_as_they_are_do_no_harm(tmp_path: Path) -> None:
     """No mathematics is read, and nothing is warned of: warnings are errors in tests."""
     names = ["$a_1$", r"$\frac{$", "long " * 40, "名前", "a\nb\t\0", "", "%s", "$", "😀"]
-    counter = Counter(names)
+    counter = MetricsAccumulator(names)
     counter.add(np.arange(9), np.eye(9))
     figures.draw_confusion(counter.measures(), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as figure:
@@ -408,7 +410,10 @@ def test_of_a_model_that_gives_no_numbers_there_is_no_report(
         (["--report", "x" * 300], "can't write --report 'xxx"),
         (["--report", "circle"], "can't write --report 'circle'"),
         (["--report", ".", "--out", "confusion.csv"], "--out 'confusion.csv' is a file of the"),
-        (["--report", "report", "--log"], "--log needs a run to log into: the model came from no run"),
+        (
+            ["--report", "report", "--log"],
+            "--log needs a run to log into: the model came from no run",
+        ),
     ],
 )
 def test_a_bad_option_is_one_line_before_anything_is_labelled(

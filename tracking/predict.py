@@ -154,10 +154,10 @@ def _check_options(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> int:
     _check_options(options)
     check(options.source)
-    out, target = _checked(options.out, options.source)
+    out, target = _check_output(options.out, options.source)
     if options.report:
         _check_folder(options, target)
-    predictor, why = _chosen(options)
+    predictor, why = _choose_model(options)
     use_available_cores()
     source = open_source(
         options.source,
@@ -172,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
     print(why)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
-    counts = _written(predictor, source, out, target, options)
+    counts = _write_predictions(predictor, source, out, target, options)
     # Quoted: a path may hold what a terminal obeys.
     predicted = source.size - counts.failed
     print(f"predicted {predicted} images of {options.source!r}: {str(options.out)!r}\n")
@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace) -> int:
     return SOME_FAILED if counts.failed else 0
 
 
-def _written(
+def _write_predictions(
     predictor: Predictor, source: Source, out: Format, target: Path, options: argparse.Namespace
 ) -> RunningCounts:
     """Write the file, or resume writing it."""
@@ -255,7 +255,7 @@ def _subject(predictor: Predictor, source: Source, options: argparse.Namespace) 
     )
 
 
-def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
+def _choose_model(options: argparse.Namespace) -> tuple[Predictor, str]:
     """Return the model that the options choose, and a line that names it and says why."""
     if options.model:
         predictor = load_model(options.model)
@@ -278,7 +278,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
     return load_model(model_uri(choice.run)), "\nnote: ".join([str(choice), *choice.notes()])
 
 
-def _checked(path: Path, source: str) -> tuple[Format, Path]:
+def _check_output(path: Path, source: str) -> tuple[Format, Path]:
     """Return the format of the output file and its real path, or raise ValueError."""
     out = format_of(path)
     try:
