@@ -195,7 +195,6 @@ class _Batches:
         return bool(self.losses.isfinite().all())
 
     def evaluation(self) -> Evaluation:
-        """Return the results of all images so far."""
         sizes = torch.tensor([len(each) for each in self.indices[: self.num_batches]])
         losses = self.losses[: self.num_batches].double().cpu()
         return Evaluation(

@@ -116,7 +116,7 @@ def test_a_stopwatch_gives_each_part_its_own_time_without_what_is_within(clock: 
     assert watch.requests == {"inner": 2}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def databases(request: pytest.FixtureRequest, mlflow_store: str, tmp_path: Path) -> Iterator[str]:
     """Optuna's database, and MLflow's tables in another of the same kind."""
     if request.param == "sqlite":

@@ -35,6 +35,7 @@ from experiments.study.storage import open_storage, set_once
 from experiments.sweep import main
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed"),
     # Of a study's connections, which are let go with it.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

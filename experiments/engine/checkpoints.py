@@ -177,7 +177,6 @@ def _check_names(pickle: bytes) -> None:
 
 
 def _check_fit(parts: dict[str, Any], config: TrainConfig, num_classes: int) -> None:
-    """Raise an error if a checkpoint's parts do not fit a training."""
     from cnn.networks import build_cnn
     from cnn.optimizers import OPTIMIZERS
 

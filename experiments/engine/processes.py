@@ -166,7 +166,6 @@ class _Worker:
             self.connection.send(message)
 
     def close(self) -> None:
-        """Kill the process."""
         self.process.kill()
         self.wait()
 
@@ -201,7 +200,6 @@ def visible_gpus() -> list[str]:
 
 
 def _has_cuda() -> bool:
-    """Return whether a CUDA driver is installed."""
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1")
         return True

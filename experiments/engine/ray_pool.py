@@ -304,7 +304,6 @@ class RayPool:
             self._refusals[info.node] = f"node {info.address} has {theirs}, not {ours}"
 
     def _handle_loss(self, worker: _Worker, error: RayError) -> Sequence[Event]:
-        """Remove a lost worker, and queue its job again."""
         where = f"on node {worker.info.address} " if worker.info else ""
         reason = f"the worker {where}was lost: {one_line(error)}"
         self._remove(worker)
@@ -329,7 +328,6 @@ class RayPool:
             ray.kill(worker.actor)
 
     def _dispatch(self) -> None:
-        """Give queued jobs to idle workers."""
         idle = [worker for worker in self._workers if worker.is_idle]
         while self._queue and idle:
             worker, job = idle.pop(), self._queue.popleft()

@@ -23,7 +23,7 @@ from experiments.engine.base import (
     JobMoved,
     WorkerPool,
 )
-from experiments.interrupts import InterruptionError, Interrupts
+from experiments.interrupts import Interrupts
 from experiments.study.dispatch import Dispatcher
 from experiments.study.events import (
     BestRegistered,
@@ -37,12 +37,18 @@ from experiments.study.events import (
 )
 from experiments.study.identity import differences, provenance
 from experiments.study.opening import open_study
-from experiments.study.recorder import Recorder, RunningTrial
+from experiments.study.recorder import Recorder, RunningTrial, open_tracker
 from experiments.study.settings import Settings
-from experiments.study.storage import cause_of, recording_errors, set_once, study_lock
+from experiments.study.storage import (
+    outcome_of,
+    recording_errors,
+    set_once,
+    start_errors,
+    study_lock,
+)
 from experiments.study.trial_cache import TrialCache
 from experiments.study.trials import best_trial, num_finished, tell, trials_table
-from tracking.errors import is_transient, one_line, refusal
+from tracking.errors import is_transient
 from tracking.store import check_tracking
 
 # MLflow takes a second to import, and its tables another: the workers start first.
@@ -89,20 +95,14 @@ def sweep(
         stack.enter_context(study_lock(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts)
         stack.callback(running.close)
-        try:
+        with start_errors():
             started = running.start(under)
-        except InterruptionError:
-            raise  # without `recording_errors`: MLflow may be half imported
-        except recording_errors() as error:
-            raise refusal(one_line(cause_of(error)), error) from error
         yield started
         try:
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            # After a transient error, the same command continues the sweep.
-            running.outcome = "interrupted" if is_transient(error) else "failed"
-            running.reason = one_line(cause_of(error))
+            running.outcome, running.reason = outcome_of(error)
         yield from running.close()
 
 
@@ -153,13 +153,9 @@ class _Sweep:
         now = provenance(fixed["precision"], fixed["device"])
         made_with = self.settings.made_with(self.data)
         with self.interrupts.at_once():
-            from tracking.retries import RetryPolicy
             from tracking.system_metrics import SystemMetrics
-            from tracking.tracker import Tracker
 
-            timeout = self.settings.tracking_timeout
-            retries = RetryPolicy(seconds=timeout, should_stop=self._stop_requested)
-            tracker = Tracker.open(self.settings.experiment, retries=retries)
+            tracker = open_tracker(self.settings, self._stop_requested)
         self.recorder = Recorder(
             tracker, self.study, self.settings, self.data, made_with=made_with, provenance=now
         )

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +36,15 @@ if TYPE_CHECKING:
 RETRIES = 1  # how often a failed trial is retried, on a fresh worker
 
 OBJECTIVE = "val/accuracy"
+
+
+def open_tracker(settings: Settings, should_stop: Callable[[], bool]) -> Tracker:
+    """Open MLflow's experiment; `should_stop` is asked while the server is away."""
+    from tracking.retries import RetryPolicy
+    from tracking.tracker import Tracker
+
+    retries = RetryPolicy(seconds=settings.tracking_timeout, should_stop=should_stop)
+    return Tracker.open(settings.experiment, retries=retries)
 
 
 class Recorder:

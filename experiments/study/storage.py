@@ -26,10 +26,18 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from sqlalchemy import column, table
 
+from experiments.interrupts import InterruptionError
 from experiments.study.identity import name_of
 from experiments.study.retrying_storage import RetryingStorage
 from experiments.study.trial_cache import TrialCache
-from tracking.errors import AwayError, is_database_away, one_line, refusal, without_passwords
+from tracking.errors import (
+    AwayError,
+    is_database_away,
+    is_transient,
+    one_line,
+    refusal,
+    without_passwords,
+)
 from tracking.files import open_own
 from tracking.retries import ArtifactStoreError, RetryPolicy
 from tracking.store import make_whole, sqlite_file, table_names, tracking_uri
@@ -273,6 +281,25 @@ def cause_of(error: BaseException) -> BaseException:
     if isinstance(error, StorageInternalError):
         error = error.__cause__ or error
     return getattr(error, "orig", None) or error
+
+
+@contextmanager
+def start_errors() -> Iterator[None]:
+    """Turn what a database or server raises, before anything is recorded, into one line."""
+    try:
+        yield
+    except InterruptionError:
+        raise  # MLflow may be half imported, and `recording_errors` would import from it
+    except recording_errors() as error:
+        raise refusal(one_line(cause_of(error)), error) from error
+
+
+def outcome_of(error: BaseException) -> tuple[str, str]:
+    """Return outcome and reason of a sweep that a recording error stopped.
+
+    Only after a transient error does the same command continue the sweep.
+    """
+    return "interrupted" if is_transient(error) else "failed", one_line(cause_of(error))
 
 
 @contextmanager
