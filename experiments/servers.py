@@ -288,9 +288,7 @@ def mlflow_command(database: str, artifacts: str) -> list[str]:
 def mlflow_settings(passwords: Passwords, users: str) -> dict[str, str]:
     """Return the environment of an MLflow server with users, and write its settings file.
 
-    Args:
-        passwords: the settings file is written to their folder.
-        users: the URL of the database of users.
+    `users` is the URL of the database of users.
     """
     settings = passwords.folder / "mlflow-users.ini"
     settings.write_text(MLFLOW_USERS.format(database=users))
