@@ -166,7 +166,7 @@ def files_to_read(options: argparse.Namespace) -> list[Path]:
     import numpy as np
     from PIL import Image
 
-    from cnn.images import find_images
+    from cnn.folders import find_images
 
     if options.folder is not None:
         found = find_images(options.folder)
@@ -216,7 +216,10 @@ def predict(predictor: Predictor, source: str, out: str) -> None:
     """Label a source as the command does, to the file's last byte, with a model that is loaded."""
     from tracking import predict as command
 
-    with redirect_stdout(None), mock.patch.object(command, "_chosen", return_value=(predictor, "")):
+    with (
+        redirect_stdout(None),
+        mock.patch.object(command, "_choose_model", return_value=(predictor, "")),
+    ):
         code = command.main([source, "--out", out])
     assert code == 0
 

@@ -15,9 +15,9 @@ import time
 
 from benchmarks.common import markdown, matrix_product_rate
 from cnn.devices import machine
-from experiments.engine.job import environment
+from experiments.engine.job import worker_variables
 
-SETTINGS = environment(num_threads=1)
+SETTINGS = worker_variables(num_threads=1)
 KINDS = {
     "convolutions, forwards": ("aten::mkldnn_convolution",),
     "convolutions, backwards": ("aten::convolution_backward",),
@@ -66,7 +66,7 @@ def profile(batch_size: int, images: int, rate: float) -> dict[str, str]:
     from cnn.devices import resolve_precision
     from cnn.losses import get_loss
     from cnn.networks import build_cnn
-    from cnn.training import _Stepper
+    from cnn.stepper import Stepper
 
     config = TrainConfig(
         loss="cross_entropy",
@@ -75,7 +75,7 @@ def profile(batch_size: int, images: int, rate: float) -> dict[str, str]:
         precision=resolve_precision("auto", "cpu"),
     )
     steps = images // batch_size
-    stepper = _Stepper(build_cnn(10, seed=0), get_loss(config.loss), config, steps=9 * steps)
+    stepper = Stepper(build_cnn(10, seed=0), get_loss(config.loss), config, steps=9 * steps)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (batch_size, 32, 32, 3), generator=generator).to(torch.uint8)
     labels = torch.randint(0, 10, (batch_size,), generator=generator)

@@ -30,10 +30,10 @@ def main() -> None:
     from experiments.comparison.assessment import assess
     from experiments.comparison.results import load_results
     from experiments.reporting.figures import LearningRates
-    from experiments.reporting.small_multiples import sheet
+    from experiments.reporting.small_multiples import draw_png
 
     results = load_results(options.name, options.storage)
-    (FIGURES / "comparison.png").write_bytes(sheet(LearningRates(results)))
+    (FIGURES / "comparison.png").write_bytes(draw_png(LearningRates(results)))
     assessment = assess(results)
     print(*assessment.statements, sep="\n")
     print(f"\n{table(assessment)}\n")

@@ -65,7 +65,7 @@ OF_A_TRIAL = (
     "record model",
     "close run",
     "tell Optuna",
-    "signs of life",
+    "heartbeats",
     REST,
 )
 # Okabe and Ito's, which colour-blind readers can tell apart, and greys.
@@ -121,29 +121,31 @@ class Stopwatch:
         """Watch a sweep with this pool."""
         import requests
 
+        from experiments.study import controller
         from experiments.study.controller import _Sweep
+        from experiments.study.dispatch import Dispatcher
         from experiments.study.heartbeat import Heartbeat
-        from experiments.study.recorder import RunningTrial
+        from experiments.study.recorder import Recorder, RunningTrial
         from experiments.study.space import Space
         from tracking.runs import Run
 
         parts: list[tuple[str, object, str]] = [
             (WAIT, pool, "wait"),
-            (CONNECT, _Sweep, "connect"),
-            (CONNECT, _Sweep, "_rehearse"),
-            ("count trials", _Sweep, "_has_more"),
+            (CONNECT, _Sweep, "_connect"),
+            (CONNECT, Recorder, "warm_up_export"),
+            ("count trials", Dispatcher, "has_more"),
             ("suggest", Heartbeat, "ask"),
             ("suggest", Space, "suggest"),
-            ("open run", _Sweep, "_begin_run"),
-            ("open run", _Sweep, "_reopen_run"),
+            ("open run", Recorder, "open_run"),
+            ("open run", Recorder, "reopen_run"),
             ("open run", RunningTrial, "__init__"),
             ("log to MLflow", Run, "log_metrics"),
             ("report to Optuna", RunningTrial, "record"),
             ("prune decision", _Sweep, "_should_prune"),
-            ("record model", _Sweep, "_record_model"),
+            ("record model", Recorder, "record_model"),
             ("close run", Run, "end"),
-            ("tell Optuna", _Sweep, "_tell"),
-            ("signs of life", _Sweep, "_keep_alive"),
+            ("tell Optuna", controller, "tell"),
+            ("heartbeats", Dispatcher, "keep_alive"),
         ]
         with ExitStack() as stack:
             for part, owner, name in parts:

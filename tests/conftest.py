@@ -82,7 +82,7 @@ def do_not_wait_for_the_disk(connection: object, _: object) -> None:
 def traced_once() -> Iterator[None]:
     """Have the sweeps of all tests share the models that they record, and so their graphs.
 
-    In use, a process has one sweep, or a few, and tracing is a small part of it; here it was a third.
+    In use, a process has one sweep or a few, and tracing is a small part. In tests it was a third.
     """
     from cnn.networks import Classifier
     from experiments.study.recorder import Recorder

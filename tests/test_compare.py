@@ -72,7 +72,7 @@ def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own()
 
 def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     out = compared
-    assert "search for the best setting of mse (1 of 2)" in out
+    assert "search for the best configuration of mse (1 of 2)" in out
     assert "confirmation on 2 fresh seeds" in out
     assert re.search(r"^  mse, seed 1: \d", out, re.M)
     assert "  report:            reports/c/report.html" in out
@@ -104,7 +104,7 @@ def test_where_no_loss_ends_it_says_so(
 ) -> None:
     use_pool(monkeypatch, diverges)
     assert main(SMALL) == 1
-    assert capsys.readouterr().err == "stopped: no loss has a trial that is complete\n"
+    assert capsys.readouterr().err == "stopped: no loss has a complete trial\n"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,13 @@ def test_a_comparison_that_is_killed_in_every_stage_ends_with_the_same_report(
     for name in ("calm", "stormy"):
         (tmp_path / name).mkdir()
     in_a_process(tmp_path / "calm")
-    for stage in ("0  mse", "search for the best setting of cross", "1  cross", "the test", "mse,"):
+    for stage in (
+        "0  mse",
+        "search for the best configuration of c",
+        "1  cross",
+        "the test",
+        "mse,",
+    ):
         in_a_process(tmp_path / "stormy", until=stage)
     in_a_process(tmp_path / "stormy")
     calm, stormy = (tmp_path / name / "reports" / "c" / "data" for name in ("calm", "stormy"))

@@ -370,7 +370,7 @@ def test_a_folder_is_labelled_and_compared_with_its_folders_names(
     assert output.out.splitlines()[:2] == [
         "best of 3 finished runs of experiment 'study' by val/accuracy = 0.9: "
         f"run {BEST} ({workshop[BEST]})",
-        "labelled 12 images of 'photos': 'predictions.csv'",
+        "predicted 12 images of 'photos': 'predictions.csv'",
     ]
     assert output.out.splitlines()[-1] == "accuracy 100.00 % (12 of 12)"
     assert output.err == ""
@@ -748,11 +748,11 @@ def test_a_full_disk_is_one_line(
         patch.setattr(os, "fsync", full)
         assert main(["a.npy", "--experiment", "study"]) == 1
     note, error = capsys.readouterr().err.splitlines()
-    assert note == "note: 2 rows are kept: the same command goes on with --resume"
+    assert note == "note: 2 rows are kept: --resume continues the same command"
     assert error.endswith("error: can't write the predictions: No space left on device")
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--experiment", "study", "--resume"]) == 0
-    assert "going on after 2 of 2 images" in capsys.readouterr().err
+    assert "resuming after 2 of 2 images" in capsys.readouterr().err
     assert len(read_csv()) == 2
 
 
@@ -770,7 +770,7 @@ def test_an_interrupt_is_a_line_and_leaves_nothing(
 
 
 def test_a_bug_is_no_bad_input(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "label", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: 1 / 0)
     np.save("a.npy", images(2))
     with pytest.raises(ZeroDivisionError):
         main(["a.npy", "--experiment", "study"])
@@ -863,7 +863,7 @@ def chosen_for(source: str, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "load_model", lambda uri: uri)
         parsed = predict.build_parser().parse_args([source, "--experiment", "two", *options])
-        return predict._chosen(parsed)[1]
+        return predict._choose_model(parsed)[1]
 
 
 def test_the_model_is_of_the_data_set_that_the_source_is_of(of_two: Tracker) -> None:

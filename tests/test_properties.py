@@ -140,7 +140,7 @@ def ask(predictor: Predictor, source: str, out: Path, batch_size: int, *options:
     command = [source, "--out", str(out), "--batch-size", str(batch_size), *options]
     terminal = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch, io.TextIOWrapper(terminal, "utf-8") as stream:
-        patch.setattr(predict, "_chosen", lambda _: (predictor, "the model of the test"))
+        patch.setattr(predict, "_choose_model", lambda _: (predictor, "the model of the test"))
         with redirect_stdout(stream), redirect_stderr(stream):
             code = main(command)
         stream.flush()
