@@ -37,9 +37,11 @@ OF_A_TRIAL = (
 )
 
 
-def methods() -> list[tuple[str, type, str]]:
+def methods() -> list[tuple[str, object, str]]:
     """Return the parts of a driver's work, and the methods that do them."""
+    from experiments.study import controller
     from experiments.study.controller import _Sweep
+    from experiments.study.dispatch import Dispatcher
     from experiments.study.heartbeat import Heartbeat
     from experiments.study.recorder import Recorder, RunningTrial
     from experiments.study.space import Space
@@ -47,9 +49,9 @@ def methods() -> list[tuple[str, type, str]]:
 
     return [
         (WAIT, SimulatedPool, "wait"),
-        (CONNECT, _Sweep, "connect"),
-        (CONNECT, _Sweep, "_warm_up_export"),
-        ("count trials", _Sweep, "_has_more"),
+        (CONNECT, _Sweep, "_connect"),
+        (CONNECT, Recorder, "warm_up_export"),
+        ("count trials", Dispatcher, "has_more"),
         ("suggest", Heartbeat, "ask"),
         ("suggest", Space, "suggest"),
         ("open run", Recorder, "open_run"),
@@ -60,8 +62,8 @@ def methods() -> list[tuple[str, type, str]]:
         ("prune decision", _Sweep, "_should_prune"),
         ("record model", Recorder, "record_model"),
         ("close run", Run, "end"),
-        ("tell Optuna", _Sweep, "_tell"),
-        ("heartbeats", _Sweep, "_keep_alive"),
+        ("tell Optuna", controller, "tell"),
+        ("heartbeats", Dispatcher, "keep_alive"),
     ]
 
 

@@ -23,7 +23,8 @@ from cnn.data import Dataset, Split
 from cnn.devices import resolve_precision
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS
-from cnn.training import Checkpoint, Epoch, evaluate, train
+from cnn.stepper import Checkpoint
+from cnn.training import Epoch, evaluate, train
 
 Check = Callable[[str], None]
 """It takes a device, and raises an AssertionError that says what does not hold."""
@@ -152,7 +153,7 @@ def check_resumes(device: str) -> None:
 def _require_resumes(config: TrainConfig) -> None:
     first = written_and_read(next(train(config, small_data())).checkpoint())
     expected = list(digests(train(config, small_data())))[1:]
-    found = list(digests(train(config, small_data(), after=first)))
+    found = list(digests(train(config, small_data(), resume_from=first)))
     require(found == expected, f"it differs in {config.precision}")
 
 

@@ -29,7 +29,7 @@ from scipy import stats
 from benchmarks.common import make_parser, markdown
 from experiments.comparison.assessment import Assessment, assess
 from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.comparison.tables import LEVEL, RELEVANT, interval, repeats_needed
+from experiments.comparison.tables import ALPHA, MIN_EFFECT, interval, repeats_needed
 
 Floats = npt.NDArray[np.float64]
 
@@ -73,7 +73,7 @@ class World:
 
 
 TRUTH = World(
-    means={"mse": 0.7, "cross_entropy": 0.7, "label_smoothing": 0.7 + RELEVANT}, shared=0.5
+    means={"mse": 0.7, "cross_entropy": 0.7, "label_smoothing": 0.7 + MIN_EFFECT}, shared=0.5
 )
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     gc.freeze()  # statsmodels collects garbage in each correction: give it less to look at
     rng = np.random.default_rng(options.seed)
-    lead = f"{100 * RELEVANT:g} points"
+    lead = f"{100 * MIN_EFFECT:g} points"
     print(f"One loss {lead} better than two equal ones, {options.studies:,} studies\n")
     print(f"{planted(rng, options.studies)}\n")
     print(f"A lead of {lead}, shown by the repeats that are said to show it, {MANY:,} studies")
@@ -198,7 +198,7 @@ def judge(assessment: Assessment) -> Counter[str]:
         chance = stats.norm.cdf(lead / TRUTH.spread)
         covers = pair["probability_low"] <= chance <= pair["probability_high"]
         count("interval of the probability covers", covers)
-        level = LEVEL / max(1, (assessment.pairs["verdict"] == "undecided").sum())
+        level = ALPHA / max(1, (assessment.pairs["verdict"] == "undecided").sum())
         needed = repeats_needed(TRUTH.spread, level)
         covers = pair["repeats_needed_low"] <= needed <= pair["repeats_needed_high"]
         count("range of the repeats needed covers", covers)
@@ -219,9 +219,9 @@ def share(counts: Counter[str], said: str) -> str:
 def power(rng: np.random.Generator, studies: int) -> str:
     """Return a table of how often a lead is shown by the repeats that are said to show it."""
     rows = []
-    for level in (LEVEL, LEVEL / 3, LEVEL / 15):
+    for level in (ALPHA, ALPHA / 3, ALPHA / 15):
         n = int(repeats_needed(TRUTH.spread, level))
-        p = stats.ttest_1samp(rng.normal(RELEVANT, TRUTH.spread, (studies, n)), 0, axis=1).pvalue
+        p = stats.ttest_1samp(rng.normal(MIN_EFFECT, TRUTH.spread, (studies, n)), 0, axis=1).pvalue
         rows.append([f"{level:.2g}", f"{n}", f"{(p <= level).mean():.1%}"])
     return markdown(["level", "repeats needed", "shown"], rows)
 
@@ -253,8 +253,8 @@ def told_apart(
     p = stats.ttest_1samp(differences, 0, axis=1).pvalue  # (studies, pairs)
     has_winner = np.stack([(winner == pair).any(1) for pair in pairs], axis=-1)
     # Holm's method finds something if its first step does: the least p, by their number.
-    is_found = p * len(pairs) <= LEVEL
-    is_found_alone = has_winner & (p * (losses - 1) <= LEVEL)
+    is_found = p * len(pairs) <= ALPHA
+    is_found_alone = has_winner & (p * (losses - 1) <= ALPHA)
     of_winner = np.take_along_axis(test, winner[:, None], axis=-1)[..., 0]
     low, high = interval(of_winner)
     return (

@@ -89,7 +89,7 @@ def image_files(source: Path | None, number: int, side: int) -> list[Path]:
     """Return image files: those of a folder, or new ones in a folder for each class."""
     from PIL import Image
 
-    from cnn.images import find_images
+    from cnn.folders import find_images
 
     if source is not None:
         found = find_images(source)
@@ -176,7 +176,8 @@ def predict(predictor: Predictor, source: str, out: str) -> None:
     """Predict as the command does, up to the file's last byte, with a model that is loaded."""
     from tracking import predict as command
 
-    with redirect_stdout(None), mock.patch.object(command, "_chosen", return_value=(predictor, "")):
+    patched = mock.patch.object(command, "_choose_model", return_value=(predictor, ""))
+    with redirect_stdout(None), patched:
         code = command.main([source, "--out", out])
     assert code == 0
 

@@ -1,7 +1,7 @@
-"""Images that were decoded once, kept on the disk under the digest of their content.
+"""Decoded images, stored on disk under the digest of their content.
 
-They are mapped into memory, so that a start decodes nothing and all processes of a machine share
-one copy. Each process checks the digest when it opens them.
+They are memory-mapped: a start decodes nothing, and all processes of a machine share one copy. Each
+process checks the digest when it opens them.
 """
 
 import hashlib
@@ -25,30 +25,29 @@ Integers = npt.NDArray[np.int64]
 
 Scalar = TypeVar("Scalar", np.uint8, np.int64)
 
-# Rows of images with the pixels of an earlier one, each with the row of the first such image.
 Copies = list[list[int]]
+"""Rows of images with the pixels of an earlier image, each with the row of the first such image."""
 
-FileStates = tuple[tuple[int, ...], ...]
-"""Device, number, size, and times of the last changes of some files."""
+FileStates = tuple[tuple[int, ...], ...]  # device, inode, size and change times of some files
 
-# One more whenever the same source would give other pixels than before.
+# Increase it when the same source gives other pixels than before.
 _CACHE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImagePool:
-    """All images of a data set, not split yet; those of a given test split come last."""
+    """All images of a data set before the split. A given test split comes last."""
 
     images: Bytes  # (M, 32, 32, 3)
     labels: Integers  # (M,)
     classes: tuple[str, ...]
-    given_test: int  # how many of the last images are the test split; 0: the seed chooses it
-    copies: Copies | None = None  # None: nobody has looked for them yet
+    given_test: int  # how many of the last images are the test split; 0: the seed draws it
+    copies: Copies | None = None  # None: not searched yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSource:
-    """Where images come from: what changes whenever they may have, and how to read them."""
+    """Where images come from: a fingerprint of their state, and how to read them."""
 
     name: str
     address: str
@@ -58,20 +57,20 @@ class DatasetSource:
 
 
 def key_of(source: DatasetSource) -> str:
-    """Return under which key the index has a source's images."""
-    import PIL  # training from memory does without
+    """Return the key of a source in the index."""
+    import PIL  # not needed for training from memory
 
-    # Pillow's version, because prediction will decode with the one that is installed.
+    # Pillow's version, because prediction decodes with the installed one.
     parts = [f"{_CACHE_VERSION}", PIL.__version__, source.name, *source.fingerprint()]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def look_up(cache: Path, key: str) -> str | None:
-    """Return the digest of a source's images, the name of their folder; None if none are kept."""
+    """Return the digest of a source's images, which names their folder; None if not stored."""
     try:
         return str(json.loads(_index(cache, key).read_text("utf-8"))["digest"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None  # never read, or the entry is damaged: reading the images again mends it
+        return None  # never read, or damaged: the images are read again
 
 
 def _index(cache: Path, key: str) -> Path:
@@ -79,7 +78,7 @@ def _index(cache: Path, key: str) -> Path:
 
 
 def file_states(folder: Path) -> FileStates | None:
-    """Return what changes whenever a file of an entry does; None if one isn't there."""
+    """Return what changes whenever a file of an entry does; None if one is missing."""
     try:
         found = [(folder / name).stat() for name in ("images.npy", "labels.npy", "meta.json")]
     except OSError:
@@ -88,10 +87,10 @@ def file_states(folder: Path) -> FileStates | None:
 
 
 def open_entry(folder: Path, *, is_checked: bool = False) -> ImagePool | None:
-    """Map what is kept in a folder of the cache into memory; None if it is not what was written.
+    """Memory-map a folder of the cache; None if it is damaged or missing.
 
-    The folder's name is the digest of what is in it. To check that takes 0.15 s for the 184 MB of
-    CIFAR-10 (SHA-256 by the processor's own instructions, one thread).
+    The folder's name is the digest of its content. Checking it takes 0.15 s for the 184 MB of
+    CIFAR-10 (SHA-256 instructions of the processor, one thread).
     """
     try:
         pool = _map_pool(folder)
@@ -100,7 +99,7 @@ def open_entry(folder: Path, *, is_checked: bool = False) -> ImagePool | None:
         return None
     except OSError:
         raise
-    except Exception:  # a parser that trips over a damaged file may raise anything
+    except Exception:  # a parser may raise anything on a damaged file
         return None
 
 
@@ -117,21 +116,21 @@ def _map_pool(folder: Path) -> ImagePool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return what is noted of an entry: name, source, classes, number of images, copies."""
+    """Return the metadata of an entry: name, source, classes, number of images, copies."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
-    # Entries of earlier versions have no checksum, nor any copies.
+    # Entries of earlier versions have no checksum and no copies.
     if "checksum" in meta and meta.pop("checksum") != _checksum(meta):
         raise ValueError(f"{str(folder / 'meta.json')!r} is not what was written")
     return meta
 
 
 def _checksum(meta: dict[str, Any]) -> str:
-    # Of what the digest of the content leaves out, too: where it came from, and the copies.
+    # The digest of the content leaves out the source and the copies.
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _map(file: Path, dtype: type[Scalar], shape: tuple[int, ...]) -> npt.NDArray[Scalar]:
-    # Copy on write: shared as long as nobody writes, and torch warns of read-only memory.
+    # Copy on write: shared until somebody writes, and torch warns of read-only memory.
     array = np.lib.format.open_memmap(file, mode="c")
     size = array.offset + array.nbytes
     if array.dtype != dtype or array.shape != shape or file.stat().st_size != size:
@@ -140,7 +139,7 @@ def _map(file: Path, dtype: type[Scalar], shape: tuple[int, ...]) -> npt.NDArray
 
 
 def add_entry(cache: Path, key: str, source: DatasetSource) -> tuple[str, ImagePool]:
-    """Read a source into the cache. Others may be doing the same: what is there is whole."""
+    """Read a source into the cache. Other processes may do the same: entries appear whole."""
     (cache / "index").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
         pool = source.read()
@@ -163,7 +162,7 @@ def _digest(pool: ImagePool) -> str:
 
 
 def _find_copies(images: Bytes) -> Copies:
-    """Return the rows of images with the pixels of an earlier one, with the first such row."""
+    """Return the rows of repeated images, each with the row of the first such image."""
     first: dict[bytes, int] = {}
     firsts = [
         first.setdefault(hashlib.sha256(image.data).digest(), i) for i, image in enumerate(images)
@@ -187,7 +186,7 @@ def _write_pool(folder: Path, pool: ImagePool, source: DatasetSource) -> None:
 
 
 def with_copies(pool: ImagePool, folder: Path) -> ImagePool:
-    """Note the copies of an entry of an earlier version, if it may be written to."""
+    """Add the copies to an entry of an earlier version, if it is writable."""
     copies = _find_copies(pool.images)
     meta = read_meta(folder) | {"copies": copies}
     with (
@@ -208,13 +207,13 @@ def _write_json(file: Path, content: dict[str, object]) -> None:
 def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
     with file.open("xb") as stream:
         write(stream)
-        # On the disk before its folder gets its final name: a power cut may come in between.
+        # On disk before its folder gets its final name, in case of a power cut.
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _publish(new: Path, final: Path) -> ImagePool:
-    """Move a folder to its final name, and map it into memory."""
+    """Move a folder to its final name, and memory-map it."""
     there = open_entry(final)
     if there is not None:  # the same images from elsewhere
         return there

@@ -1,4 +1,4 @@
-"""All that determines a training, but for the data set."""
+"""The configuration of a training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All that determines a training run, but for the data set.
+    """All that determines a training, except the data set.
 
     Raises:
         ValueError: a field is out of its range; the message names field, value and range.
@@ -29,21 +29,21 @@ class TrainConfig:
     learning_rate: float
     """The highest of the schedule, > 0."""
     batch_size: int
-    """Images a step, ≥ 1 and at most those of the training split."""
+    """Images per step, ≥ 1 and at most the size of the training split."""
     epochs: int = 8
     """Passes over the training split, ≥ 1."""
     seed: int = 0
-    """Of initial weights, the order of the images and dropout, in 0 .. 2³² − 1."""
+    """Of initial weights, image order and dropout, in 0 .. 2³² − 1."""
     optimizer: str = "sgd"
-    """A name of `OPTIMIZERS`; `sgd` is with Nesterov momentum."""
+    """A name of `OPTIMIZERS`. `sgd` has Nesterov momentum."""
     momentum: float = 0.9
     """Of `sgd`, in [0, 1)."""
     weight_decay: float = 0.0
-    """As the optimizer understands it, ≥ 0."""
+    """As the optimizer defines it, ≥ 0."""
     schedule: str = "one_cycle"
-    """How the learning rate goes over the steps: a name of `SCHEDULES`."""
+    """How the learning rate changes: a name of `SCHEDULES`."""
     precision: str = "float32"
-    """Of the network's arithmetic, a name of `PRECISIONS`; weights are kept in float32."""
+    """Of the network's arithmetic, a name of `PRECISIONS`. Weights are stored in float32."""
     device: str = "cpu"
     """Where to train: `cpu`, `cuda`, `cuda:1`, …"""
 
@@ -62,7 +62,7 @@ class TrainConfig:
         _check("device", self.device, "cpu, cuda or cuda:N", is_device)
 
     def as_params(self) -> dict[str, Any]:
-        """Return the fields by name, for a tracker's params."""
+        """Return the fields by name, to be recorded as params."""
         return asdict(self)
 
 
@@ -80,6 +80,6 @@ def _check(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], obje
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise a ValueError with the choices if `value` is none of them."""
+    """Raise a ValueError that lists the choices if `value` is not one of them."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

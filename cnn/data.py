@@ -1,7 +1,7 @@
-"""A named data set as uint8 tensors, split by a seed into training, validation and test images.
+"""A data set as uint8 tensors, split by a seed into training, validation and test images.
 
-`cnn.datasets` knows where images come from, `cnn.cache` keeps them decoded. An error of the caller
-or in the data is a ValueError of one line.
+`cnn.datasets` says where images come from, `cnn.cache` stores them decoded. Bad input and bad data
+are a ValueError of one line.
 """
 
 import os
@@ -27,16 +27,16 @@ from cnn.cache import (
 )
 from cnn.datasets import find_source
 
-# Below this many validation images, one image is more than a point of accuracy.
+# With fewer validation images, one image is more than a point of accuracy.
 MIN_VALIDATION = 100
 MAX_SHARE_OF_A_CLASS = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Some rows of all images of a data set."""
+    """Rows of all images of a data set."""
 
-    all_images: Tensor  # (M, 32, 32, 3) uint8; on the CPU memory-mapped: shared between processes
+    all_images: Tensor  # (M, 32, 32, 3) uint8; on the CPU memory-mapped, shared by processes
     all_labels: Tensor  # (M,) int64
     rows: Tensor  # (N,) int64, which of all images belong to the split
 
@@ -59,7 +59,7 @@ class Split:
         return self.all_labels.index_select(0, self.rows)
 
     def to(self, device: torch.device | str) -> "Split":
-        """Return the split with its own images alone on `device`; on the CPU, the split itself."""
+        """Return the split with only its own images on `device`; on the CPU, the split itself."""
         if torch.device(device).type == "cpu":
             return self
         return Split(
@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A data set, split: train for learning, validation for choosing, test for the winners."""
+    """A data set: train for learning, validation for choosing, test for the winners."""
 
     name: str
     classes: tuple[str, ...]
@@ -79,22 +79,22 @@ class Dataset:
     validation: Split
     test: Split
     digest: str  # 32 hex digits of the SHA-256 of pixels, labels, class names, given test split
-    source: str  # a path or a function, for people
+    source: str  # a path or a function, for display
     given_test: bool = False  # the test split is the same for every seed
-    notes: tuple[str, ...] = ()  # by `load`: what people should know of the data, a line each
-    checked: FileStates | None = None  # by `load`: for `open_cached`
+    notes: tuple[str, ...] = ()  # from `load`: what the user should know of the data, a line each
+    checked: FileStates | None = None  # from `load`, for `open_cached`
 
 
 def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     """Return a data set by its name (see DATASETS) or by the path of a folder of images.
 
     A folder holds `train/<class>/*`, with `test/<class>/*` if there is a given test split, or
-    just `<class>/*`. Folders with names like `Training` or `seg_test` are splits, too; those for
-    validation are refused, and what systems leave behind is passed over. Decoded images are kept
-    in `data_dir`, where CIFAR-10 is downloaded to.
+    just `<class>/*`. Names like `Training` or `seg_test` are recognised as splits. A validation
+    split is refused, and system files are skipped. Decoded images are stored in `data_dir`, where
+    CIFAR-10 is downloaded to.
 
-    A given test split is used as it is, whatever the seed, and the validation split is 10 % of the
-    rest; without one, 20 % each go into validation and test. Both are drawn class by class.
+    A given test split is the same for every seed, and the validation split is 10 % of the rest.
+    Without one, validation and test get 20 % each. Both are drawn class by class.
     Raises ValueError.
     """
     _check_seed(seed)
@@ -126,16 +126,10 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
 def open_cached(
     digest: str, data_dir: Path, seed: int, *, checked: FileStates | None = None
 ) -> Dataset:
-    """Return what `load` returned, without a look at where it came from: for worker processes.
+    """Return what `load` returned, without its source: for worker processes.
 
-    Name and source are those under which these very images were read first.
-
-    Args:
-        digest: of the data set.
-        data_dir: which has it in its cache.
-        seed: of the split.
-        checked: the files as they were when `load` checked their digest. Where they are the same
-            ones still, on this machine, that is not done again.
+    Name and source are those of the first reading of these images. If the files are still in the
+    state `checked`, their digest is not checked again.
     """
     _check_seed(seed)
     folder = data_dir / "cache" / digest
@@ -159,7 +153,7 @@ def _check_seed(seed: int) -> None:
 
 
 def split_pool(pool: ImagePool, digest: str, seed: int, *, name: str, source: str) -> Dataset:
-    """Return a data set whose images are in memory already, split with a seed."""
+    """Return a data set of images in memory, split with a seed."""
     images, labels = torch.from_numpy(pool.images), torch.from_numpy(pool.labels)
     train, validation, test = (
         Split(all_images=images, all_labels=labels, rows=torch.from_numpy(rows))
@@ -178,7 +172,7 @@ def split_pool(pool: ImagePool, digest: str, seed: int, *, name: str, source: st
 
 
 def _split_rows(labels: Integers, *, given_test: int, seed: int) -> list[Integers]:
-    """Return the rows of train, validation and test, each in random order but a given test."""
+    """Return the rows of train, validation and test, each shuffled except a given test split."""
     generator = np.random.Generator(np.random.PCG64(seed))
     free = labels[: len(labels) - given_test]
     drawn: list[list[Integers]] = [[], [], []]
@@ -189,7 +183,7 @@ def _split_rows(labels: Integers, *, given_test: int, seed: int) -> list[Integer
         train = len(rows) - validation - test
         for split, part in zip(drawn, np.split(rows, [train, train + validation]), strict=True):
             split.append(part)
-    # Mixed, so that the first rows of a split are not all of one class.
+    # Shuffled, so that the first rows of a split are not all of one class.
     splits = [generator.permutation(np.concatenate(parts)) for parts in drawn]
     if given_test:
         splits[2] = np.arange(len(free), len(labels))
@@ -200,11 +194,11 @@ def _share(count: int, *, percent: int) -> int:
     return max(1, (count * percent + 50) // 100)
 
 
-# What people should know of a split
+# What the user should know of a split
 
 
 def _notes_of_copies(dataset: Dataset, pool: ImagePool) -> Iterator[str]:
-    """Tell of images that are in two splits: what is measured on them is memory."""
+    """Yield a note on images that are in two splits: accuracy on them measures memory."""
     first = np.arange(len(pool.images))
     for row, other in pool.copies or ():
         first[row] = other
@@ -224,7 +218,7 @@ def _notes_of_copies(dataset: Dataset, pool: ImagePool) -> Iterator[str]:
 
 
 def notes_on_choosing(dataset: Dataset) -> Iterator[str]:
-    """Tell of a validation split whose accuracy can't tell configurations apart, a line each."""
+    """Yield notes on a validation split that is too small or too uneven to choose by."""
     labels = dataset.validation.labels
     size = len(labels)
     if size < MIN_VALIDATION:

@@ -17,19 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from cnn.cache import Bytes, DatasetSource, ImagePool
-from cnn.images import (
-    IMAGE_SIZE,
-    count_passed_over,
-    decode,
-    is_system_name,
-    note_on_passed_over,
-    resize,
-    walk,
-)
+from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
+from cnn.images import IMAGE_SIZE, decode, resize
 
 _FILES_PER_TASK = 32
 
-# What folders of splits are called, but for fillers such as in `train_images`.
+# Names of the folders of splits, without fillers such as in `train_images`.
 _SPLITS = {
     "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
     "validation": {
@@ -46,21 +39,16 @@ _FILLERS = {
 
 _NETWORK_TIMEOUT_SECONDS = 20.0
 
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-)
+_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def is_known(name: str) -> bool:
-    """Return whether this is the name of a data set, rather than a folder's path."""
+    """Return whether this is the name of a data set, not the path of a folder."""
     return name in DATASETS
 
 
 def find_source(name: str, data_dir: Path) -> DatasetSource:
-    """Return where a data set comes from, by its name or by a folder's path. Raises ValueError."""
+    """Return the source of a named data set, or of a folder of images. Raises ValueError."""
     if is_known(name):
         return DATASETS[name](data_dir)
     try:
@@ -72,7 +60,7 @@ def find_source(name: str, data_dir: Path) -> DatasetSource:
     raise ValueError(f"unknown data set {name!r}: choose {known}, or the path of a folder")
 
 
-def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- it comes with scikit-learn
+def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn contains it
     return DatasetSource(
         name="digits",
         address="sklearn.datasets.load_digits",
@@ -98,7 +86,7 @@ def _cifar10(data_dir: Path) -> DatasetSource:
     return DatasetSource(
         name="cifar10",
         address="torchvision.datasets.CIFAR10",
-        fingerprint=list,  # it never changes, and torchvision verifies its checksums
+        fingerprint=list,  # it never changes, and torchvision checks its checksums
         read=lambda: _read_cifar10(data_dir),
     )
 
@@ -108,12 +96,12 @@ def _read_cifar10(data_dir: Path) -> ImagePool:
     from torchvision.datasets.utils import extract_archive
 
     with (
-        redirect_stdout(sys.stderr),  # what torchvision says of its progress
+        redirect_stdout(sys.stderr),  # torchvision's progress
         tempfile.TemporaryDirectory(dir=data_dir, prefix=".cifar10-") as scratch,
     ):
         try:
             train, test = (CIFAR10(data_dir, train=train) for train in (True, False))
-        except RuntimeError:  # not there unpacked, or damaged
+        except RuntimeError:  # not unpacked, or damaged
             extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
             train, test = (CIFAR10(scratch, train=train) for train in (True, False))
     return ImagePool(
@@ -125,7 +113,7 @@ def _read_cifar10(data_dir: Path) -> ImagePool:
 
 
 def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
-    """Return CIFAR-10's archive in `data_dir`, downloaded if it isn't there or is damaged."""
+    """Return CIFAR-10's archive in `data_dir`; download it if it is missing or damaged."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, download_url
 
@@ -141,13 +129,13 @@ def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
             f"{damage}CIFAR-10 can't be downloaded ({_reason(error)}): put an intact "
             f"{CIFAR10.filename} from {CIFAR10.url} into {str(data_dir)!r}, or use --dataset digits"
         ) from error
-    # Only a whole archive gets the name under which it is looked for.
+    # Only a complete archive gets the final name.
     (scratch / CIFAR10.filename).replace(archive)
     return archive
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError):  # torchvision, of the checksum
+    if isinstance(error, RuntimeError):  # torchvision's checksum failed
         return "the server sent another file"
     # An HTTPError's reason lacks the code, a plain URLError's text is wrapped.
     return str(error.reason if type(error) is urllib.error.URLError else error)
@@ -155,7 +143,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _network_timeout(seconds: float) -> Iterator[None]:
-    """Let connections fail that nobody answers: torchvision would wait for minutes."""
+    """Let connections fail after `seconds`: torchvision would wait for minutes."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -165,19 +153,19 @@ def _network_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(folder: Path) -> DatasetSource:
-    passed_over: Counter[str] = Counter()
-    train, test, notes = _layout(folder, passed_over)
-    classes = _folders(train, passed_over if train != folder else None)
-    # Training needs an image of each class, and so does each split that is drawn from the same.
+    skipped: Counter[str] = Counter()
+    train, test, notes = _layout(folder, skipped)
+    classes = _folders(train, skipped if train != folder else None)
+    # Training needs an image of each class, and so does each split drawn from the same images.
     least = 3 if test is None else 2
-    files, labels = _labelled_files(train, classes, least=least, passed_over=passed_over)
+    files, labels = _labelled_files(train, classes, least=least, skipped=skipped)
     notes += _notes_of_inner_splits(train, files) + _notes_of_numbered(train, classes)
     test_labels: list[int] = []
     if test is not None:
-        differing = sorted(set(classes) ^ set(_folders(test, passed_over)))
+        differing = sorted(set(classes) ^ set(_folders(test, skipped)))
         if differing:
             raise ValueError(f"train and test in {str(folder)!r} differ in classes: {differing}")
-        test_files, test_labels = _labelled_files(test, classes, least=1, passed_over=passed_over)
+        test_files, test_labels = _labelled_files(test, classes, least=1, skipped=skipped)
         files += test_files
     return DatasetSource(
         name=folder.name,
@@ -189,24 +177,24 @@ def _folder(folder: Path) -> DatasetSource:
             classes=tuple(classes),
             given_test=len(test_labels),
         ),
-        notes=notes + note_on_passed_over(passed_over),
+        notes=notes + note_on_skipped(skipped),
     )
 
 
-def _layout(folder: Path, passed_over: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
-    """Return the folder of the training images, or of all, that of a given test split, and notes.
+def _layout(folder: Path, skipped: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
+    """Return the folder of the training images (or of all), that of a given test split, and notes.
 
-    A folder whose name says train, validation or test (see `_role`) is a split, or the data set is
-    refused. With one exception: it is a class where its name says train, as that of a vehicle does,
-    it has no folders in it, and there are two other folders or more.
+    A folder named like a split (see `_role`) is one, or the data set is refused. One exception: a
+    folder named like `train` is a class, such as the vehicle, if it contains no folders and there
+    are at least two other folders.
     """
-    names = _folders(folder, passed_over)
+    names = _folders(folder, skipped)
     roles = {name: role for name in names if (role := _role(name))}
-    if "invalid" in map(str.lower, names):  # two classes, as of tickets
+    if "invalid" in map(str.lower, names):  # valid and invalid are two classes
         roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
     plain = {name: role for name, role in roles.items() if _role(name, plain=True)}
     if "train" in plain.values():
-        roles = plain  # beside `train`, `train_old` is another folder
+        roles = plain  # next to `train`, `train_old` is another folder
     others = [name for name in names if name not in roles]
     is_vehicle = set(roles.values()) == {"train"} and len(others) >= 2
     if not roles or (is_vehicle and not any(_folders(folder / name) for name in roles)):
@@ -218,20 +206,20 @@ def _layout(folder: Path, passed_over: Counter[str]) -> tuple[Path, Path | None,
             f"{str(folder)!r} has {objection}. A data set is train/CLASS/*, with test/CLASS/* if "
             "there is a test split, or just CLASS/*: if one of these is a class, rename its folder"
         )
-    notes = (f"not used, beside the splits: {', '.join(map(repr, others))}",) if others else ()
+    notes = (f"not used, next to the splits: {', '.join(map(repr, others))}",) if others else ()
     train, *test = (_unwrapped(folder / name) for name in of_role["train"] + of_role["test"])
     return train, test[0] if test else None, notes
 
 
 def _objection(of_role: dict[str, list[str]]) -> str:
-    """Return what is wrong with the folders of each split; '' if nothing is."""
+    """Return why the folders of the splits are refused; '' if they are not."""
     for role, names in of_role.items():
         if len(names) > 1:
             return f"{len(names)} folders for {role}, {names}, where one is expected"
     validation, test = of_role["validation"], of_role["test"]
     if not of_role["train"]:
         return f"a folder {(validation + test)[0]!r}, but none that is called train"
-    # Rather than learn without them, unnoticed.
+    # Refused, because the training would silently leave them out.
     if validation:
         return (
             f"a folder {validation[0]!r}, which would not be used (validation images are drawn "
@@ -241,10 +229,10 @@ def _objection(of_role: dict[str, list[str]]) -> str:
 
 
 def _role(name: str, *, plain: bool = False) -> str | None:
-    """Return of which split a folder's name says that it is: of `_SPLITS`, or None.
+    """Return the split that a folder's name means, a key of `_SPLITS`, or None.
 
     Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
-    Without `plain`, it may be the last of several words: `seg_train`.
+    Without `plain`, the last of several words may mean it: `seg_train`.
     """
     words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
     telling = [word for word in words if word not in _FILLERS and len(word) > 1]
@@ -253,28 +241,28 @@ def _role(name: str, *, plain: bool = False) -> str | None:
 
 
 def _unwrapped(split: Path) -> Path:
-    # Archives often hold `seg_train/seg_train/CLASS`.
+    # Archives often contain `seg_train/seg_train/CLASS`.
     return split / split.name if _folders(split) == [split.name] else split
 
 
-def _folders(folder: Path, passed_over: Counter[str] | None = None) -> list[str]:
-    """Return the names of the folders in one; count what is hidden, or a system's own."""
+def _folders(folder: Path, skipped: Counter[str] | None = None) -> list[str]:
+    """Return the names of the folders in a folder; count hidden and system files."""
     names = []
     for entry in folder.iterdir():
         if not is_system_name(entry.name):
             names += [entry.name] if entry.is_dir() else []
-        elif passed_over is not None:
-            count_passed_over(entry.name, passed_over)
+        elif skipped is not None:
+            count_skipped(entry.name, skipped)
     return sorted(names)
 
 
 def _labelled_files(
-    folder: Path, classes: list[str], *, least: int, passed_over: Counter[str]
+    folder: Path, classes: list[str], *, least: int, skipped: Counter[str]
 ) -> tuple[list[str], list[int]]:
     """Return the files in the folders of all classes, class by class, and their labels."""
-    # As text: sixty thousand paths are made and asked for their state in half of the time.
+    # As text: `Path` objects take twice the time for 60,000 files.
     found = [
-        [f"{folder}/{name}/{file}" for file in walk(folder / name, passed_over)] for name in classes
+        [f"{folder}/{name}/{file}" for file in walk(folder / name, skipped)] for name in classes
     ]
     if not any(found):
         raise ValueError(
@@ -293,7 +281,7 @@ def _labelled_files(
 
 
 def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
-    """Tell of CLASS/train and CLASS/test, which are not told apart."""
+    """Return a note on CLASS/train and CLASS/test, which are read as one class."""
     depth = str(folder).count("/") + 2
     inner = {parts[depth] for file in files if len(parts := file.split("/")) > depth + 1}
     names = sorted(name for name in inner if _role(name, plain=True))
@@ -301,12 +289,12 @@ def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
         return ()
     return (
         f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
-        "the splits are drawn anew",
+        "the splits are drawn again",
     )
 
 
 def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
-    """Tell of fold1/CLASS and fold2/CLASS, whose outer folders are taken for the classes."""
+    """Return a note on fold1/CLASS and fold2/CLASS, whose outer folders are read as classes."""
     if len({re.sub(r"\d+", "", name) for name in classes}) > 1:
         return ()
     first, *others = (_folders(folder / name) for name in classes)
@@ -315,13 +303,13 @@ def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
     return (
         f"the classes are {', '.join(map(repr, classes[:3]))}{' …' if len(classes) > 3 else ''}; "
         f"in each are folders {', '.join(map(repr, first[:3]))}{' …' if len(first) > 3 else ''}: "
-        "if those are the classes, put the images together, as CLASS/*",
+        "if those are the classes, merge the outer folders into CLASS/*",
     )
 
 
 def _fingerprint(file: str) -> str:
-    # Archives and copying set the time of the content (mtime) back, but can't set that of the
-    # last change of any kind (ctime). The price: images that were copied are decoded again.
+    # Archives and copying restore the content's time (mtime), but can't restore the time of the
+    # last change of any kind (ctime). Therefore copied images are decoded again.
     try:
         status = os.stat(file)  # noqa: PTH116 -- see _labelled_files
     except OSError as error:
@@ -336,13 +324,13 @@ def _decode_all(files: Sequence[str]) -> Bytes:
         for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
             images[row] = decode(Path(file))
 
-    # Threads: Pillow holds no lock while it decodes and resizes, and nothing is sent around.
+    # Threads: Pillow releases the lock while it decodes, and nothing is copied between processes.
     with ThreadPoolExecutor(os.cpu_count()) as executor:
-        # In order, so that of several bad files the first is named. An error cancels the rest.
+        # In order, so that the first of several bad files is named. An error cancels the rest.
         for _ in executor.map(decode_from, range(0, len(files), _FILES_PER_TASK)):
             pass
     return images
 
 
-# Each name, and where in `data_dir` or elsewhere its images come from.
+# The source of each named data set, given `data_dir`.
 DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"digits": _digits, "cifar10": _cifar10}

@@ -1,4 +1,4 @@
-"""What this machine has: processor cores, GPUs, fast arithmetic."""
+"""The hardware of this machine: processor cores, GPUs, fast arithmetic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def resolve_device(name: str) -> str:
-    """Return the device that `auto` stands for, or check that the one named is there.
+    """Return the device that `auto` means, or check that the named one exists.
 
     Raises:
-        ValueError: there is no such device; the message says which there are.
+        ValueError: there is no such device; the message lists those there are.
     """
     import torch
 
@@ -29,9 +29,9 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_precision(name: str, device: str) -> str:
-    """Return the precision that `auto` stands for on a device: bfloat16 where that is faster.
+    """Return the precision that `auto` means on a device: bfloat16 where that is faster.
 
-    That is on GPUs from Ampere on and on processors with bfloat16 instructions (AMX, AVX-512).
+    It is faster on GPUs since Ampere and on processors with bfloat16 units (AMX, AVX-512).
     """
     import torch
 
@@ -48,10 +48,9 @@ def resolve_precision(name: str, device: str) -> str:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use: those that it may run on, within its quota.
+    """Return how many cores this process may use, by its affinity and its quota.
 
-    A part of a core counts as one: threads that take turns use it, and wait for each other no more
-    than they do for other processes.
+    A fraction of a core counts as one core.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -61,11 +60,11 @@ def num_cores() -> int:
 
 
 def _cpu_quota() -> float:
-    """Return how many cores' time Linux' control groups let this process have, as containers do.
+    """Return the CPU quota of this process in cores, set by Linux control groups (containers).
 
-    That is the least of its group and of those that this is in, as far as they can be seen: in a
-    container, they may be at the top of what is mounted, whatever the path says. (The kernel's
-    documentation: admin-guide/cgroup-v2, `cpu.max`; scheduler/sched-bwc, `cpu.cfs_quota_us`.)
+    It is the minimum over its group and the visible parents. A container may see its own group as
+    the top of the mount, whatever the path says. (Kernel documentation: admin-guide/cgroup-v2,
+    `cpu.max`; scheduler/sched-bwc, `cpu.cfs_quota_us`.)
     """
     try:
         groups = [line.split(":", 2) for line in _OWN_CGROUPS.read_text().splitlines()]
@@ -84,7 +83,7 @@ def _cpu_quota() -> float:
 
 
 def _quota_in(group: Path) -> float:
-    """Return how many cores' time a control group may have, by its files of either version."""
+    """Return the quota of one control group in cores, from its files of either version."""
     with suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
@@ -95,7 +94,7 @@ def _quota_in(group: Path) -> float:
 
 
 def bfloat16_units() -> dict[str, bool]:
-    """Return which of a processor's units for fast bfloat16 products this one has, by name."""
+    """Return whether this processor has each unit for fast bfloat16 products, by name."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
@@ -106,7 +105,7 @@ def bfloat16_units() -> dict[str, bool]:
 
 
 def machine() -> str:
-    """Return what this machine is, as far as it matters for speed."""
+    """Return the parts of this machine that matter for speed, as text."""
     import torch
 
     name = platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
-"""Image files and arrays to 32×32 RGB pixels: the one way of decoding, for training and prediction.
+"""Image files and arrays to 32×32 RGB pixels: one way of decoding, for training and prediction.
 
-Needs numpy and Pillow only, so that a prediction doesn't have to import torch to read its images;
-and Pillow only where it decodes, so that training from memory does without.
+Needs only numpy, and Pillow where it decodes. So a prediction reads images without torch, and
+training from memory does without Pillow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,145 +28,43 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 32
 
-# Named, so that a stray file is not handed to one of Pillow's forty parsers (EPS starts
-# Ghostscript), and so that what is read doesn't depend on which plugins were imported before.
+# Named, so that a stray file does not reach one of Pillow's forty parsers (EPS starts Ghostscript).
+# Also, earlier imports of plugins make no difference.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
 
-# What a file may ask for, looked at before anything is decoded: a few bytes can stand for gigabytes
-# of pixels. The first is where Pillow would warn; of longer sides, its tables for resizing would
-# take gigabytes.
+# Checked before anything is decoded: a few bytes can stand for gigabytes of pixels. Pillow warns
+# beyond MAX_PIXELS, and its tables for resizing take gigabytes beyond MAX_SIDE.
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 1_000_000
 MAX_BYTES = 2**29
 
-# Images that may take long or much are decoded by a process with these limits, one at a time, so
-# that threads don't add up. To start it takes a fraction of a second.
+# Demanding images are decoded by a process with these limits, one at a time, because threads would
+# add up. It starts in a fraction of a second.
 MAX_SECONDS = 60
 MAX_MEMORY = 2 * 10**9  # bytes
 _one_demanding_image = threading.Lock()
 
-# All others take at most a second and half of a gigabyte, or some seconds if somebody made them so.
+# Other images take at most a second and 0.5 GB, or some seconds if made to.
 _LARGE = 2**25  # pixels
-_LARGE_JPEG2000 = 2**21  # pixels: each can be a tenth of a kilobyte in memory
+_LARGE_JPEG2000 = 2**21  # pixels: each may take 100 bytes of memory
 _LARGE_FILE = 2**25  # bytes: some parsers are written in Python
-_LARGE_SCANS = 2**30  # pixels, each counted once for each scan of a JPEG
-_LARGE_TEXT = 2**18  # bytes: of a PBM, PGM or PPM in digits, whose comments are cut out one by one
-_LARGE_TAG = 2**16  # numbers in a TIFF's tag, of which Python makes objects: a strip or tile each
+_LARGE_SCANS = 2**30  # pixels times the scans of a JPEG
+_LARGE_TEXT = 2**18  # bytes of a PBM, PGM or PPM in digits, whose comments are removed one by one
+_LARGE_TAG = 2**16  # numbers in a TIFF's tag, which become Python objects: one per strip or tile
 
-_BYTES = {1, 2, 7}
-"""TIFF's numbers for the types whose values stay bytes."""
+_BYTES = {1, 2, 7}  # TIFF's type numbers whose values stay bytes
 
-# Encoders make ten scans or so.
+# Encoders write about ten scans.
 MAX_SCANS = 100
-
-_NAMES_SHOWN = 3
-
-# Files and folders that systems and file managers leave behind, in lower case, beside those whose
-# name starts with a dot: of Windows, macOS, Linux, Synology, QNAP and NetApp. Some hold thumbnails
-# or deleted images.
-_SYSTEM_NAMES = {
-    "thumbs.db",
-    "thumbs.db:encryptable",
-    "ehthumbs.db",
-    "ehthumbs_vista.db",
-    "desktop.ini",
-    "$recycle.bin",
-    "system volume information",
-    "found.000",
-    "icon\r",
-    "icon\uf00d",  # the same on a network drive
-    "__macosx",
-    "network trash folder",
-    "temporary items",
-    "lost+found",
-    "@eadir",
-    "#recycle",
-    "#snapshot",
-    "@recycle",
-    "@recently-snapshot",
-    "~snapshot",
-}
-
-
-def is_system_name(name: str) -> bool:
-    """Return whether a file or folder of this name is passed over: hidden, or a system's own."""
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
-
-
-def count_passed_over(name: str, passed_over: Counter[str]) -> None:
-    """Count a system's file or folder; those that macOS writes beside each file, as one name."""
-    passed_over["._*" if name.startswith("._") else name] += 1
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Return all files below `folder`, sorted by their path relative to it.
-
-    Leaves out hidden files and folders, and those of systems. Follows links, but enters each folder
-    once, so that a link to a folder above ends. Whether a file is an image, `decode` finds out.
-    Raises ValueError where a folder can't be listed.
-    """
-    return [folder / name for name in walk(folder)]
-
-
-def walk(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
-    """Yield the relative paths of what `find_images` returns, without keeping them.
-
-    What is left out is counted in `passed_over` by its name, a folder as one.
-    """
-    try:
-        yield from _walk(folder, "", set(), Counter() if passed_over is None else passed_over)
-    except OSError as error:
-        raise ValueError(f"can't list the folder {str(folder)!r}: {error}") from error
-
-
-def note_on_passed_over(passed_over: Counter[str]) -> tuple[str, ...]:
-    """Return a line on the system files and folders that were passed over, if there were any."""
-    if not passed_over:
-        return ()
-    names = [f"{name!r} ({count:,})" for name, count in passed_over.most_common(_NAMES_SHOWN)]
-    more = len(passed_over) - len(names)
-    others = f" and {more:,} other names" if more else ""
-    total = f"{passed_over.total():,} hidden or system files or folders"
-    return (f"passed over {total}: {', '.join(names)}{others}",)
-
-
-def _walk(
-    folder: Path, prefix: str, entered: set[tuple[int, int]], passed_over: Counter[str]
-) -> Iterator[str]:
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in entered:
-        return
-    entered.add((status.st_dev, status.st_ino))
-    names = []
-    with os.scandir(folder) as scan:
-        for entry in scan:
-            if is_system_name(entry.name):
-                count_passed_over(entry.name, passed_over)
-            else:
-                names.append(entry.name + "/" * _is_folder(entry))
-    names.sort()
-    # With the slash, so that what comes out is in the order of whole paths: `b-c.png` before `b/`.
-    for name in names:
-        if name.endswith("/"):
-            yield from _walk(folder / name, prefix + name, entered, passed_over)
-        else:
-            yield prefix + name
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself, say: `decode` finds out
-        return False
 
 
 def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
     """Return an image file, or the bytes of one, as uint8 pixels (32, 32, 3).
 
-    Turned as its EXIF orientation says, converted to RGB (transparency is dropped, as torchvision's
-    ImageFolder does), and squashed to a square where it has another size. Of an animation, the
-    first frame. Raises ValueError, which names the file, for what is no readable image, has more
-    than MAX_PIXELS, MAX_SIDE or MAX_BYTES, or takes more than MAX_SECONDS or MAX_MEMORY.
+    Turned by its EXIF orientation, converted to RGB (transparency is dropped, as torchvision's
+    ImageFolder does), and squashed to a square. Of an animation, the first frame is taken.
+    Raises ValueError, which names the file, for an unreadable image, or one beyond MAX_PIXELS,
+    MAX_SIDE, MAX_BYTES, MAX_SECONDS or MAX_MEMORY.
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
     encoded = source if isinstance(source, bytes) else _read(source)
@@ -178,15 +75,15 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
             return _decode_confined(encoded)
         with _opened(encoded) as image:
             return _decode_confined(encoded) if _is_demanding(image, encoded) else _pixels(image)
-    except Exception as error:  # a parser that trips over a damaged file may raise anything
+    except Exception as error:  # a parser may raise anything on a damaged file
         raise ValueError(f"{name} {_complaint(error)}") from error
 
 
 def _read(file: Path) -> bytes:
     nothing = f"{str(file)!r} is no image: it is not there, or not a regular file"
     try:
-        # Asked first, because to open a device may do something, and again of what was opened. Not
-        # blocking, because a named pipe may have come in between.
+        # Checked first, because opening a device may have effects, and again after opening.
+        # Non-blocking, because a named pipe may replace the file in between.
         if not file.is_file():
             raise ValueError(nothing)
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
@@ -199,8 +96,7 @@ def _read(file: Path) -> bytes:
                     f"{str(file)!r} is refused: it has {status.st_size:,} bytes, more than "
                     f"{MAX_BYTES:,}"
                 )
-            # No more than it says: files such as /proc/kmsg say 0, and to read them may take for
-            # ever.
+            # At most its size: files such as /proc/kmsg say 0, and reading them may never end.
             return stream.read(status.st_size)
     except OSError as error:
         raise ValueError(f"{str(file)!r} can't be read: {error.strerror}") from error
@@ -218,11 +114,11 @@ def _opened(encoded: bytes) -> Image.Image:
 
 
 class _RefusedError(Exception):
-    """Says why an image is not decoded, as `_complaint` does."""
+    """The reason why an image is not decoded, in the form of `_complaint`."""
 
 
 def _complaint(error: Exception) -> str:
-    """Return what is wrong with an image, to be put behind its name."""
+    """Return what is wrong with an image, to follow its name in a sentence."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -237,7 +133,7 @@ def _complaint(error: Exception) -> str:
 
 
 def _is_demanding(image: Image.Image, encoded: bytes) -> bool:
-    """Return whether an image may take long to decode, or much memory."""
+    """Return whether an image may take much time or memory to decode."""
     pixels = image.width * image.height
     if image.format in ("JPEG", "MPO"):
         return _num_scans(encoded) * pixels > _LARGE_SCANS or pixels > _LARGE
@@ -252,7 +148,7 @@ def _is_demanding(image: Image.Image, encoded: bytes) -> bool:
 
 
 def _is_demanding_to_parse(encoded: bytes) -> bool:
-    """Return whether it may take long, or much memory, to find out what image a file is."""
+    """Return whether recognising the format of a file may take much time or memory."""
     if encoded.startswith((b"P1", b"P2", b"P3")):
         return len(encoded) > _LARGE_TEXT
     if encoded.startswith((b"II", b"MM")):
@@ -261,9 +157,9 @@ def _is_demanding_to_parse(encoded: bytes) -> bool:
 
 
 def _largest_tag(encoded: bytes) -> int:
-    """Return the most numbers in a tag of a TIFF's first directory, bytes and text left out."""
+    """Return the largest count of numbers in a tag of a TIFF's first directory, text left out."""
     order = "<" if encoded.startswith(b"II") else ">"
-    if 43 in encoded[2:4]:  # BigTIFF, of which there is none so small
+    if 43 in encoded[2:4]:  # BigTIFF, which is never so small
         return len(encoded)
     try:
         (start,) = struct.unpack_from(f"{order}I", encoded, 4)
@@ -276,16 +172,16 @@ def _largest_tag(encoded: bytes) -> int:
 
 
 def _num_scans(encoded: bytes) -> int:
-    """Return how often there is the marker of a scan in a JPEG, or what looks like one."""
+    """Return how often the marker of a scan occurs in a JPEG."""
     count = encoded.count(b"\xff\xda")
-    # In metadata, or a film behind the image, one pair of bytes in 2¹⁶ looks like it by chance.
+    # Other data, such as a film after the image, has these two bytes once in 2¹⁶ by chance.
     if count > MAX_SCANS + len(encoded) // 2**13:
         raise _RefusedError(f"is refused: it has more than {MAX_SCANS} scans")
     return count
 
 
 def _pixels_of_codestreams(encoded: bytes) -> Iterator[int]:
-    # Pillow takes the size from the container, the decoder from the codestream in it.
+    # Pillow reads the size from the container, the decoder from the codestream in it.
     yield 0
     for start in re.finditer(rb"\xff\x4f\xff\x51", encoded):
         header = encoded[start.end() + 4 : start.end() + 20]
@@ -295,9 +191,9 @@ def _pixels_of_codestreams(encoded: bytes) -> Iterator[int]:
 
 
 def _decode_confined(encoded: bytes) -> npt.NDArray[np.uint8]:
-    """Return the pixels of an image that a process with limits decodes: this file, as a script."""
+    """Return the pixels of an image, decoded by a process with limits: this file as a script."""
     command = [sys.executable, "-P", __file__, str(math.ceil(MAX_SECONDS) + 1), str(MAX_MEMORY)]
-    # Else the threads of numpy's library take some of the memory, on a machine of many cores all.
+    # The threads of numpy's library would take memory for each core.
     variables = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     try:
         with _one_demanding_image:
@@ -319,9 +215,9 @@ def _decode_confined(encoded: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _confined(seconds: int, memory: int) -> int:
-    """Decode the image that comes in; put out its pixels, or the reason why there are none."""
+    """Decode the image on standard input; write its pixels, or the reason why not."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The process that waits for this one ends it before, unless it is gone.
+    # The parent kills this process earlier, unless the parent is gone.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
@@ -329,7 +225,7 @@ def _confined(seconds: int, memory: int) -> int:
             sys.stdout.buffer.write(_pixels(image).tobytes())
     except MemoryError:
         complaint = f"is refused: it takes more than {memory / 1e9:g} GB of memory"
-    except Exception as error:  # some parsers say that the data is broken where memory ends
+    except Exception as error:  # out of memory, some parsers say that the data is broken
         complaint = f"{_complaint(error)} (within {memory / 1e9:g} GB of memory)"
     else:
         return 0
@@ -345,7 +241,7 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
         image = _from_16_bits(image)
     elif image.mode == "F":
         raise ValueError("its pixels are floats, without a known range: save it with 8 or 16 bits")
-    # RGB has no place for it, and Pillow warns of what it can't convert.
+    # RGB has no transparency, and Pillow warns of what it can't convert.
     image.info.pop("transparency", None)
     rgb = image.convert("RGB")
     if rgb.size != (IMAGE_SIZE, IMAGE_SIZE):
@@ -378,10 +274,10 @@ def _one_line(error: Exception) -> str:
 
 
 def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return images as (N, 32, 32, 3), interpolated as `decode` does it.
+    """Return images as (N, 32, 32, 3), interpolated as in `decode`.
 
-    Takes uint8 arrays (N, H, W), (N, H, W, 1) or (N, H, W, 3); where nothing is to be changed,
-    the array itself comes back. Raises ValueError for others.
+    Takes uint8 arrays (N, H, W), (N, H, W, 1) or (N, H, W, 3), and returns images of the right
+    shape unchanged. Raises ValueError for others.
     """
     from PIL import Image
 

@@ -1,13 +1,13 @@
-"""The losses under study, and the table `LOSSES` of all of them.
+"""The losses that a study compares, and the table `LOSSES` of all of them.
 
-Each is `(outputs (N, K) float, labels (N,) int64) -> scalar`, for N images and K classes; its value
-is the mean over the batch. In the formulas o is the outputs of one image, y its class, t its
-one-hot target, and p = softmax(o). They are written so that values and gradients stay finite at
-saturated outputs in float32: where a probability may reach 0 or 1, by way of its logarithm.
+Each is `(outputs (N, K) float, labels (N,) int64) -> scalar`, for N images and K classes. Its value
+is the mean over the batch. In the formulas, o is the outputs of one image, y its class, t its
+one-hot target, and p = softmax(o). Values and gradients stay finite at saturated outputs in
+float32: a probability that may reach 0 or 1 is computed from its logarithm.
 
-Losses differ in scale. Those on targets (`l1`, `mse`, `smooth_l1`, `bce`, `squared_hinge`) and
-`multi_margin` divide by K, as torch does; the others don't. So learning rates do not carry over
-from one to another.
+Losses differ in scale, so learning rates do not carry over from one to another. The losses on
+targets (`l1`, `mse`, `smooth_l1`, `bce`, `squared_hinge`) and `multi_margin` divide by K, as torch
+does. The others do not.
 """
 
 import difflib
@@ -40,14 +40,13 @@ def sigmoid_normalised(outputs: Tensor) -> Tensor:
 def clipped_normalised(outputs: Tensor) -> Tensor:
     """Probabilities (N, K) of outputs that estimate them: max(o_k, 0) / Σ_j max(o_j, 0).
 
-    Where no output of a row is above 0, the softmax of its outputs: near-equal for outputs near 0,
-    and the arg max, by which accuracy is measured, stays that of the outputs.
+    Where no output of a row is above 0, the softmax of its outputs. That keeps the arg max, by
+    which accuracy is measured.
     """
-    # Clipped at 0 alone: clipping at 1 too would tie classes whose outputs exceed 1, and lose the
-    # arg max. The division brings such rows back below 1 anyway.
+    # Not clipped at 1: that would tie the classes above 1. The division brings them below 1 anyway.
     clipped = outputs.clamp(min=0)
     total = clipped.sum(dim=1, keepdim=True)
-    # `total == 0`, not its contrary `total > 0`, which would hide a NaN.
+    # `total == 0` keeps a NaN, `total > 0` would hide it.
     return torch.where(total == 0, softmax(outputs), clipped / total)
 
 
@@ -58,16 +57,20 @@ PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Loss:
     """A loss function, and what its outputs mean."""
 
-    name: str
     function: Callable[[Tensor, Tensor], Tensor]
     outputs_to_probabilities: str
     """The key in `PROBABILITIES` of what turns its outputs into class probabilities."""
     source: str
     """Paper, and where in it."""
+
+    @property
+    def name(self) -> str:
+        """What users type: the function's name."""
+        return self.function.__name__
 
     def __post_init__(self) -> None:
         if self.outputs_to_probabilities not in PROBABILITIES:
@@ -119,7 +122,7 @@ def smooth_l1(outputs: Tensor, labels: Tensor) -> Tensor:
 def l1_softmax(outputs: Tensor, labels: Tensor) -> Tensor:
     """Expected misclassification, 1 − p_y, which is Σ_k |p_k − t_k| / 2.
 
-    The chance of error of one who draws the class from p (Janocha & Czarnecki 2017, proposition 1);
+    The chance of error if the class is drawn from p (Janocha & Czarnecki 2017, proposition 1).
     Ghosh, Kumar & Sastry (2017) use the sum itself.
     """
     # −expm1(ln p_y) is 1 − p_y without its cancellation as p_y nears 1.
@@ -145,11 +148,10 @@ def label_smoothing(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def focal(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy that plays down what is easy, −(1 − p_y)^γ ln p_y, γ = 2.
+    """Cross-entropy with less weight on easy images, −(1 − p_y)^γ ln p_y, γ = 2.
 
-    Lin et al. 2017, equation 4, with their best γ and no weights α of the classes. Theirs is a
-    sigmoid for each class, for detectors that may see none; here an image has exactly one class, so
-    p is the softmax.
+    Lin et al. 2017, equation 4, with their best γ and without class weights α. Their detectors
+    use a sigmoid per class. Here an image has exactly one class, so p is the softmax.
     """
     log_probability = _log_probability(outputs, labels)
     return ((-log_probability.expm1()) ** FOCAL_GAMMA * -log_probability).mean()
@@ -189,7 +191,7 @@ def multi_margin(outputs: Tensor, labels: Tensor) -> Tensor:
 
     Weston & Watkins 1999. The outputs are scores, so their softmax ranks but is not calibrated.
     """
-    # Not torch's own, which makes a loss of 0 of NaN outputs, and has no half precision on the CPU.
+    # Torch's own returns 0 for NaN outputs, and has no half precision on the CPU.
     margins = F.relu(1 - outputs.gather(1, labels.unsqueeze(1)) + outputs)
     return (margins * (1 - _one_hot(outputs, labels))).mean()
 
@@ -197,11 +199,8 @@ def multi_margin(outputs: Tensor, labels: Tensor) -> Tensor:
 def squared_hinge(outputs: Tensor, labels: Tensor) -> Tensor:
     """Squared hinge of each class against the rest, Σ_k max(0, 1 − s_k o_k)² / K, s = 2t − 1.
 
-    The L2-SVM of Tang 2013, who trained CNNs with it and found it ahead of cross-entropy on
-    CIFAR-10; Janocha & Czarnecki 2017 have it among their losses as hinge². Here because a study of
-    losses would be expected to have it. Of the nearest other candidate, symmetric cross-entropy
-    (Wang et al. 2019), nothing would be learnt: on one-hot targets it is −α ln p_y + 4β (1 − p_y),
-    which is `poly1` with other constants. As in `multi_margin`, the outputs are scores.
+    The L2-SVM of Tang 2013, who found it ahead of cross-entropy for CNNs on CIFAR-10. Janocha &
+    Czarnecki 2017 call it hinge². As in `multi_margin`, the outputs are scores.
     """
     signs = 2 * _one_hot(outputs, labels) - 1
     return F.relu(1 - signs * outputs).square().mean()
@@ -215,91 +214,22 @@ def _log_probability(outputs: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(outputs, labels, reduction="none")  # (N,), ln p_y
 
 
+# Loss, key in `PROBABILITIES`, source.
 _TABLE = (
-    Loss(
-        name="l1",
-        function=l1,
-        outputs_to_probabilities="clipped_normalised",
-        source="Janocha & Czarnecki 2017, table 1, L1",
-    ),
-    Loss(
-        name="mse",
-        function=mse,
-        outputs_to_probabilities="clipped_normalised",
-        source="Hui & Belkin 2021, the square loss, not rescaled",
-    ),
-    Loss(
-        name="cross_entropy",
-        function=cross_entropy,
-        outputs_to_probabilities="softmax",
-        source="Bridle 1990, softmax and its log-likelihood",
-    ),
-    Loss(
-        name="smooth_l1",
-        function=smooth_l1,
-        outputs_to_probabilities="clipped_normalised",
-        source="Girshick 2015, equation 3",
-    ),
-    Loss(
-        name="l1_softmax",
-        function=l1_softmax,
-        outputs_to_probabilities="softmax",
-        source="Janocha & Czarnecki 2017, proposition 1",
-    ),
-    Loss(
-        name="mse_softmax",
-        function=mse_softmax,
-        outputs_to_probabilities="softmax",
-        source="Brier 1950, the score P",
-    ),
-    Loss(
-        name="bce",
-        function=bce,
-        outputs_to_probabilities="sigmoid_normalised",
-        source="torch.nn.BCEWithLogitsLoss, one class against the rest",
-    ),
-    Loss(
-        name="label_smoothing",
-        function=label_smoothing,
-        outputs_to_probabilities="softmax",
-        source="Szegedy et al. 2016, section 7",
-    ),
-    Loss(
-        name="focal",
-        function=focal,
-        outputs_to_probabilities="softmax",
-        source="Lin et al. 2017, equation 4, over a softmax",
-    ),
-    Loss(
-        name="squentropy",
-        function=squentropy,
-        outputs_to_probabilities="softmax",
-        source="Hui, Belkin & Wright 2023, the multi-class loss",
-    ),
-    Loss(
-        name="poly1",
-        function=poly1,
-        outputs_to_probabilities="softmax",
-        source="Leng et al. 2022, the Poly-1 loss",
-    ),
-    Loss(
-        name="gce",
-        function=gce,
-        outputs_to_probabilities="softmax",
-        source="Zhang & Sabuncu 2018, equation 6",
-    ),
-    Loss(
-        name="multi_margin",
-        function=multi_margin,
-        outputs_to_probabilities="softmax",
-        source="Weston & Watkins 1999, the multi-class hinge",
-    ),
-    Loss(
-        name="squared_hinge",
-        function=squared_hinge,
-        outputs_to_probabilities="softmax",
-        source="Tang 2013, the L2-SVM",
-    ),
+    Loss(l1, "clipped_normalised", "Janocha & Czarnecki 2017, table 1, L1"),
+    Loss(mse, "clipped_normalised", "Hui & Belkin 2021, the square loss, not rescaled"),
+    Loss(cross_entropy, "softmax", "Bridle 1990, softmax and its log-likelihood"),
+    Loss(smooth_l1, "clipped_normalised", "Girshick 2015, equation 3"),
+    Loss(l1_softmax, "softmax", "Janocha & Czarnecki 2017, proposition 1"),
+    Loss(mse_softmax, "softmax", "Brier 1950, the score P"),
+    Loss(bce, "sigmoid_normalised", "torch.nn.BCEWithLogitsLoss, one class against the rest"),
+    Loss(label_smoothing, "softmax", "Szegedy et al. 2016, section 7"),
+    Loss(focal, "softmax", "Lin et al. 2017, equation 4, over a softmax"),
+    Loss(squentropy, "softmax", "Hui, Belkin & Wright 2023, the multi-class loss"),
+    Loss(poly1, "softmax", "Leng et al. 2022, the Poly-1 loss"),
+    Loss(gce, "softmax", "Zhang & Sabuncu 2018, equation 6"),
+    Loss(multi_margin, "softmax", "Weston & Watkins 1999, the multi-class hinge"),
+    Loss(squared_hinge, "softmax", "Tang 2013, the L2-SVM"),
 )
 
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}

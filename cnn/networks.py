@@ -1,4 +1,4 @@
-"""The network that is studied, and the form of it that is stored: raw images in."""
+"""The network that is studied, and the classifier that is stored: raw images in."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 class CNN(nn.Module):
     """A small CNN for images of 32×32 pixels: N images (N, 32, 32, 3) uint8 → outputs (N, K).
 
-    Three 5×5 convolutions, each followed by max-pooling, and two linear layers; no activation but
-    the max-pools. With K = 10 classes it has 145,578 parameters and takes 12.35 million
-    multiply-adds an image.
+    Three 5×5 convolutions, each followed by max-pooling, and two linear layers. Max-pooling is the
+    only non-linearity. With K = 10 classes it has 145,578 parameters and takes 12.35 million
+    multiply-adds per image.
 
-    Images come as they lie in memory, height × width × channel, and become what PyTorch calls
-    `channels_last` without a copy. Pixels 0..255 are mapped to −1..1; 0..255 are exact in bfloat16.
+    Images are height × width × channel, which becomes PyTorch's `channels_last` without a copy.
+    Pixels 0..255 are mapped to −1..1; 0..255 are exact in bfloat16.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -49,7 +49,7 @@ class CNN(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network with what makes probabilities of its outputs: the model that is stored."""
+    """A network whose outputs become probabilities: the model that is stored."""
 
     def __init__(self, network: nn.Module, to_probabilities: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Classifier(nn.Module):
 
 
 def build_cnn(num_classes: int, *, seed: int) -> CNN:
-    """Return a CNN with PyTorch's default initial weights, the same for the same seed.
+    """Return a CNN with PyTorch's default initial weights, determined by the seed.
 
-    PyTorch's layers draw from the global generator only: it is set aside meanwhile.
+    PyTorch's layers draw from the global generator only, so its state is saved and restored.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the GPUs as well
@@ -72,19 +72,16 @@ def build_cnn(num_classes: int, *, seed: int) -> CNN:
 
 
 def network_digest(network: nn.Module, *, image_shape: tuple[int, int, int] = (32, 32, 3)) -> str:
-    """Return 32 hex digits that change when a network does: to be taken as it is built.
+    """Return 32 hex digits that change when a network changes. Take them from a new network.
 
-    They are over what a forward pass calls of PyTorch, in training mode and in evaluation mode,
-    with the shapes and constants of each call; and over names, shapes and types of the weights,
-    which of them are trained, and the contents of the buffers. The weights' values are left out.
+    They cover the PyTorch calls of a forward pass in training and in evaluation mode, with shapes
+    and constants. They also cover names, shapes, types and `requires_grad` of the weights, and the
+    contents of the buffers, but not the weights' values. The network takes images (N, H, W, C)
+    uint8, on any device, and is not changed.
 
     The calls are those of the network's source (`conv2d`, `batch_norm`, `/`), not the operators
-    that PyTorch makes of them for a device. So the digest is the same on every device, and stays
-    the same from one version of PyTorch to the next, as long as its layers make the same calls.
-
-    Args:
-        network: takes images (N, H, W, C) uint8; it stays as it is, on any device.
-        image_shape: of an image, (H, W, C).
+    of a device. So all devices give the same digest, and so do PyTorch versions whose layers make
+    the same calls.
     """
     network = copy.deepcopy(network).cpu()
     calls = _Calls(network)
@@ -102,13 +99,13 @@ def network_digest(network: nn.Module, *, image_shape: tuple[int, int, int] = (3
 
 
 class _Calls(TorchFunctionMode):
-    """Notes what is called of PyTorch, a line each: tensors by name, all else by value."""
+    """Records the calls of PyTorch, a line each: tensors by name, all else by value."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.lines: list[str] = []
         self.names: dict[int, str] = {}
-        self.kept: list[Tensor] = []  # a tensor that is gone would leave its id to another
+        self.kept: list[Tensor] = []  # a deleted tensor's id could be reused
         for name, weight in network.named_parameters(remove_duplicate=False):
             shown = f"{_kind(weight)} trained {weight.requires_grad}"
             self.lines.append(f"weight {name}: {self.names.get(id(weight), shown)}")
@@ -131,8 +128,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         called = f"{_function_name(func)} {self.described(args)} {self.described(kwargs)}"
         result = func(*args, **kwargs)
-        # None is what an assignment to a slice returns. A size or a type is no part of the network
-        # but where it becomes an argument.
+        # An assignment to a slice returns None. A size or a type matters only as an argument.
         parts = result if isinstance(result, tuple | list) else [result]
         tensors = [part for part in parts if isinstance(part, Tensor)]
         if result is None or tensors:
@@ -142,7 +138,7 @@ class _Calls(TorchFunctionMode):
         return result
 
     def described(self, value: Any) -> str:
-        """Return an argument or a result as text that is the same in every process."""
+        """Return an argument or a result as text, the same in every process."""
         if isinstance(value, Tensor):
             return self.names.get(id(value)) or f"constant {_kind(value)} {_content(value)}"
         if isinstance(value, np.ndarray | np.generic):
@@ -160,7 +156,7 @@ class _Calls(TorchFunctionMode):
         shows_all = bool | int | float | complex | str | torch.dtype | torch.device | torch.layout
         if value is None or value is ... or isinstance(value, shows_all | torch.memory_format):
             return repr(value)
-        return type(value).__qualname__  # its repr might tell where in memory it lies
+        return type(value).__qualname__  # its repr might contain an address
 
 
 def _function_name(function: Callable[..., Any]) -> str:

@@ -1,11 +1,10 @@
-"""What changes the weights: the optimizers, and the schedules of their learning rate."""
+"""The optimizers, and the schedules of their learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 from torch.optim.adam import adam
@@ -15,9 +14,9 @@ from torch.optim.sgd import sgd
 def one_cycle(progress: float) -> float:
     """Return the share of the peak learning rate at `progress` in [0, 1] through the training.
 
-    Up from 1/25 to 1 over the first 30 %, then down to 0.000004, along half cosines: the schedule
-    of `torch.optim.lr_scheduler.OneCycleLR` with its defaults, but with momentum left alone and
-    without that class' edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
+    It rises from 1/25 to 1 over the first 30 %, then falls to 0.000004, along half cosines. That is
+    `torch.optim.lr_scheduler.OneCycleLR` with its defaults, without cycled momentum and without its
+    edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
     """
     start, warm_up, end = 1 / 25, 0.3, 1 / 25e4
     if progress < warm_up:
@@ -42,13 +41,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+State = Mapping[str, Tensor]
+
+Update = Callable[..., None]
+"""One step: changes weights (P,) in place, with the signature of `_sgd`."""
+
+
 def _sgd(
-    weights: Tensor,
-    state: Mapping[str, Tensor],
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
+    weights: Tensor, state: State, *, learning_rate: float, momentum: float, weight_decay: float
 ) -> None:
     assert weights.grad is not None
     sgd(
@@ -67,7 +67,7 @@ def _sgd(
 
 def _adam(
     weights: Tensor,
-    state: Mapping[str, Tensor],
+    state: State,
     *,
     learning_rate: float,
     momentum: float,  # noqa: ARG001 - the signature of all optimizers
@@ -94,24 +94,9 @@ def _adam(
     )
 
 
-class Update(Protocol):
-    """Changes weights (P,) in place, by their gradient and the optimizer's state."""
-
-    def __call__(
-        self,
-        weights: Tensor,
-        state: Mapping[str, Tensor],
-        *,
-        learning_rate: float,
-        momentum: float,
-        weight_decay: float,
-    ) -> None:
-        """Take one step."""
-
-
-# An optimizer changes weights by their gradient and its own state: tensors of these shapes, zeros
-# at first. PyTorch's functions rather than its classes: the first object of those imports PyTorch's
-# compiler, which takes a second at each worker's start.
+# Each optimizer, and the shapes of its state's tensors, which start as zeros. These are PyTorch's
+# functions, not its classes: the first object of a class imports PyTorch's compiler, which takes a
+# second at each worker's start.
 OPTIMIZERS: dict[str, tuple[Update, Mapping[str, str]]] = {
     "sgd": (_sgd, {"momentum": "weights"}),
     "adam": (_adam, {"mean": "weights", "mean_square": "weights", "step": "scalar"}),

@@ -1,8 +1,8 @@
-"""Who may use a team's servers: passwords in files, roles in PostgreSQL, users in MLflow.
+"""Accounts of a team's servers: passwords in files, roles in PostgreSQL, users in MLflow.
 
-A user has one password for both servers, in a file `users/NAME`; those of the servers themselves
-are in `passwords/`. Each start sets a password to what its file says. They are handed on by the
-environment, as a file, or as a hash, and never on a command line, which all on a machine can see.
+A user has one password for both servers, in the file `users/NAME`; the servers' own passwords are
+in `passwords/`. Each start sets every password to the content of its file. Passwords are passed in
+the environment, as a file or as a hash, never on a command line, which everyone on a machine sees.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ NAME = re.compile(r"(?!pg_)[a-z][a-z0-9_]{0,30}")
 TAKEN = ("admin", "mlflow", "none", "optuna", "postgres", "public")
 
 OWNER = "optuna-owner"
-"""Of the studies' database and tables: a role that nobody logs in as or is a member of. No user
-can have its name."""
+"""The role that owns the studies' database and tables; it has no login and no members. No user can
+have this name."""
 
 USER_CONNECTIONS = 50
-"""That a user has at most. A driver has up to four; the largest sweeps have some ten drivers."""
+"""The limit for one user. A driver has up to four; the largest sweeps have about ten drivers."""
 STUDY_CONNECTIONS, RESERVED_FOR_MLFLOW = 170, 130
-"""That all users have together, and beside those: MLflow's four workers have up to 120."""
+"""The limit for all users, and what is left for MLflow, whose four workers have up to 120."""
 
-# Who gets in, and from where: users are members of the role that works on the studies.
+# Users are members of the role `optuna`.
 ACCESS = """\
 # TYPE  DATABASE             USER      ADDRESS   METHOD
 host    optuna               +optuna   all       scram-sha-256
@@ -43,7 +43,7 @@ host    all                  postgres  samehost  scram-sha-256
 """
 DATABASES = {"optuna": OWNER, "mlflow": "mlflow", "mlflow_users": "mlflow"}
 """Each with its owner."""
-# EDIT: whoever takes part in a sweep writes into runs that another has begun.
+# EDIT: several users who share a sweep write into the same runs.
 MLFLOW_USERS = """\
 [mlflow]
 default_permission = EDIT
@@ -55,21 +55,21 @@ auth_cache_ttl_seconds = 60
 
 @dataclass(frozen=True)
 class Passwords:
-    """The files that passwords are in."""
+    """The files of the passwords."""
 
     folder: Path
 
     def read(self, name: str) -> str:
-        """Return what a file says; one that isn't there gets a new password."""
+        """Return the password in a file; a new file gets a new password."""
         path = self.folder / name
         if not path.exists():
-            path.with_suffix(".draft").unlink(missing_ok=True)  # an earlier version's, or planted
+            path.with_suffix(".draft").unlink(missing_ok=True)  # of an attacker or an old version
             with replacing(path, mode=0o600) as stream:
                 stream.write(f"{secrets.token_urlsafe(24)}\n".encode())
         return path.read_text().strip()
 
     def own(self, name: str) -> str:
-        """Return a password of the servers themselves."""
+        """Return one of the servers' own passwords."""
         return self.read(f"passwords/{name}")
 
     def users(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Passwords:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError if no user can be called that, in both servers and in a URL."""
+    """Raise ValueError unless a name is valid in both servers and in a URL."""
     if not NAME.fullmatch(name) or name in TAKEN:
         raise ValueError(
             "--user must be up to 31 small letters, digits and _, begin with a letter, and be none "
@@ -88,16 +88,16 @@ def check_name(name: str) -> None:
 
 
 def make_roles(connection: psycopg.Connection[Any], passwords: Passwords) -> None:
-    """Make PostgreSQL's roles and databases, as far as they aren't there, and set passwords.
+    """Make PostgreSQL's missing roles and databases, and set all passwords.
 
     Args:
         connection: of a superuser, with autocommit.
-        passwords: of whom.
+        passwords: of MLflow and the users.
     """
     from psycopg import sql
 
     def set_password(role: str, password: str) -> None:
-        # As a hash, for a statement may come into the log.
+        # A hash, because statements may be logged.
         encrypt, method = connection.pgconn.encrypt_password, b"scram-sha-256"
         hashed = encrypt(password.encode(), role.encode(), method).decode()
         statement = sql.SQL("ALTER ROLE {} PASSWORD {}")
@@ -126,13 +126,13 @@ def make_roles(connection: psycopg.Connection[Any], passwords: Passwords) -> Non
 
 
 def make_studies(connection: psycopg.Connection[Any], make_tables: Callable[[], None]) -> None:
-    """Make Optuna's tables, if they aren't there, and have users read and write them, no more.
+    """Make Optuna's tables if they are missing, and let users read and write them only.
 
     Args:
         connection: of a superuser to Optuna's database, with autocommit.
         make_tables: makes them, as OWNER.
     """
-    # In earlier versions, users owned what they have made, in common.
+    # In earlier versions, the role `optuna` owned the tables.
     _run(connection, "REASSIGN OWNED BY optuna TO {}", OWNER)
     _run(connection, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # before PostgreSQL 15
     _run(connection, "GRANT ALL ON SCHEMA public TO {}", OWNER)
@@ -157,22 +157,19 @@ def _names(connection: psycopg.Connection[Any], query: LiteralString) -> set[str
 
 
 def make_users(address: str, passwords: Passwords) -> None:
-    """Make MLflow's users, as far as they aren't there, and set passwords."""
+    """Make MLflow's missing users, and set all passwords."""
     from mlflow.exceptions import MlflowException
     from mlflow.server import get_app_client
 
     client = get_app_client("basic-auth", address)
-    admin = {
-        "MLFLOW_TRACKING_USERNAME": "admin",
-        "MLFLOW_TRACKING_PASSWORD": passwords.own("admin"),
-    }
-    with environment(admin):
-        for user, password in passwords.users().items():
+    name, password = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+    with environment({name: "admin", password: passwords.own("admin")}):
+        for user, secret in passwords.users().items():
             try:
                 client.get_user(user)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                client.create_user(user, password)
+                client.create_user(user, secret)
             else:
-                client.update_user_password(user, password)
+                client.update_user_password(user, secret)

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: their flags, how they end, and their workers."""
+"""What the commands that train share: their flags, their exit codes, and their workers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
 from experiments.study.parameters import PARAMETERS
-from tracking.cli import INTERRUPTED, run_command
+from tracking.cli import INTERRUPTED, Parser, run_command
 from tracking.errors import without_passwords
 from tracking.store import check_tracking, sqlite_file
 from tracking.text import printable
 
-# What is slow to import (PyTorch, Optuna, MLflow) is imported where it is needed: --help is not it.
+# PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
     from cnn.data import Dataset
     from experiments.engine.base import WorkerPool
     from experiments.study.settings import Settings
 
-# Unless the user says otherwise. A server that is away is waited for by `tracking.retries`, which
-# hears a Ctrl-C meanwhile; MLflow's own seven retries don't.
+# Defaults, which the user's environment overrides. `tracking.retries` waits for a server that is
+# away and notices a Ctrl-C meanwhile; MLflow's own seven retries don't.
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # Two lines a run, amid ours, with the password of whoever has it in the server's address.
+    # They would be two lines a run, with the password if the server's address has one.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -43,29 +43,47 @@ losses:
   focal squentropy poly1 gce multi_margin squared_hinge; or all
 """
 
+EXIT_CODES = """\
+exit codes: 0 done; 1 no trial is complete, or the disk is full, a database is locked or read-only,
+a server is away: the same command continues later; 2 bad input; 130 interrupted
+"""
 
-AGAIN = "the same command continues the study"
+RESUME = "the same command continues the study"
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is trained on."""
+def make_parser(module: str, description: str, epilog: str) -> Parser:
+    """Return a parser with the flags for the data and the search space."""
+    parser = Parser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"{LOSSES_TEXT}\n{epilog}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     data = parser.add_argument_group("data")
-    data.add_argument(
+    add_flag(
+        data,
         "--dataset",
-        default="digits",
-        metavar="NAME|PATH",
-        help="digits (bundled), cifar10 (downloaded on demand), or a folder of images: "
+        "digits",
+        "digits (bundled), cifar10 (downloaded on demand), or a folder of images: "
         "train/<class>/* with test/<class>/* if there, else <class>/*; folders whose names say "
-        "train or test (Training, seg_test, train2017) are splits, one for validation is refused "
-        "(default: %(default)s)",
+        "train or test (Training, seg_test, train2017) are splits; one for validation is refused",
+        metavar="NAME|PATH",
     )
-    data.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where downloads and decoded images are kept (default: %(default)s)",
-    )
+    text = "the folder for downloads and decoded images"
+    add_flag(data, "--data-dir", Path("data"), text, metavar="DIR")
+    add_space_flags(parser)
+    return parser
+
+
+def add_flag(
+    group: argparse._ActionsContainer, flag: str, default: Any, text: str, **options: Any
+) -> None:
+    """Add a flag; a default also gives its type and the end of its help."""
+    if default is not None:
+        options = {"type": type(default), **options}
+        text = f"{text} (default: %(default)s)".lstrip()
+    group.add_argument(flag, default=default, help=text, **options)
 
 
 def add_space_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,166 +93,132 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
         parameter.add_flags(space)
 
 
-def add_search_flags(group: argparse._ArgumentGroup) -> None:
-    """Add what every search has."""
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of split, initial weights, order of images and sampler (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-failures",
-        type=int,
-        default=3,
-        metavar="N",
-        help="stop after so many failed trials one after another (default: %(default)s)",
-    )
+def add_search_flags(
+    parser: Parser, title: str, *, trials: tuple[int, str], sampler: tuple[str, str]
+) -> argparse._ArgumentGroup:
+    """Add the flags of the search, two with their defaults and help; return the group."""
+    search = parser.add_argument_group(title)
+    add_flag(search, "--trials", *trials, metavar="N")
+    text = "passes over the training split in each training"
+    add_flag(search, "--epochs", 10, text, metavar="N")
+    add_flag(search, "--sampler", *sampler, choices=("tpe", "random", "qmc", "gp"))
+    text = "of split, initial weights, order of images and sampler"
+    add_flag(search, "--seed", 0, text, metavar="N")
+    text = "stop after this many failed trials in a row"
+    add_flag(search, "--max-failures", 3, text, metavar="N")
+    return search
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how each trial is trained."""
+def add_training_flags(parser: Parser) -> None:
+    """Add the flags that say how and where each trial is trained."""
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--optimizer",
-        choices=("sgd", "adam", "adamw"),
-        default="sgd",
-        help="sgd is with Nesterov momentum 0.9 (default: %(default)s)",
-    )
-    training.add_argument(
-        "--schedule",
-        choices=("one_cycle", "cosine", "constant"),
-        default="one_cycle",
-        help="how the learning rate goes over a trial's steps (default: %(default)s)",
-    )
-    training.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="auto (a GPU where there is one), cpu, cuda, cuda:1, … (default: %(default)s)",
-    )
-    training.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the network's arithmetic; auto is bfloat16 where the processor is fast at it "
-        "(default: %(default)s)",
-    )
-    training.add_argument(
+    text = "sgd has Nesterov momentum 0.9"
+    add_flag(training, "--optimizer", "sgd", text, choices=("sgd", "adam", "adamw"))
+    text = "how the learning rate changes during a trial"
+    choices = ("one_cycle", "cosine", "constant")
+    add_flag(training, "--schedule", "one_cycle", text, choices=choices)
+    text = "auto (a GPU if there is one), cpu, cuda, cuda:1, …"
+    add_flag(training, "--device", "auto", text, metavar="DEVICE")
+    text = "of the network's arithmetic; auto is bfloat16 where the processor is fast at it"
+    add_flag(training, "--precision", "auto", text, choices=("auto", "float32", "bfloat16"))
+    add_flag(
+        training,
         "--workers",
+        None,
+        "workers; each trains one trial at a time, in one thread unless OMP_NUM_THREADS says "
+        "otherwise; with more than one, results depend on timing (default: one a core on a CPU, "
+        "one on a GPU; with --engine ray as many as the cluster has room for, and more when nodes "
+        "join)",
         type=int,
-        default=None,
         metavar="N",
-        help="workers that train, each one trial at a time, in one thread unless OMP_NUM_THREADS "
-        "says otherwise; with more than one, results depend on timing (default: one a core on a "
-        "CPU, one on a GPU; with --engine ray as many as the cluster has room for, and more when "
-        "nodes join)",
     )
-
-
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the workers run."""
     engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--engine",
-        choices=("processes", "ray"),
-        default="processes",
-        help="where the workers are: processes of this machine, or a Ray cluster, which the extra "
-        "`ray` is for (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--ray-address",
-        default=RAY_DEFAULTS["ray_address"],
-        metavar="ADDRESS",
-        help="the cluster: auto for the one that this machine is part of, ray://HOST:10001 or "
-        "HOST:6379 (default: one of its own is started on this machine, and stopped)",
-    )
-    engine.add_argument(
-        "--cpus-per-worker",
-        type=float,
-        default=RAY_DEFAULTS["cpus_per_worker"],
-        metavar="CPUS",
-        help="what a worker takes of a node; a fraction is allowed (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--gpus-per-worker",
-        type=float,
-        default=RAY_DEFAULTS["gpus_per_worker"],
-        metavar="GPUS",
-        help="likewise; 0.25 has four trials share a GPU (default: 1 where the cluster has GPUs, "
-        "unless --device is cpu)",
-    )
-    engine.add_argument(
-        "--min-workers",
-        type=int,
-        default=RAY_DEFAULTS["min_workers"],
-        metavar="N",
-        help="workers to begin with, while others are still to come (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--ray-timeout",
-        type=float,
-        default=RAY_DEFAULTS["ray_timeout"],
-        metavar="SECONDS",
-        help="how long to wait for --min-workers (default: %(default)s)",
-    )
+    text = "workers are processes of this machine, or of a Ray cluster, which needs the extra `ray`"
+    add_flag(engine, "--engine", "processes", text, choices=("processes", "ray"))
+    for name, kind, metavar, text in _RAY_FLAGS:
+        flag = f"--{name.replace('_', '-')}"
+        add_flag(engine, flag, RAY_DEFAULTS[name], text, type=kind, metavar=metavar)
 
 
-def add_record_flags(group: argparse._ArgumentGroup) -> None:
-    """Add where everything is recorded."""
-    group.add_argument(
+_RAY_FLAGS = (
+    (
+        *("ray_address", str, "ADDRESS"),
+        "the cluster: auto for the one that this machine is part of, ray://HOST:10001 or HOST:6379 "
+        "(default: start one on this machine, and stop it at the end)",
+    ),
+    (
+        *("cpus_per_worker", float, "CPUS"),
+        "CPUs of a node that a worker takes; a fraction is allowed",
+    ),
+    (
+        *("gpus_per_worker", float, "GPUS"),
+        "GPUs of a node that a worker takes; with 0.25, four trials share a GPU (default: 1 if the "
+        "cluster has GPUs, unless --device is cpu)",
+    ),
+    ("min_workers", int, "N", "start with this many workers; others may join later"),
+    ("ray_timeout", float, "SECONDS", "how long to wait for --min-workers"),
+)
+
+
+def add_record_flags(parser: Parser, study: str) -> argparse._ArgumentGroup:
+    """Add the flags that say where results are recorded, `--study` with its help."""
+    record = parser.add_argument_group("record")
+    text = f"{study} (default: named after the data set and a digest of the settings)"
+    add_flag(record, "--study", None, text, metavar="NAME")
+    add_flag(
+        record,
         "--experiment",
-        default=None,
+        None,
+        "the MLflow experiment (default: that of `mlflow run` or MLFLOW_EXPERIMENT_NAME, else "
+        "cnn-sweep)",
         metavar="NAME",
-        help="the MLflow experiment (default: that of `mlflow run` or MLFLOW_EXPERIMENT_NAME, "
-        "else cnn-sweep)",
     )
-    group.add_argument(
-        "--storage",
-        default="sqlite:///optuna.db",
-        metavar="URL",
-        help="the study's database; not MLflow's (default: %(default)s)",
-    )
-    group.add_argument(
+    add_storage_flag(record)
+    add_flag(
+        record,
         "--tracking-timeout",
+        300,
+        "how long to wait for a server that is away, MLflow's or the study's, before the sweep "
+        "stops; the same command continues it",
         type=float,
-        default=300,
         metavar="SECONDS",
-        help="how long to wait for a server that went away, MLflow's or that of the study, before "
-        "the sweep is stopped (the same command continues it; default: %(default)s)",
     )
+    return record
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    do: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-) -> int:
+def add_storage_flag(group: argparse._ActionsContainer) -> None:
+    """Add the flag that names Optuna's database."""
+    text = "the database of the studies; not MLflow's"
+    add_flag(group, "--storage", "sqlite:///optuna.db", text, metavar="URL")
+
+
+def run(parser: Parser, do: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Do what a command line asks for, and return the exit code."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    return run_command(parser, do, argv, resume=AGAIN, exits_at_once=True)
+    return run_command(parser, do, argv, resume=RESUME, exits_at_once=True)
 
 
-def interrupted(reason: str) -> int:
-    """Say that a sweep was stopped, by a signal or for a reason, and return the exit code."""
-    if reason:
-        print(f"stopped: {reason}; {AGAIN}", file=sys.stderr)
-        return 1
-    print(f"interrupted: {AGAIN}", file=sys.stderr)
-    return INTERRUPTED
+def report_stop(outcome: str, reason: str) -> int:
+    """Say why a sweep is interrupted or failed, and return the exit code.
+
+    After a signal, the reason is empty.
+    """
+    if outcome == "failed":
+        line = f"stopped: {printable(reason)}"
+    else:
+        line = f"stopped: {reason}; {RESUME}" if reason else f"interrupted: {RESUME}"
+    print(line, file=sys.stderr)
+    return 1 if reason else INTERRUPTED
 
 
 @contextmanager
 def workers_and_data(
-    options: argparse.Namespace, settle: Callable[[int], Settings]
+    options: argparse.Namespace, make_settings: Callable[[int], Settings]
 ) -> Iterator[tuple[Settings, Dataset, WorkerPool]]:
     """Open the workers of a command line, and the data in all of them.
 
-    Args:
-        options: the command line.
-        settle: returns the settings, checked, for a number of workers.
+    `make_settings` returns the settings, checked, for a number of workers.
     """
     open_workers = on_ray if options.engine == "ray" else on_this_machine
     # The workers start while we import.
@@ -242,7 +226,7 @@ def workers_and_data(
         from cnn.data import load, notes_on_choosing
         from experiments.study.storage import check_storage
 
-        settings = replace(settle(num_workers), worker_device=device)
+        settings = replace(make_settings(num_workers), worker_device=device)
         check_storage(settings.storage)
         check_tracking()
         data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
@@ -253,15 +237,15 @@ def workers_and_data(
 
 
 def check_out(folder: Path, flag: str) -> None:
-    """Raise ValueError if nothing could be written to a folder, hours before it is."""
+    """Raise ValueError if nothing can be written to a folder, which may not exist yet."""
     from tracking.files import check_folder
 
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    check_folder(there, option=flag)
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    check_folder(existing, option=flag)
 
 
-def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
-    """Return the settings of a command line; `others` are those that it has no flags for."""
+def settings_from_args(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
+    """Return the settings of a command line; `others` are those that have no flags."""
     from experiments.study.settings import Settings
 
     given = {
@@ -274,24 +258,17 @@ def settings_of(options: argparse.Namespace, num_workers: int, **others: Any) ->
     return Settings(**(given | others | {"workers": num_workers}))
 
 
-def ui_command() -> str:
-    """Return what shows the runs."""
+def how_to_compare(experiment_id: str, run_id: str = "") -> str:
+    """Return the lines that say how to see the runs of an experiment, or one of them, in MLflow."""
     import mlflow
 
     uri = mlflow.get_tracking_uri()
+    server, command = "http://127.0.0.1:5000", "mlflow ui"
     if uri.startswith("http"):
-        return "in the MLflow server's pages"
-    file = sqlite_file(uri)
-    if file is not None and file.absolute() == Path("mlflow.db").absolute():
-        return "mlflow ui"
-    return f"mlflow ui --backend-store-uri {shlex.quote(without_passwords(uri))}"
-
-
-def ui_address(experiment_id: str) -> str:
-    """Return where the runs of an experiment are shown."""
-    import mlflow
-
-    uri = mlflow.get_tracking_uri()
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    server = re.sub(r"//\S*@", "//", server)  # a browser asks for name and password itself
-    return f"open {server}/#/experiments/{experiment_id}/runs"
+        # A browser asks for name and password itself.
+        server = re.sub(r"//\S*@", "//", uri.rstrip("/"))
+        command = "in the MLflow server's pages"
+    elif (file := sqlite_file(uri)) is None or file.absolute() != Path("mlflow.db").absolute():
+        command += f" --backend-store-uri {shlex.quote(without_passwords(uri))}"
+    page = f"{server}/#/experiments/{experiment_id}/runs" + (f"/{run_id}" if run_id else "")
+    return f"  compare the runs:  {command}\n                     then open {page}"

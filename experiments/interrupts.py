@@ -1,4 +1,4 @@
-"""Signals as a request to stop, which a sweep asks for and ends in order."""
+"""Signals as requests to stop, which a sweep polls."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tracking.cli import SIGNALS, handling
 
 DUPLICATE_SIGNAL_SECONDS = 1.0
 RERAISE_SECONDS = 0.5
-"""A block that should end at once, and has not after so long, is told again."""
+"""A block that should end at once gets the exception again after this time."""
 
 
 class InterruptionError(KeyboardInterrupt):
-    """There was a signal within a block that it may end at once.
+    """A signal ended a block that it may end at once.
 
-    A KeyboardInterrupt, for libraries go on after an Exception in what they can do without.
+    It is a KeyboardInterrupt, because libraries catch an Exception in optional steps.
     """
 
 
 class Interrupts:
     """Notes the first of `SIGNALS` in a `with` block; the second raises KeyboardInterrupt.
 
-    Unless it comes with the first: `mlflow run` hands on a Ctrl-C as SIGTERM to a process that has
-    had it from the terminal already.
+    A second one within `DUPLICATE_SIGNAL_SECONDS` is ignored: after a Ctrl-C, which this process
+    gets from the terminal, `mlflow run` sends it SIGTERM as well.
     """
 
     def __init__(self) -> None:
@@ -33,15 +33,15 @@ class Interrupts:
         self._raises = False
 
     def __call__(self) -> bool:
-        """Return whether there was one."""
+        """Return whether a signal has arrived."""
         return self.first is not None
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Have a signal end this block: one in which nothing is recorded, and which takes long.
+        """Let a signal end this block, which takes long and records nothing.
 
         Raises:
-            InterruptionError: there was a signal, in the block or before it.
+            InterruptionError: a signal arrived, in the block or before it.
         """
         if self.first is not None:
             raise InterruptionError
@@ -51,7 +51,7 @@ class Interrupts:
         except Exception as error:
             if self.first is None:
                 raise
-            # What is left of an import that was cut short by it is no error of its own.
+            # The signal cut an import short, which then raised something else.
             raise InterruptionError from error
         finally:
             self._raises = False
@@ -76,6 +76,6 @@ class Interrupts:
 
     def _raise_again(self, *_: object) -> None:
         if self._raises:
-            # Some code that is being imported goes on after whatever was raised in it.
+            # Some modules catch every exception while they are imported, so it is raised again.
             signal.setitimer(signal.ITIMER_REAL, RERAISE_SECONDS)
             raise InterruptionError

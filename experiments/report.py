@@ -8,36 +8,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.cli import add_flag, add_storage_flag
 from tracking.cli import Parser, run_command
 from tracking.files import check_folder
 
-# What is slow to import (pandas, Matplotlib, Optuna) is imported where it is needed: --help is not.
+# pandas, Matplotlib and Optuna are slow to import: each function imports what it needs.
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what is wrong with that is a ValueError."""
+def build_parser() -> Parser:
+    """Return the parser of the command line; it raises ValueError for what is wrong."""
     parser = Parser(
         prog="python -m experiments.report",
-        description="Report on a comparison of losses that experiments.compare made, as far as it "
-        "has come: a page that needs no network, the same as Markdown, and all data as CSV.",
-        epilog="exit codes: 0 done; 2 bad input; 1 the disk or a database said no",
+        description="Report on a comparison of losses that experiments.compare made, finished or "
+        "not: a page that needs no network, the same as Markdown, and all data as CSV.",
+        epilog="exit codes: 0 done; 2 bad input; 1 the disk or a database refused",
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="STUDY", help="the name of the comparison")
-    parser.add_argument(
-        "--storage",
-        default="sqlite:///optuna.db",
-        metavar="URL",
-        help="the database of its studies (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="the folder to write report.html, report.md, data/ and figures/ to "
-        "(default: %(default)s)",
-    )
+    add_storage_flag(parser)
+    text = "the folder to write report.html, report.md, data/ and figures/ to"
+    add_flag(parser, "--out", Path("report"), text, metavar="DIR")
     return parser
 
 
@@ -54,13 +44,12 @@ def _run(options: argparse.Namespace) -> None:
     results = load_results(options.name, options.storage)
     assessment = assess(results)
     write_report(results, assessment, options.out)
-    for sentence in assessment.statements[:2]:
-        print(sentence)
+    print(*assessment.statements[:2], sep="\n")
     print(f"report: {options.out / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the report that a command line asks for, and return the exit code."""
+    """Write the report of a command line, and return the exit code."""
     return run_command(build_parser(), _run, argv)
 
 

@@ -1,7 +1,7 @@
-"""A server of ours: started, watched, started again when it dies, stopped, and found again.
+"""Run a server: start, watch, restart and stop it.
 
-Whoever starts servers may be killed. Then Linux tells them to stop (`setpriv --pdeathsig`); what
-runs all the same is found by the next start, by a file with the number of its process.
+If the process that started it is killed, Linux stops the server (`setpriv --pdeathsig`). The next
+start finds what still runs by a file with the process's id.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tracking.errors import TransientError
 STOP_SECONDS = 60
 LOOK_SECONDS = 0.2
 RESTARTS, FIRST_PAUSE_SECONDS = 5, 1.0
-"""How often a server that has died is started again; each time the pause doubles."""
+"""How often a dead server is restarted; the pause doubles each time."""
 STEADY_SECONDS = 600
-"""Whoever ran for so long and died has all its restarts again."""
+"""After running this long, a server has all its restarts again."""
 
 
 class Server:
-    """A server that runs. `running` makes one."""
+    """A server that runs: see `running`."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Server:
         self.restarts = 0
         self._arguments, self._popen = _stopped_with_us(arguments, stop_signal), popen
         self._start_at: float | None = None
-        """Set while it is dead and the pause lasts."""
+        """Set during the pause before a restart."""
         self._start()
 
     def check(self) -> None:
@@ -58,10 +58,10 @@ class Server:
             raise TransientError(f"{self._what_happened()}: see {self.log}")
 
     def keep_running(self) -> None:
-        """Start it again if it has died; for a loop that asks several times a second.
+        """Restart it if it has died; to be called several times a second.
 
         Raises:
-            TransientError: it has died too often.
+            TransientError: no restarts are left.
         """
         if self._start_at is not None:
             if time.monotonic() >= self._start_at:
@@ -73,15 +73,15 @@ class Server:
         if time.monotonic() > self._started + STEADY_SECONDS:
             self.restarts = 0
         if self.restarts == RESTARTS:
-            line = f"{self._what_happened()} again, after {RESTARTS} restarts"
-            raise TransientError(f"{line}: see {self.log}")
+            happened = f"{self._what_happened()} again, after {RESTARTS} restarts"
+            raise TransientError(f"{happened}: see {self.log}")
         pause = FIRST_PAUSE_SECONDS * 2**self.restarts
         self.restarts += 1
         self._start_at = time.monotonic() + pause
-        say(f"{self._what_happened()}: it is started again in {pause:g} s, see {self.log}")
+        say(f"{self._what_happened()}: it restarts in {pause:g} s, see {self.log}")
 
     def stop(self) -> None:
-        """Have it end in order, or at once if that takes too long."""
+        """Shut it down; kill it if that takes too long."""
         if self.process.returncode is None:
             self.process.send_signal(self.stop_signal)
             deadline = time.monotonic() + STOP_SECONDS
@@ -99,7 +99,7 @@ class Server:
                 stdout=output,
                 stderr=output,
                 umask=0o077,
-                start_new_session=True,  # Ctrl-C is for us: one is stopped after the other
+                start_new_session=True,  # Ctrl-C reaches us only, and we stop them in order
                 **self._popen,
             )
         self._started, self._start_at = time.monotonic(), None
@@ -107,13 +107,13 @@ class Server:
         self.pid_file.write_text(json.dumps([self.process.pid, self._handle.create_time()]))
 
     def _has_ended(self) -> bool:
-        """Return whether it has; it is not reaped by that, and so no other gets its number."""
+        """Return whether it has ended, without reaping it: its process id stays taken."""
         if self.process.returncode is not None:
             return True
         return bool(self._handle.status() == psutil.STATUS_ZOMBIE)
 
     def _reap(self) -> None:
-        """Kill what hangs, and workers whose server was killed."""
+        """Kill the rest of its process group, and reap it."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -126,7 +126,7 @@ class Server:
 def running(
     name: str, arguments: Sequence[str], log: Path, stop_signal: signal.Signals, **popen: Any
 ) -> Iterator[Server]:
-    """Run a server while the block lasts; it ends in order by `stop_signal`."""
+    """Run a server while the block lasts; `stop_signal` shuts it down."""
     log.touch(mode=0o600)
     server = Server(name, arguments, log, stop_signal, **popen)
     try:
@@ -136,17 +136,17 @@ def running(
 
 
 def pid_file(log: Path) -> Path:
-    """Return where the number of a server's process is, beside its log."""
+    """Return the file with the id of a server's process, beside its log."""
     return log.with_suffix(".pid")
 
 
 def stop_orphaned(name: str, log: Path, stop_signal: signal.Signals) -> None:
-    """Stop what runs of a server whose starter was killed, and say so."""
+    """Stop the processes of a server that an earlier start left, and say so."""
     file = pid_file(log)
     orphaned = _orphaned(file)
     if orphaned:
         numbers = ", ".join(str(process.pid) for process in orphaned)
-        say(f"{name} still runs from an earlier start (process {numbers}): it is stopped first")
+        say(f"{name} still runs from an earlier start (process {numbers}): stopping it first")
         for process in orphaned:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(stop_signal)
@@ -159,7 +159,7 @@ def stop_orphaned(name: str, log: Path, stop_signal: signal.Signals) -> None:
 
 
 def _orphaned(file: Path) -> list[psutil.Process]:
-    """Return the processes of a server: its group's, which work in its folder."""
+    """Return the processes of a server: those of its group in its folder."""
     try:
         number, created = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -170,14 +170,14 @@ def _orphaned(file: Path) -> list[psutil.Process]:
             if os.getpgid(process.pid) != number:
                 continue
             if process.pid == number and abs(process.create_time() - created) > 1:
-                return []  # another has the number by now
+                return []  # another process has the id now
             if Path(process.cwd()).is_relative_to(file.parent):
                 found.append(process)
     return found
 
 
 def check_port(option: str, host: str, port: int) -> None:
-    """Raise ValueError if nothing of ours can listen there."""
+    """Raise ValueError if a server can't listen there."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
@@ -186,7 +186,7 @@ def check_port(option: str, host: str, port: int) -> None:
 
 
 def _listener(port: int) -> str:
-    """Return who listens at a port, as far as this user may know."""
+    """Return which process listens at a port, if this user may see it."""
     with suppress(psutil.Error):
         for each in psutil.net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
@@ -195,13 +195,13 @@ def _listener(port: int) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line for who looks on; servers run on where nobody can."""
+    """Print a line, if it can be printed: the servers run on without a terminal."""
     with suppress(OSError, OutputError):
         print(line, file=sys.stderr, flush=True)
 
 
 def _stopped_with_us(arguments: Sequence[str], number: signal.Signals) -> list[str]:
-    """Return a command that gets a signal when this process is killed, where the system can."""
+    """Return a command that gets a signal when this process is killed, if the system can do it."""
     if (setpriv := shutil.which("setpriv")) is None:
         return list(arguments)
     return [setpriv, "--pdeathsig", number.name.removeprefix("SIG"), *arguments]

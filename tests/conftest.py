@@ -3,37 +3,108 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 import torch
+from hypothesis import settings
+from sqlalchemy.event import listens_for
 
+from cnn.config import TrainConfig
 from cnn.data import Dataset, Split
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("tests", max_examples=60 if config.getoption("--slow") else 15)
+    settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)  # before its fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: add --slow to run it")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute in one thread: several that wait for each other crawl where others work too."""
+    """Compute in one thread, here and in the processes that tests start.
+
+    Several that wait for each other crawl where others work too.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_job_runners() -> Iterator[None]:
+    """Have MLflow's servers start without their job runners, ten processes that nobody needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        yield
+
+
+@pytest.fixture
+def hangup_ends() -> Iterator[None]:
+    """Have SIGHUP do what it does by default: under nohup it is ignored, by children, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")
 def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with all its tables: to make them takes two seconds, to copy them none."""
-    import mlflow
+    from tracking_helpers import empty_database
 
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
+    return empty_database(tmp_path_factory.getbasetemp())
+
+
+@listens_for(sqlalchemy.Engine, "connect")
+def do_not_wait_for_the_disk(connection: object, _: object) -> None:
+    """Have SQLite leave it to the system when the disk is written: no test cuts the power."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Have the sweeps of all tests share the models that they record, and so their graphs.
+
+    In use, a process has one sweep or a few, and tracing is a small part. In tests it was a third.
+    """
+    from cnn.networks import Classifier
+    from experiments.study.recorder import Recorder
+
+    classifier = Recorder._classifier
+    of_data: dict[tuple[str, ...], dict[str, Classifier]] = {}
+
+    def shared(recorder: Recorder, config: TrainConfig) -> Classifier:
+        recorder._classifiers = of_data.setdefault(recorder.data.classes, {})
+        return classifier(recorder, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_classifier", shared)
+        yield
 
 
 @pytest.fixture
 def mlflow_store(
-    empty_mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_mlflow_database: Path,
+    traced_once: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """Give the test an MLflow store of its own, in its own working folder; return its URI."""
     shutil.copy(empty_mlflow_database, tmp_path / "mlflow.db")

@@ -45,7 +45,7 @@ def changed(settings: Settings, **changes: Any) -> Settings:
     """Return other settings; what is searched is named as in a study: losses, batch_sizes, ..."""
     told: dict[str, Any] = {}
     for name, domain in settings.search.items():
-        told |= BY_NAME[name].identity(domain)
+        told |= BY_NAME[name].to_settings(domain)
     return replace(settings, search=searched(told | changes), **_others(changes))
 
 

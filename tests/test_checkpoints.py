@@ -66,7 +66,7 @@ def values(events: list[Event]) -> list[tuple[int, float, float]]:
     ]
 
 
-def test_a_training_goes_on_from_its_checkpoint(kept: list[bytes], coloured_noise: Dataset) -> None:
+def test_a_training_resumes_from_its_checkpoint(kept: list[bytes], coloured_noise: Dataset) -> None:
     assert [resumed_from(each, coloured_noise) for each in kept] == [1, 2, 3]
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_has_the_training_begin_again_and_say_so(
 def test_a_checkpoint_of_other_code_is_none(
     kept: list[bytes], coloured_noise: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_code", lambda: "another network's")
+    monkeypatch.setattr(checkpoints, "source_digest", lambda: "another network's")
     assert resumed_from(kept[1], coloured_noise) == 0
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_told_once(coloured_noise: Dataset) 
     first, *others = run(coloured_noise, keep=full)
     assert first == CheckpointLost(
         job=0,
-        reason="its checkpoint can't be kept ([Errno 28] No space left on device): cut off, it "
-        "would start again",
+        reason="its checkpoint can't be written ([Errno 28] No space left on device): if "
+        "interrupted, it would start again",
     )
     assert [type(event) for event in others] == [EpochEnded] * 3 + [JobEnded]

@@ -162,6 +162,7 @@ def test_an_error_of_a_closed_standard_error_is_not_printed_elsewhere() -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_command_in_a_line(number: int) -> None:
     done = tool(f"os.kill(os.getpid(), {int(number)}); time.sleep(30)")

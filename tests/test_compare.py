@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from fake_pool import diverges, script_of_ten, use_pool
 from mlflow import MlflowClient
+from tracking_helpers import new_store
 
 from benchmarks import pages
 from cnn.config import PRECISIONS
@@ -32,6 +35,29 @@ def small_world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits_cache
     use_pool(monkeypatch, script_of_ten)
 
 
+@pytest.fixture(scope="module")
+def printed(
+    tmp_path_factory: pytest.TempPathFactory, traced_once: None, digits_cache: Path
+) -> tuple[Path, str]:
+    """A folder in which a comparison was made, and what it printed."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "data").symlink_to(digits_cache)
+    out = io.StringIO()
+    with new_store(folder), redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        use_pool(patch, script_of_ten)
+        assert main(SMALL) == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def compared(printed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Work where a comparison was made; give what it printed. Nothing there is to be changed."""
+    folder, out = printed
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    return out
+
+
 def test_the_help_names_every_choice() -> None:
     text = build_parser().format_help()
     for names in (LOSSES, SAMPLERS, OPTIMIZERS, SCHEDULES, PRECISIONS):
@@ -44,12 +70,9 @@ def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own()
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 
-def test_a_comparison_ends_with_its_answer_and_a_report(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(SMALL) == 0
-    out = capsys.readouterr().out
-    assert "search for the best setting of mse (1 of 2)" in out
+def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
+    out = compared
+    assert "search for the best configuration of mse (1 of 2)" in out
     assert "confirmation on 2 fresh seeds" in out
     assert re.search(r"^  mse, seed 1: \d", out, re.M)
     assert "  report:            reports/c/report.html" in out
@@ -64,10 +87,10 @@ def test_a_comparison_ends_with_its_answer_and_a_report(
     assert {"report/report.html", "report/report.md", "report/data"} <= stored
 
 
-def test_the_same_command_again_looks_at_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    main(SMALL)
+def test_the_same_command_again_looks_at_nothing_twice(
+    compared: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = Path("reports/c/report.md").read_text()
-    capsys.readouterr()
     assert main(SMALL) == 0
     assert "seed 1:" not in capsys.readouterr().out
     assert Path("reports/c/report.md").read_text() == first
@@ -81,7 +104,7 @@ def test_where_no_loss_ends_it_says_so(
 ) -> None:
     use_pool(monkeypatch, diverges)
     assert main(SMALL) == 1
-    assert capsys.readouterr().err == "stopped: no loss has a trial that is complete\n"
+    assert capsys.readouterr().err == "stopped: no loss has a complete trial\n"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +159,13 @@ def test_a_comparison_that_is_killed_in_every_stage_ends_with_the_same_report(
     for name in ("calm", "stormy"):
         (tmp_path / name).mkdir()
     in_a_process(tmp_path / "calm")
-    for stage in ("0  mse", "search for the best setting of cross", "1  cross", "the test", "mse,"):
+    for stage in (
+        "0  mse",
+        "search for the best configuration of c",
+        "1  cross",
+        "the test",
+        "mse,",
+    ):
         in_a_process(tmp_path / "stormy", until=stage)
     in_a_process(tmp_path / "stormy")
     calm, stormy = (tmp_path / name / "reports" / "c" / "data" for name in ("calm", "stormy"))
@@ -146,9 +175,8 @@ def test_a_comparison_that_is_killed_in_every_stage_ends_with_the_same_report(
 
 @pytest.mark.slow
 @pytest.mark.skipif(pages.chromium() is None, reason="there is no Chromium")
-def test_mlflows_pages_show_a_comparison_in_a_browser(mlflow_store: str, tmp_path: Path) -> None:
-    assert main(SMALL) == 0
-    with pages.served(mlflow_store) as address:
+def test_mlflows_pages_show_a_comparison_in_a_browser(compared: str, tmp_path: Path) -> None:
+    with pages.served(os.environ["MLFLOW_TRACKING_URI"]) as address:
         pictures = pages.look(address, "c", tmp_path / "pictures")
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {
         f"mlflow-{name}.png" for name in pictures

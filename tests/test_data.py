@@ -809,7 +809,7 @@ def test_classes_may_have_names_that_hold_a_split_s(tmp_path, data_dir, classes)
 def test_folders_beside_the_splits_are_told_of(tmp_path, data_dir):
     parts = dict.fromkeys(["train/a", "train/b", "test/a", "test/b", "extra", "train_old/c"], 3)
     dataset = load(str(make_folder(tmp_path / "images", parts)), data_dir=data_dir, seed=0)
-    assert "not used, beside the splits: 'extra', 'train_old'" in dataset.notes
+    assert "not used, next to the splits: 'extra', 'train_old'" in dataset.notes
 
 
 def test_splits_within_the_classes_are_told_of(tmp_path, data_dir):
@@ -852,7 +852,7 @@ def test_what_systems_leave_behind_is_no_class_and_no_image(folder, data_dir):
     after = load(str(folder), data_dir=data_dir, seed=0)
     assert after.digest == before.digest
     (note,) = set(after.notes) - set(before.notes)
-    assert note.startswith("passed over 12 hidden or system files or folders: '@eaDir' (2), ")
+    assert note.startswith("skipped 12 hidden or system files or folders: '@eaDir' (2), ")
 
 
 def test_hidden_files_are_counted_in_splits_once(tmp_path, data_dir):
@@ -861,7 +861,7 @@ def test_hidden_files_are_counted_in_splits_once(tmp_path, data_dir):
     for part in ("", "train", "test", "train/a", "test/b"):
         (folder / part / ".DS_Store").touch()
     dataset = load(str(folder), data_dir=data_dir, seed=0)
-    assert "passed over 5 hidden or system files or folders: '.DS_Store' (5)" in dataset.notes
+    assert "skipped 5 hidden or system files or folders: '.DS_Store' (5)" in dataset.notes
 
 
 # What people should know of a split

@@ -67,6 +67,7 @@ for size in map(int, sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_made_mlflows_tables_leaves_nothing_that_is_refused(
     tmp_path: Path,
 ) -> None:

@@ -350,7 +350,7 @@ def test_what_numpy_does_not_write_is_refused(
 
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         zipped({"images.npy": LAST_IMAGES}, method)
-        refused("'images' in it is compressed otherwise than NumPy does it")
+        refused("'images' in it is not compressed as NumPy does it")
     zipped({"images.npy": LAST_IMAGES})
     whole = Path("x.npz").read_bytes()
     central = whole.index(b"PK\1\2")
@@ -368,7 +368,7 @@ def test_what_numpy_does_not_write_is_refused(
     patched(42, b"\xff\xff\xff\x7f")
     refused("can't read the array 'x.npz'")
     patched(10, b"\x63")
-    refused("'images' in it is compressed otherwise")
+    refused("'images' in it is not compressed")
     patched(16, b"\0\0\0\0")
     refused("can't read the array 'x.npz': Bad CRC-32")
     with warnings.catch_warnings():

@@ -143,8 +143,8 @@ def size(number: object) -> dict[str, object]:
         ({"storage_offset": size(1)}, "larger than its record"),
         ({"storage_offset": size(10**30)}, "larger than its record"),
         ({"storage_offset": size(-1)}, "larger than its record"),
-        ({"storage_offset": size(0.0)}, "the size {'as_int': 0.0} is none"),
-        ({"storage_offset": size(False)}, "the size {'as_int': False} is none"),
+        ({"storage_offset": size(0.0)}, "the size {'as_int': 0.0} is no integer"),
+        ({"storage_offset": size(False)}, "the size {'as_int': False} is no integer"),
         ({"sizes": [size(2)], "strides": [size(1)]}, "larger than its record"),
         ({"sizes": [size(10**12)], "strides": [size(0)]}, "larger than its record"),
         ({"sizes": [size(0)], "strides": [size(1)]}, "larger than its record"),
@@ -242,7 +242,7 @@ def signed(shape: list[Any]) -> Callable[[dict[str, Any]], None]:
         (lambda about: about["metadata"].update(seed=2**32), "as seed, which is no integer from 0"),
         (lambda about: about["metadata"].update(dataset=["x"]), "['x'] as dataset, which is no"),
         (lambda about: about.update(run_id="x\x1b[2K\rforged"), r"its run_id 'x\x1b[2K\rforged'"),
-        (lambda about: about.update(run_id=5), "its run_id 5 is none of a run"),
+        (lambda about: about.update(run_id=5), "its run_id 5 is not the id of a run"),
     ],
 )  # fmt: skip
 def test_a_description_that_says_what_none_says_is_refused(
@@ -498,7 +498,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("models:/", "MLflow ("),
         ("runs:/", "MLflow ("),
         ("runs:/x/model", "MLflow ("),
-        ("http://127.0.0.1:1/x", "its address is none of MLflow's"),
+        ("http://127.0.0.1:1/x", "its address is not MLflow's"),
         ("nosuch://x/y", "MLflow ("),
         ("a\0b", "there is no model"),
         ("file:///a\0b", "can't be used as a model: embedded null byte"),

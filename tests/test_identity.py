@@ -18,11 +18,12 @@ from small_sweep import small_settings
 from torch import Tensor, nn
 
 import cnn.losses
-import cnn.training
+import cnn.optimizers
 import experiments.study.identity
 from cnn.data import Dataset
 from cnn.losses import LOSSES
 from cnn.networks import CNN
+from cnn.source import source_digest
 from experiments.study.controller import sweep
 from experiments.study.events import SweepStarted
 from experiments.study.identity import (
@@ -31,7 +32,6 @@ from experiments.study.identity import (
     differences,
     digest_of_cnn,
     name_of,
-    source_digest,
     split_digest,
     training_digest,
 )
@@ -137,7 +137,7 @@ def test_a_named_study_is_refused_to_code_that_was_edited(
 def test_a_study_that_is_older_than_this_goes_on(
     settings: Settings, coloured_noise: Dataset, name: str | None
 ) -> None:
-    old_name = name or name_of(coloured_noise.name, settings.identity(coloured_noise))
+    old_name = name or name_of(coloured_noise.name, settings.fingerprint(coloured_noise))
     settings = replace(settings, study=name)
     start(replace(settings, study=old_name), coloured_noise)
     forget(settings, old_name)
@@ -255,7 +255,7 @@ def test_an_optimizer_or_schedule_that_was_edited_trains_otherwise(
 ) -> None:
     before = training_digest("mse", "sgd", "one_cycle")
     training_digest.cache_clear()
-    monkeypatch.setattr(experiments.study.identity, name, getattr(cnn.training, name) | edited)
+    monkeypatch.setattr(experiments.study.identity, name, getattr(cnn.optimizers, name) | edited)
     assert training_digest("mse", "sgd", "one_cycle") != before
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn import images
-from cnn.images import FORMATS, IMAGE_SIZE, decode, find_images, resize
+from cnn import folders, images
+from cnn.folders import find_images
+from cnn.images import FORMATS, IMAGE_SIZE, decode, resize
 
 
 def noise(*shape, seed=0):
@@ -438,13 +439,13 @@ def test_leaves_out_and_counts_hidden_files_and_what_systems_leave(tmp_path):
         (tmp_path / name).touch()
     assert find_images(tmp_path) == [tmp_path / "b", tmp_path / "sub" / "Folder.jpg"]
     passed_over = Counter()
-    assert list(images.walk(tmp_path, passed_over)) == ["b", "sub/Folder.jpg"]
+    assert list(folders.walk(tmp_path, passed_over)) == ["b", "sub/Folder.jpg"]
     assert passed_over.total() == len(left)
     assert (passed_over["._*"], passed_over[".DS_Store"], passed_over["@eaDir"]) == (2, 2, 2)
-    (note,) = images.note_on_passed_over(passed_over)
-    assert note.startswith("passed over 16 hidden or system files or folders: '")
+    (note,) = folders.note_on_skipped(passed_over)
+    assert note.startswith("skipped 16 hidden or system files or folders: '")
     assert note.endswith(" and 10 other names")
-    assert images.note_on_passed_over(Counter()) == ()
+    assert folders.note_on_skipped(Counter()) == ()
 
 
 def test_follows_links_and_ends_on_a_loop(tmp_path):

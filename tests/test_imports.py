@@ -25,10 +25,10 @@ INSIDE_FUNCTIONS = {"tracking/prediction": {"cnn"}}
 
 # A file imports from lower lines, from its own, and from its own package, wherever in the file.
 LAYERS = """
-    cnn.images cnn.losses cnn.networks cnn.optimizers
+    cnn.images cnn.folders cnn.losses cnn.source cnn.networks cnn.optimizers
     cnn.cache cnn.config
     cnn.datasets cnn.devices
-    cnn.data
+    cnn.data cnn.stepper
     cnn.training
     tracking.errors
     tracking.text tracking.files tracking.cli tracking.store tracking.retries
@@ -62,7 +62,7 @@ PRIVATE_NAMES = {
         "experiments/study/trial_cache.py",
     },
     r"\btorch(\.\w+)*\._[a-z]": {
-        "cnn/training.py",  # _foreach_copy_: all gradients in one call
+        "cnn/stepper.py",  # _foreach_copy_: all gradients in one call
         "experiments/engine/checkpoints.py",  # how a state_dict is pickled
         "experiments/study/recorder.py",  # whether the compiler was imported
         "tracking/models/cost.py",  # an operator that exports have
@@ -284,7 +284,9 @@ def test_help_imports_nothing_slow(module: str) -> None:
 TRAIN = """
 import sys, torch
 from cnn.data import Dataset, Split
-from cnn.training import OPTIMIZERS, TrainConfig, train
+from cnn.config import TrainConfig
+from cnn.optimizers import OPTIMIZERS
+from cnn.training import train
 images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4) % 2
 split = Split(all_images=images, all_labels=labels, rows=torch.arange(4))
 data = Dataset(name="", classes=("a", "b"), train=split, validation=split, test=split, digest="",

@@ -14,6 +14,7 @@ from experiments.interrupts import InterruptionError, Interrupts
 from tracking.cli import SIGNALS
 
 REPOSITORY = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("hangup_ends")
 each_signal = pytest.mark.parametrize("number", SIGNALS)
 
 

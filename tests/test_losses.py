@@ -249,7 +249,6 @@ def test_a_loss_is_found_by_its_name(name: str) -> None:
 def test_a_loss_with_unknown_probabilities_is_refused() -> None:
     with pytest.raises(ValueError, match="'hardmax'; choose from softmax, sigmoid_normalised"):
         Loss(
-            name="mine",
             function=LOSSES["mse"].function,
             outputs_to_probabilities="hardmax",
             source="",

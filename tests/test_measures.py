@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics
 
-from tracking.evaluation.metrics import BINS, Counter, Measures, wilson
+from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator, wilson
 
 
 def sample(
@@ -25,9 +25,9 @@ def sample(
     return true, probabilities.astype(np.float32)
 
 
-def counted(true: Any, probabilities: Any, *, batch_size: int = 10_000) -> Counter:
+def counted(true: Any, probabilities: Any, *, batch_size: int = 10_000) -> MetricsAccumulator:
     true, probabilities = np.asarray(true, np.int64), np.asarray(probabilities)
-    counter = Counter([f"class {k}" for k in range(probabilities.shape[1])])
+    counter = MetricsAccumulator([f"class {k}" for k in range(probabilities.shape[1])])
     for start in range(0, len(true), batch_size):
         batch = slice(start, start + batch_size)
         counter.add(true[batch], probabilities[batch])
@@ -191,7 +191,7 @@ def test_batches_make_no_difference(batch_size: int) -> None:
 
 
 def test_what_is_kept_does_not_grow_with_the_images() -> None:
-    def size(counter: Counter) -> int:
+    def size(counter: MetricsAccumulator) -> int:
         assert not any(isinstance(value, list) for value in vars(counter).values())
         return sum(getattr(value, "nbytes", 8) for value in vars(counter).values())
 

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from experiments import compare, sweep
-from experiments.cli import _split
+from experiments.study.parameters import split_words
 from tracking import predict
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +191,7 @@ def test_a_flag_that_is_not_declared_can_be_given_all_the_same(
 
 @pytest.mark.parametrize("losses", ["bce,gce", "bce gce", "bce, gce"])
 def test_lists_are_one_word_with_commas_or_spaces(project: Any, losses: str) -> None:
-    assert _split(options(project, "main", {"losses": losses})["losses"]) == ["bce", "gce"]
+    assert split_words(options(project, "main", {"losses": losses})["losses"]) == ["bce", "gce"]
 
 
 def test_the_test_entry_point_runs_pytest_on_what_it_is_told(project: Any) -> None:

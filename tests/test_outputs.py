@@ -49,7 +49,7 @@ def predictor_of(
 
 
 def use(patch: pytest.MonkeyPatch, predictor: Predictor) -> None:
-    patch.setattr(predict, "_chosen", lambda _: (predictor, "the model of the test"))
+    patch.setattr(predict, "_choose_model", lambda _: (predictor, "the model of the test"))
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_an_image_that_cannot_be_read_has_a_row_with_its_error(
     assert output.err == (
         f"note: {len(bad)} of 7 images could not be read: column error says why\n"
     )
-    assert f"labelled {7 - len(bad)} images of 'photos'" in output.out
+    assert f"predicted {7 - len(bad)} images of 'photos'" in output.out
     frame = read(f"out{ending}")
     assert list(frame["source"]) == [f"photos/{index:03}.png" for index in range(7)]
     good = [index for index in range(7) if index not in bad]
@@ -353,7 +353,7 @@ def test_resumed_it_ends_with_the_bytes_of_an_undisturbed_run(
     assert Path(out).read_bytes() == Path(f"whole{ending}").read_bytes()
     output = capsys.readouterr()
     assert output.out == whole.replace(f"whole{ending}", out)
-    assert (f"note: going on after {rows} of 11 images" in output.err) == (rows > 0)
+    assert (f"note: resuming after {rows} of 11 images" in output.err) == (rows > 0)
     assert sum(seen) == 9 - sum(index not in (1, 8) for index in range(rows))
     assert sorted(path.name for path in desk.iterdir()) == sorted([out, "photos", f"whole{ending}"])
 
@@ -366,9 +366,9 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     np.save("a.npy", images(50))
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_outputs import predictor_of, predict, labelling, drafts\n"
-        "predict._chosen = lambda _: (predictor_of(), '')\n"
-        "labelling.CHUNK = 1\n"
+        "from test_outputs import predictor_of, predict, pipeline, drafts\n"
+        "predict._choose_model = lambda _: (predictor_of(), '')\n"
+        "pipeline.CHUNK = 1\n"
         "append = drafts.Draft.append\n"
         "def watched(self, content, **options):\n"
         "    append(self, content, **options)\n"
@@ -385,7 +385,7 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     assert not Path(f"out{ending}").exists()
     monkeypatch.setattr(pipeline, "CHUNK", 1)
     assert main([*arguments, f"out{ending}", "--resume"]) == 0
-    assert "going on after 28 of 50" in capsys.readouterr().err
+    assert "resuming after 28 of 50" in capsys.readouterr().err
     assert main([*arguments, f"whole{ending}"]) == 0
     assert Path(f"out{ending}").read_bytes() == Path(f"whole{ending}").read_bytes()
 
@@ -414,9 +414,8 @@ def test_only_the_same_can_be_resumed(
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert (
-        f"can't resume '{desk / 'predictions.csv'}': what is there was made with {complaint}"
-        in (error)
+    assert f"can't resume '{desk / 'predictions.csv'}': its draft was made with {complaint}" in (
+        error
     )
     assert error.count("\n") == 1
     assert main(arguments) == 0
@@ -458,10 +457,10 @@ def test_ctrl_c_keeps_what_is_written_and_says_so(
     use(monkeypatch, predictor_of(model=model))
     assert main(["a.npy", "--batch-size", "2"]) == 130
     error = capsys.readouterr().err
-    assert error == "note: 4 rows are kept: the same command goes on with --resume\ninterrupted\n"
+    assert error == "note: 4 rows are kept: --resume continues the same command\ninterrupted\n"
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--batch-size", "2", "--resume"]) == 0
-    assert "going on after 4 of 6" in capsys.readouterr().err
+    assert "resuming after 4 of 6" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_write_one_file(

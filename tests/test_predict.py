@@ -370,7 +370,7 @@ def test_a_folder_is_labelled_and_compared_with_its_folders_names(
     assert output.out.splitlines()[:2] == [
         "best of 3 finished runs of experiment 'study' by val/accuracy = 0.9: "
         f"run {BEST} ({workshop[BEST]})",
-        "labelled 12 images of 'photos': 'predictions.csv'",
+        "predicted 12 images of 'photos': 'predictions.csv'",
     ]
     assert output.out.splitlines()[-1] == "accuracy 100.00 % (12 of 12)"
     assert output.err == ""
@@ -660,7 +660,7 @@ def test_a_bad_source_is_one_line(
         ),
         (
             ["--experiment", "study", "--column", "image"],
-            "--column is for Parquet files: 'a.npy' is none",
+            "--column is for Parquet files, not for 'a.npy'",
         ),
         (
             ["--experiment", "study", "--study", "other"],
@@ -694,7 +694,7 @@ def test_empty_options_count_as_not_given(desk: Path) -> None:
         ("missing/out.csv", "can't write --out: there is no folder"),
         ("shut/out.csv", "can't write --out: "),
         ("shut.csv", "can't write --out: "),
-        (".", "--out must end in .csv, .parquet, .jsonl, which says what is written: '.'"),
+        (".", "--out must end in .csv, .parquet, .jsonl, which is the format: '.'"),
         ("out.txt", "--out must end in .csv, .parquet, .jsonl"),
         ("folder.csv", "can't write --out: "),
         ("pipe.csv", "can't write --out: '"),
@@ -748,11 +748,11 @@ def test_a_full_disk_is_one_line(
         patch.setattr(os, "fsync", full)
         assert main(["a.npy", "--experiment", "study"]) == 1
     note, error = capsys.readouterr().err.splitlines()
-    assert note == "note: 2 rows are kept: the same command goes on with --resume"
+    assert note == "note: 2 rows are kept: --resume continues the same command"
     assert error.endswith("error: can't write the predictions: No space left on device")
     assert not Path("predictions.csv").exists()
     assert main(["a.npy", "--experiment", "study", "--resume"]) == 0
-    assert "going on after 2 of 2 images" in capsys.readouterr().err
+    assert "resuming after 2 of 2 images" in capsys.readouterr().err
     assert len(read_csv()) == 2
 
 
@@ -770,7 +770,7 @@ def test_an_interrupt_is_a_line_and_leaves_nothing(
 
 
 def test_a_bug_is_no_bad_input(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "label", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: 1 / 0)
     np.save("a.npy", images(2))
     with pytest.raises(ZeroDivisionError):
         main(["a.npy", "--experiment", "study"])
@@ -863,7 +863,7 @@ def chosen_for(source: str, *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "load_model", lambda uri: uri)
         parsed = predict.build_parser().parse_args([source, "--experiment", "two", *options])
-        return predict._chosen(parsed)[1]
+        return predict._choose_model(parsed)[1]
 
 
 def test_the_model_is_of_the_data_set_that_the_source_is_of(of_two: Tracker) -> None:
@@ -898,7 +898,7 @@ def test_for_a_source_of_no_known_data_set_it_is_said_which_the_model_is_of(
 def test_load_best_warns_of_runs_on_other_data_sets(
     of_two: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "load_model", lambda uri: uri)
+    monkeypatch.setattr("tracking.selection.load_model", lambda uri: uri)
     with pytest.warns(UserWarning, match="on 'colours'; not among") as caught:
         load_best("two")
     assert caught[0].filename == __file__

@@ -35,7 +35,7 @@ def train(tracker: Tracker) -> Train:
         run.log_params({"dataset_digest": digest, "seed": 0})
         recorded = tracker.client.get_run(run_id)
         if register:
-            Registry(client=tracker.client, name="colours").register(recorded)
+            Registry(client=tracker.client, name="colours").register_best(recorded)
         return recorded
 
     return trained
@@ -89,7 +89,7 @@ def test_to_promote_the_champion_does_nothing(
     train(0.5)
     assert "nothing was done" in printed(capsys, "--version", "1")
     error = error_of(capsys, "colours", "--rollback")
-    assert error.endswith("nothing to go back to: only version 1 of colours was champion")
+    assert error.endswith("can't roll back: only version 1 of colours was champion")
 
 
 def test_a_run_is_registered_and_promoted(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_other_data_take_force(train: Train, capsys: pytest.CaptureFixture[str])
     train(0.9, "d2")
     error = error_of(capsys, "colours", "--version", "2")
     assert "version 1, is of another data set (d1, not d2)" in error
-    assert "--force promotes it all the same" in error
+    assert "--force promotes it anyway" in error
     assert champion() == 1
     assert "version 2" in printed(capsys, "--version", "2", "--force")
     assert champion() == 2

@@ -4,6 +4,7 @@ Hypothesis makes the images, the arrays, the tables, the names and the classes; 
 `python -m tracking.predict` in this process, with a model made on the spot, reads what it wrote by
 other means than the project's own, and compares it with `Predictor.predict` of the same pixels.
 
+    python -m pytest --slow tests/test_properties.py            # four times as many
     EXAMPLES=1000 python -m pytest tests/test_properties.py     # so many, and others each time
 """
 
@@ -39,7 +40,7 @@ from tracking.prediction.formats import format_of
 EXAMPLES = os.environ.get("EXAMPLES")
 
 property_test = settings(
-    max_examples=int(EXAMPLES or 60),
+    max_examples=int(EXAMPLES or settings.default.max_examples),  # see conftest.py
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
@@ -139,7 +140,7 @@ def ask(predictor: Predictor, source: str, out: Path, batch_size: int, *options:
     command = [source, "--out", str(out), "--batch-size", str(batch_size), *options]
     terminal = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch, io.TextIOWrapper(terminal, "utf-8") as stream:
-        patch.setattr(predict, "_chosen", lambda _: (predictor, "the model of the test"))
+        patch.setattr(predict, "_choose_model", lambda _: (predictor, "the model of the test"))
         with redirect_stdout(stream), redirect_stderr(stream):
             code = main(command)
         stream.flush()

@@ -34,29 +34,29 @@ def report(study: optuna.Study, *accuracies: float) -> Trial:
     return trial
 
 
-def goes_on(study: optuna.Study, *accuracies: float) -> bool:
+def continues(study: optuna.Study, *accuracies: float) -> bool:
     return not report(study, *accuracies).should_prune()
 
 
-def test_the_first_trial_goes_on() -> None:
-    assert goes_on(study_of(), 0.1)
+def test_the_first_trial_continues() -> None:
+    assert continues(study_of(), 0.1)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.1, 0.2), (0.2, 0.1)])
-def test_of_two_trials_only_the_better_goes_on(first: float, second: float) -> None:
-    assert goes_on(study_of(first), second) == (second > first)
+def test_of_two_trials_only_the_better_continues(first: float, second: float) -> None:
+    assert continues(study_of(first), second) == (second > first)
 
 
-def test_a_trial_goes_on_if_fewer_than_a_third_are_better_its_own_epoch_counted() -> None:
+def test_a_trial_continues_if_fewer_than_a_third_are_better_its_own_epoch_counted() -> None:
     others = [0.1, 0.2, 0.3, 0.4, 0.5]  # with it six, so that one may be better
-    assert goes_on(study_of(*others), 0.45)
-    assert not goes_on(study_of(*others), 0.35)
-    assert goes_on(study_of(*others, 0.0), 0.35)  # of seven, two
+    assert continues(study_of(*others), 0.45)
+    assert not continues(study_of(*others), 0.35)
+    assert continues(study_of(*others, 0.0), 0.35)  # of seven, two
 
 
 def test_a_tie_is_not_better() -> None:
-    assert goes_on(study_of(0.5, 0.5, 0.5), 0.5)
-    assert not goes_on(study_of(0.6, 0.6, 0.5), 0.5)
+    assert continues(study_of(0.5, 0.5, 0.5), 0.5)
+    assert not continues(study_of(0.6, 0.6, 0.5), 0.5)
 
 
 @pytest.mark.parametrize("state", TrialState)
@@ -68,25 +68,25 @@ def test_first_epochs_count_whatever_became_of_their_trials(state: TrialState) -
             study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state)
         return study
 
-    assert not goes_on(study_with(0.9), 0.8)
-    assert goes_on(study_with(0.1, 0.1, 0.9), 0.8)  # one of four is better; without it, of three
+    assert not continues(study_with(0.9), 0.8)
+    assert continues(study_with(0.1, 0.1, 0.9), 0.8)  # one of four is better; without it, of three
 
 
 def test_a_trial_without_an_epoch_does_not_count() -> None:
     study = study_of(0.9, 0.1)
     study.ask()
-    assert not goes_on(study, 0.8)
+    assert not continues(study, 0.8)
 
 
 def test_an_accuracy_that_is_no_number_ends_a_trial_and_is_better_than_none() -> None:
-    assert not goes_on(study_of(), math.nan)
-    assert goes_on(study_of(math.nan), 0.1)
+    assert not continues(study_of(), math.nan)
+    assert continues(study_of(math.nan), 0.1)
 
 
 def test_after_its_second_epoch_no_trial_is_ended() -> None:
     study = study_of(0.5, 0.6, 0.7)
-    assert not goes_on(study, 0.1)
-    assert goes_on(study, 0.1, 0.2)
+    assert not continues(study, 0.1)
+    assert continues(study, 0.1, 0.2)
 
 
 def test_a_decision_that_is_taken_again_is_the_same() -> None:
@@ -157,8 +157,8 @@ def test_a_reduction_factor_of_less_than_two_is_refused() -> None:
 def test_one_epoch_keeps_a_third() -> None:
     pruner = make_pruner("one_epoch", epochs=8)
     others = [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert goes_on(study_of(*others, pruner=pruner), 0.45)
-    assert not goes_on(study_of(*others, pruner=pruner), 0.35)
+    assert continues(study_of(*others, pruner=pruner), 0.45)
+    assert not continues(study_of(*others, pruner=pruner), 0.35)
 
 
 # The replays, against slow and obvious counts.

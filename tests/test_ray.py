@@ -55,7 +55,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def pool(nodes: Nodes, data: Dataset, data_dir: Path) -> RayPool:
-    pool = RayPool(ONE_CPU, num_workers=None, min_workers=1, retries=120, checkpoint_seconds=0)
+    pool = RayPool(ONE_CPU, num_workers=None, min_workers=1, timeout=120, checkpoint_seconds=0)
     pool.open(data, data_dir)
     return pool
 
@@ -103,7 +103,7 @@ def test_an_exception_ends_its_job_only(pool: RayPool) -> None:
     assert isinstance(wait_for_end(pool)[-1], JobEnded)
 
 
-def test_a_stopped_job_makes_room_for_another_and_can_be_handed_out_again(pool: RayPool) -> None:
+def test_a_stopped_job_makes_room_for_another_and_can_be_submitted_again(pool: RayPool) -> None:
     pool.submit(1, config(epochs=500))
     while not pool.wait(0.1):
         pass
@@ -113,7 +113,7 @@ def test_a_stopped_job_makes_room_for_another_and_can_be_handed_out_again(pool: 
     assert pool.num_idle == 1
 
 
-def test_a_job_goes_on_from_its_checkpoint_when_its_node_is_lost(
+def test_a_job_resumes_from_its_checkpoint_when_its_node_is_lost(
     pool: RayPool, nodes: Nodes, data: Dataset, data_dir: Path
 ) -> None:
     training = config(epochs=8, seed=5, batch_size=16)
@@ -212,8 +212,8 @@ def test_how_many_workers_a_node_has_room_for(needs: Needs, room: int) -> None:
     [
         (0, 0, "--cpus-per-worker must be > 0, not 0"),
         (float("nan"), 0, "--cpus-per-worker must be > 0, not nan"),
-        (1, -1, "--gpus-per-worker must be a fraction of one, or whole ones: not -1"),
-        (1, 1.5, "--gpus-per-worker must be a fraction of one, or whole ones: not 1.5"),
+        (1, -1, "--gpus-per-worker must be a fraction of 1, or an integer, not -1"),
+        (1, 1.5, "--gpus-per-worker must be a fraction of 1, or an integer, not 1.5"),
     ],
 )
 def test_needs_that_no_node_can_meet(cpus: float, gpus: float, error: str) -> None:
@@ -224,7 +224,7 @@ def test_needs_that_no_node_can_meet(cpus: float, gpus: float, error: str) -> No
 def test_a_gpu_that_no_node_has_is_said_and_not_waited_for(
     nodes: Nodes, data: Dataset, data_dir: Path
 ) -> None:
-    pool = RayPool(Needs(cpus=1, gpus=1), num_workers=2, min_workers=1, retries=0.5)
+    pool = RayPool(Needs(cpus=1, gpus=1), num_workers=2, min_workers=1, timeout=0.5)
     with pytest.raises(
         ValueError,
         # A node that was killed a moment ago may not be missed yet.
@@ -235,8 +235,8 @@ def test_a_gpu_that_no_node_has_is_said_and_not_waited_for(
 
 
 def test_too_few_workers_are_said(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
-    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=2, retries=0.5)
-    with pytest.raises(TransientError, match=r"^\d of --min-workers 2 workers began within 0.5 s"):
+    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=2, timeout=0.5)
+    with pytest.raises(TransientError, match=r"^\d of --min-workers 2 workers started within 0.5"):
         pool.open(data, data_dir)
 
 
@@ -245,7 +245,7 @@ def test_nodes_with_other_versions_train_nothing(
 ) -> None:
     other = {"Python": "3.11.99", "PyTorch": "1.0"}
     monkeypatch.setattr("experiments.engine.ray_pool.versions", lambda: other)
-    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=1, retries=60)
+    pool = RayPool(Needs(cpus=0.1, gpus=0), num_workers=1, min_workers=1, timeout=60)
     node = nodes.add_node(num_cpus=1)  # the head's CPU may be another pool's
     with pytest.raises(ValueError, match="^node .* has Python .*, not Python 3.11.99, PyTorch 1.0"):
         pool.open(data, data_dir)
@@ -300,7 +300,7 @@ def test_what_ray_tells_while_it_works_is_in_a_file_too(
 def test_several_workers_share_a_gpu(nodes: Nodes, data: Dataset, data_dir: Path) -> None:
     # Ray takes our word for it that there is one: it is told to workers, and they use none.
     node = nodes.add_node(num_cpus=1, num_gpus=1)
-    pool = RayPool(Needs(cpus=0.1, gpus=0.25), num_workers=None, min_workers=4, retries=60)
+    pool = RayPool(Needs(cpus=0.1, gpus=0.25), num_workers=None, min_workers=4, timeout=60)
     pool.open(data, data_dir)
     assert pool.num_idle == 4
     seen = [

@@ -69,7 +69,7 @@ def versions() -> dict[int, ModelVersion]:
 
 def test_a_version_says_where_its_model_is_from(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker, 0.9861)
-    registry.register(run)
+    registry.register_best(run)
     (version,) = versions().values()
     assert version.run_id == run.info.run_id
     assert version.source == f"models:/{run.outputs.model_outputs[0].model_id}"
@@ -94,15 +94,15 @@ def test_the_model_shows_its_version_as_mlflows_own_registering_has_it(
     tracker: Tracker, registry: Registry
 ) -> None:
     run = trained(tracker)
-    registry.register(run)
-    registry.register(run)
+    registry.register_best(run)
+    registry.register_best(run)
     model = tracker.client.get_logged_model(run.outputs.model_outputs[0].model_id)
     assert model.tags["mlflow.modelVersions"] == '[{"name": "colours", "version": 1}]'
 
 
 def test_the_same_run_is_registered_once(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker)
-    first, second = registry.register(run), registry.register(run)
+    first, second = registry.register_best(run), registry.register_best(run)
     assert (first.version, first.is_new) == (1, True)
     assert (second.version, second.is_new) == (1, False)
     assert list(versions()) == [1]
@@ -117,7 +117,7 @@ def test_a_version_that_was_made_by_hand_is_taken_and_gets_the_tags(
     client.create_registered_model("colours")
     uri = f"models:/{run.outputs.model_outputs[0].model_id}"
     client.create_model_version("colours", uri, run_id=run.info.run_id)
-    assert registry.register(run).version == 1
+    assert registry.register_best(run).version == 1
     assert versions()[1].tags["dataset_digest"] == "d1"
 
 
@@ -134,7 +134,7 @@ def test_the_champion_is_loaded_by_its_alias(tracker: Tracker, registry: Registr
     run.log_metrics({"val/accuracy": 0.9}, step=1)
     log_model(run)
     run.end("complete")
-    registry.register(tracker.client.get_run(run.run_id))
+    registry.register_best(tracker.client.get_run(run.run_id))
     predictor = load_model("models:/colours@champion")
     assert predictor.run_id == run.run_id
     assert predictor.classes == ("red", "green", "blue")
@@ -151,7 +151,7 @@ def with_files(tracker: Tracker) -> tuple[Run, Path]:
 
 def test_a_version_carries_the_digests_of_its_files(tracker: Tracker, registry: Registry) -> None:
     run, folder = with_files(tracker)
-    registry.register(tracker.client.get_run(run.run_id))
+    registry.register_best(tracker.client.get_run(run.run_id))
     tags = versions()[1].tags
     for file in ("MLmodel", "data/model.pt2"):
         assert tags[f"sha256/{file}"] == sha256((folder / file).read_bytes()).hexdigest()
@@ -175,14 +175,14 @@ def test_a_model_that_was_changed_in_the_store_is_not_made_champion(
 
 
 def test_the_first_is_champion(tracker: Tracker, registry: Registry) -> None:
-    standing = registry.register(trained(tracker))
+    standing = registry.register_best(trained(tracker))
     assert champion() == 1
     assert str(standing) == "version 1 of colours: the champion, as there was none before"
 
 
 def test_a_better_one_takes_its_place(tracker: Tracker, registry: Registry) -> None:
-    registry.register(trained(tracker, 0.5))
-    standing = registry.register(trained(tracker, 0.6))
+    registry.register_best(trained(tracker, 0.5))
+    standing = registry.register_best(trained(tracker, 0.6))
     assert champion() == 2
     assert str(standing) == (
         "version 2 of colours: the champion, as its val/accuracy 0.6 beats version 1's 0.5"
@@ -194,8 +194,8 @@ def test_a_better_one_takes_its_place(tracker: Tracker, registry: Registry) -> N
 def test_one_that_is_no_better_does_not(
     tracker: Tracker, registry: Registry, accuracy: float
 ) -> None:
-    registry.register(trained(tracker, 0.5))
-    standing = registry.register(trained(tracker, accuracy))
+    registry.register_best(trained(tracker, 0.5))
+    standing = registry.register_best(trained(tracker, accuracy))
     assert champion() == 1
     assert not standing.is_champion
     assert "is not above that of the champion, version 1: 0.5" in str(standing)
@@ -211,8 +211,8 @@ def test_one_that_is_no_better_does_not(
 def test_what_is_measured_on_other_images_is_not_compared(
     tracker: Tracker, registry: Registry, params: Mapping[str, object], why: str
 ) -> None:
-    registry.register(trained(tracker, 0.5))
-    standing = registry.register(trained(tracker, 0.9, **params))
+    registry.register_best(trained(tracker, 0.5))
+    standing = registry.register_best(trained(tracker, 0.9, **params))
     assert champion() == 1
     assert why in str(standing)
 
@@ -221,8 +221,8 @@ def test_what_is_measured_on_other_images_is_not_compared(
 def test_one_without_an_accuracy_does_not_beat_any(
     tracker: Tracker, registry: Registry, accuracy: float | None
 ) -> None:
-    registry.register(trained(tracker, 0.5))
-    assert "it has no val/accuracy" in registry.register(trained(tracker, accuracy)).why
+    registry.register_best(trained(tracker, 0.5))
+    assert "it has no val/accuracy" in registry.register_best(trained(tracker, accuracy)).why
     assert champion() == 1
 
 
@@ -233,7 +233,7 @@ def test_a_champion_of_which_nothing_is_known_is_not_compared(
     client.create_registered_model("colours")
     client.create_model_version("colours", "s3://elsewhere")
     client.set_registered_model_alias("colours", "champion", "1")
-    standing = registry.register(trained(tracker))
+    standing = registry.register_best(trained(tracker))
     assert "version 1's data set is not known" in standing.why
     assert champion() == 1
 
@@ -244,15 +244,15 @@ def test_of_a_champion_without_tags_its_run_tells(tracker: Tracker, registry: Re
     client.create_registered_model("colours")
     client.create_model_version("colours", "s3://elsewhere", run_id=run.info.run_id)
     client.set_registered_model_alias("colours", "champion", "1")
-    assert registry.register(trained(tracker, 0.6)).is_champion
+    assert registry.register_best(trained(tracker, 0.6)).is_champion
 
 
 def test_a_version_is_judged_once(tracker: Tracker, registry: Registry) -> None:
-    registry.register(trained(tracker, 0.5))
+    registry.register_best(trained(tracker, 0.5))
     better = trained(tracker, 0.6)
-    registry.register(better)
+    registry.register_best(better)
     registry.rollback()
-    standing = registry.register(better)  # the same sweep again
+    standing = registry.register_best(better)  # the same sweep again
     assert champion() == 1
     assert "not the champion, rolled back to version 1" in str(standing)
 
@@ -346,12 +346,12 @@ def mortal(client: Any, life: int) -> Any:
 def test_a_kill_at_any_write_leaves_nothing_that_a_new_start_does_not_mend(
     tracker: Tracker, registry: Registry, life: int
 ) -> None:
-    registry.register(trained(tracker, 0.5))
+    registry.register_best(trained(tracker, 0.5))
     better = trained(tracker, 0.6)
     dying = mortal(tracker.client, life)
     with pytest.raises(KilledError) if life < NUM_WRITES else nullcontext():
-        Registry(client=dying, name="colours").register(better)
-    standing = registry.register(better)
+        Registry(client=dying, name="colours").register_best(better)
+    standing = registry.register_best(better)
     assert (standing.version, champion(), sorted(versions())) == (2, 2, [1, 2])
     assert registry.rollback().version == 1
     assert champion() == 1
@@ -362,7 +362,7 @@ def test_a_rollback_that_is_killed_leaves_a_history_that_agrees_with_the_alias(
     tracker: Tracker, registry: Registry, life: int
 ) -> None:
     for accuracy in (0.5, 0.6, 0.7):
-        registry.register(trained(tracker, accuracy))
+        registry.register_best(trained(tracker, accuracy))
     with pytest.raises(KilledError):
         Registry(client=mortal(tracker.client, life), name="colours").rollback()
     went_back = champion() == 2
@@ -402,11 +402,11 @@ def test_of_two_processes_that_register_the_same_run_one_gives_way(
 
     def first_the_other(*args: Any, **kwargs: Any) -> ModelVersion:
         monkeypatch.setattr(MlflowClient, "create_model_version", create)
-        registry.register(run)
+        registry.register_best(run)
         return create(*args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "create_model_version", first_the_other)
-    assert registry.register(run).version == 1
+    assert registry.register_best(run).version == 1
     assert list(versions()) == [1]
 
 
@@ -414,9 +414,9 @@ def test_a_second_version_that_a_user_has_made_is_left_alone(
     tracker: Tracker, registry: Registry
 ) -> None:
     run = trained(tracker)
-    registry.register(run)
+    registry.register_best(run)
     MlflowClient().create_model_version("colours", "s3://elsewhere", run_id=run.info.run_id)
-    registry.register(run)
+    registry.register_best(run)
     assert sorted(versions()) == [1, 2]
 
 

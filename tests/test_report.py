@@ -26,7 +26,7 @@ from tracking_helpers import COLOURS, log_model, new_store
 
 from tracking import predict, report
 from tracking.evaluation import figures
-from tracking.evaluation.metrics import Counter
+from tracking.evaluation.metrics import MetricsAccumulator
 from tracking.evaluation.report import FILES, count, data_name
 from tracking.prediction import pipeline
 from tracking.tracker import Tracker
@@ -179,9 +179,11 @@ def test_of_a_large_file_only_a_part_is_in_memory(
     frame.to_parquet("out.parquet")
     frame.to_json("out.jsonl", orient="records", lines=True)
     sizes: list[int] = []
-    add = Counter.add
+    add = MetricsAccumulator.add
     monkeypatch.setattr(
-        Counter, "add", lambda self, true, p: (sizes.append(len(true)), add(self, true, p))[1]
+        MetricsAccumulator,
+        "add",
+        lambda self, true, p: (sizes.append(len(true)), add(self, true, p))[1],
     )
     for ending in ENDINGS:
         sizes.clear()
@@ -305,7 +307,7 @@ def test_figures_are_of_a_size_that_can_be_looked_at(num_classes: int, tmp_path:
 def test_names_that_matplotlib_would_not_show_as_they_are_do_no_harm(tmp_path: Path) -> None:
     """No mathematics is read, and nothing is warned of: warnings are errors in tests."""
     names = ["$a_1$", r"$\frac{$", "long " * 40, "名前", "a\nb\t\0", "", "%s", "$", "😀"]
-    counter = Counter(names)
+    counter = MetricsAccumulator(names)
     counter.add(np.arange(9), np.eye(9))
     figures.draw_confusion(counter.measures(), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as figure:
@@ -361,9 +363,9 @@ def test_without_any_label_a_report_is_refused_before_anything_is_labelled(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save("a.npy", images(2))
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     assert fails(predict.main, ["a.npy", "--report", "report"], capsys) == (
-        "--report needs images whose class is known: 'a.npy' has none of a class of the model\n"
+        "--report needs true classes: no image of 'a.npy' has a class of the model\n"
     )
 
 
@@ -408,7 +410,10 @@ def test_of_a_model_that_gives_no_numbers_there_is_no_report(
         (["--report", "x" * 300], "can't write --report 'xxx"),
         (["--report", "circle"], "can't write --report 'circle'"),
         (["--report", ".", "--out", "confusion.csv"], "--out 'confusion.csv' is a file of the"),
-        (["--report", "report", "--log"], "--log has nowhere to log: the model came from no run"),
+        (
+            ["--report", "report", "--log"],
+            "--log needs a run to log into: the model came from no run",
+        ),
     ],
 )
 def test_a_bad_option_is_one_line_before_anything_is_labelled(
@@ -418,7 +423,7 @@ def test_a_bad_option_is_one_line_before_anything_is_labelled(
     save_array(2)
     Path("shut").mkdir(mode=0o555)
     Path("circle").symlink_to("circle")
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     assert fails(predict.main, ["a.npz", *options], capsys).startswith(complaint)
 
 
@@ -607,7 +612,7 @@ def test_a_run_that_is_deleted_or_not_there_is_found_out_before_anything_is_labe
     save_array()
     client = MlflowClient()
     (model,) = client.get_run(run_id).outputs.model_outputs
-    monkeypatch.setattr(predict, "label", lambda *_, **__: pytest.fail("it was labelled"))
+    monkeypatch.setattr(predict, "predict_images", lambda *_, **__: pytest.fail("it was labelled"))
     client.delete_run(run_id)
     arguments = ["a.npz", "--model", f"models:/{model.model_id}", "--report", "report", "--log"]
     try:

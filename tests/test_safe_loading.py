@@ -46,7 +46,7 @@ from cnn.losses import PROBABILITIES
 from cnn.networks import CNN, Classifier
 from tracking.models.predictor import load_model
 from tracking.models.recording import save_model
-from tracking.models.safety import harmless
+from tracking.models.safety import sanitized_archive
 from tracking.predict import main
 from tracking.tracker import Tracker
 
@@ -568,9 +568,9 @@ def test_no_text_in_a_graph_can_be_any_other(recorded: Path, name: str, text: st
     for container, key in places(content):
         before, container[key] = container[key], text
         with pytest.raises(ValueError, match="is not allowed|Expecting value|is pickled"):
-            harmless(zipped(records | {name: json.dumps(content).encode()}))
+            sanitized_archive(zipped(records | {name: json.dumps(content).encode()}))
         container[key] = before
-    assert harmless(zipped(records))
+    assert sanitized_archive(zipped(records))
 
 
 @pytest.mark.parametrize("name", [PROGRAM, WEIGHTS])
@@ -591,7 +591,7 @@ def test_no_key_in_a_graph_can_be_anything(recorded: Path, name: str, key: str) 
     content = json.loads(records[name])
     for changed in add_key(content):
         with pytest.raises(ValueError, match="the name .* is not allowed"):
-            harmless(zipped(records | {name: changed}))
+            sanitized_archive(zipped(records | {name: changed}))
 
 
 def test_notes_on_where_a_graph_came_from_are_left_out(recorded: Path) -> None:
@@ -607,7 +607,7 @@ def test_notes_on_where_a_graph_came_from_are_left_out(recorded: Path) -> None:
     add_notes(content)
     noted = json.dumps(content).encode()
     assert noted.count(CODE.encode()) > 3
-    assert records_of(harmless(zipped(records | {PROGRAM: noted}))) == records
+    assert records_of(sanitized_archive(zipped(records | {PROGRAM: noted}))) == records
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_a_user_sweeps_labels_and_promotes(
     assert best() == 0
     assert "best of 2 finished runs of experiment 'not-for-carol'" in capfd.readouterr().out
     assert predict() == 0
-    assert "labelled 359 images" in capfd.readouterr().out
+    assert "predicted 359 images" in capfd.readouterr().out
     assert Path("predictions.csv").stat().st_size > 10_000
     assert promote() == 0
     assert "version 1 of cnn-digits" in capfd.readouterr().out

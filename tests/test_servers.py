@@ -477,7 +477,7 @@ def test_nobody_else_reads_passwords_logs_and_data(team: Team) -> None:
 
 @with_real_servers
 def test_a_server_that_dies_is_started_again_and_a_line_says_so(team: Team) -> None:
-    again = "has ended (exit code -9): it is started again in 1 s, see"
+    again = "has ended (exit code -9): it restarts in 1 s, see"
     assert team.died == [
         f"PostgreSQL {again} {team.folder / 'postgresql.log'}\n",
         f"MLflow {again} {team.folder / 'mlflow.log'}\n",
@@ -494,7 +494,7 @@ def test_ctrl_c_stops_both_in_order_and_leaves_no_process(team: Team) -> None:
     assert (team.interrupted.code, team.interrupted.left) == (0, [])
     # That start may have met those whose command was killed, on their way out.
     assert re.fullmatch(
-        r"(\w+ still runs from an earlier start \(process [\d, ]+\): it is stopped first\n)*",
+        r"(\w+ still runs from an earlier start \(process [\d, ]+\): stopping it first\n)*",
         team.interrupted.errors,
     )
     assert "received fast shutdown request" in (team.folder / "postgresql.log").read_text()
@@ -598,7 +598,9 @@ def test_a_folder_that_others_write_to_is_refused(
     (tmp_path / "passwords").mkdir()
     (folder / "passwords").symlink_to(tmp_path / "passwords")
     assert main(free) == 2
-    assert the_line(capsys).startswith(f"--dir: {folder / 'passwords'} belongs to another, or is a")
+    assert the_line(capsys).startswith(
+        f"--dir: {folder / 'passwords'} is another user's, or a link"
+    )
 
 
 def test_a_link_that_is_planted_as_the_draft_of_a_password_is_not_followed(tmp_path: Path) -> None:
@@ -654,8 +656,8 @@ def test_a_server_that_dies_again_and_again_ends_both(
     log = tmp_path / f"{name}.log"
     ended = f"{name} has ended (exit code 3)"
     assert capsys.readouterr().err.splitlines() == [
-        f"{ended}: it is started again in 0.25 s, see {log}",
-        f"{ended}: it is started again in 0.5 s, see {log}",
+        f"{ended}: it restarts in 0.25 s, see {log}",
+        f"{ended}: it restarts in 0.5 s, see {log}",
         f"python -m experiments.servers: error: {ended} again, after 2 restarts: see {log}",
     ]
     starts = {file.stem: file.read_text().count("it starts") for file in tmp_path.glob("*.log")}
@@ -745,7 +747,7 @@ def test_a_server_that_outlives_its_command_is_stopped_by_the_next_start(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"The server still runs from an earlier start (process {number}, ")
-    assert err.endswith("): it is stopped first\n")
+    assert err.endswith("): stopping it first\n")
     assert not log.with_suffix(".pid").exists()
 
 

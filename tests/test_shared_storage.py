@@ -35,6 +35,7 @@ from experiments.study.storage import open_storage, set_once
 from experiments.sweep import main
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_programs() is None, reason="PostgreSQL is not installed"),
     # Of a study's connections, which are let go with it.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -125,7 +126,7 @@ def test_a_trial_too_many_is_given_back_for_a_larger_total(
     next(first)
     with pytest.MonkeyPatch.context() as same_time:
         # What the second saw when the first had not asked yet.
-        same_time.setattr("experiments.study.trials._num_begun", answers(0, 1))
+        same_time.setattr("experiments.study.dispatch.num_begun", answers(0, 1))
         next(second)
     assert states(settings, coloured_noise) == [TrialState.RUNNING, TrialState.WAITING]
     for events in (first, second):
@@ -145,7 +146,7 @@ def answers(*numbers: int) -> Callable[[object], int]:
     return lambda study: left.pop(0) if left[1:] else left[0]
 
 
-def test_what_a_dead_process_left_is_taken_up_while_another_runs(
+def test_what_a_dead_process_left_is_resumed_while_another_runs(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
     settings = replace(settings, trials=3, timeout=60)  # without a look, it would wait for ever
@@ -158,7 +159,7 @@ def test_what_a_dead_process_left_is_taken_up_while_another_runs(
     assert_each_trial_was_trained_once(settings, coloured_noise)
     # It was only suspended: what it had is no longer its own, and it notices.
     *_, lost, ended = dead
-    assert lost.reason == "another process has taken it up"
+    assert lost.reason == "another process has resumed it"
     assert ended == SweepEnded(outcome="complete", reason="")
     assert_each_trial_was_trained_once(settings, coloured_noise)
 
@@ -200,7 +201,7 @@ def test_an_interrupted_sweep_leaves_its_trials_to_the_others_at_once(
     assert_each_trial_was_trained_once(settings, coloured_noise)
 
 
-def test_of_two_that_want_an_abandoned_trial_one_gets_it(
+def test_of_two_that_want_an_orphaned_trial_one_gets_it(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
     dead, first, second = (
@@ -209,11 +210,11 @@ def test_of_two_that_want_an_abandoned_trial_one_gets_it(
     trial = dead.ask()
     time.sleep(1.1)
     for each in (first, second):
-        assert [found.number for found in each.abandoned()] == [trial.number]
-    (abandoned,) = second.abandoned()
-    assert first.claim(abandoned)
-    assert not second.claim(abandoned)
-    assert second.abandoned() == []
+        assert [found.number for found in each.orphaned()] == [trial.number]
+    (orphaned,) = second.orphaned()
+    assert first.claim(orphaned)
+    assert not second.claim(orphaned)
+    assert second.orphaned() == []
     assert dead.record([trial]) == [trial]  # it is lost
 
 
@@ -223,22 +224,22 @@ def test_of_many_trials_those_lost_are_told_and_the_others_kept_alive(
     slow, other = (Heartbeat(open_study(settings, coloured_noise), is_shared=True) for _ in "12")
     trials = [slow.ask() for _ in range(4)]
     time.sleep(1.1)
-    abandoned = {trial.number: trial for trial in other.abandoned()}
-    assert other.claim(abandoned[1])
+    orphaned = {trial.number: trial for trial in other.orphaned()}
+    assert other.claim(orphaned[1])
     assert slow.record(trials) == [trials[1]]
-    assert other.abandoned() == []
+    assert other.orphaned() == []
     assert slow.record([trials[0], *trials[2:]]) == []  # they are still its own
 
 
-def test_a_process_that_died_before_its_first_sign_of_life_is_noticed(
+def test_a_process_that_died_before_its_first_heartbeat_is_noticed(
     settings: Settings, coloured_noise: Dataset, short_grace: None
 ) -> None:
     study = open_study(settings, coloured_noise)
     study._storage.create_new_trial(study._study_id)
     heartbeat = Heartbeat(study, is_shared=True)
-    assert heartbeat.abandoned() == []
+    assert heartbeat.orphaned() == []
     time.sleep(1.1)
-    assert [trial.number for trial in heartbeat.abandoned()] == [0]
+    assert [trial.number for trial in heartbeat.orphaned()] == [0]
 
 
 def test_the_first_to_set_an_attribute_decides(settings: Settings, coloured_noise: Dataset) -> None:

@@ -255,7 +255,7 @@ def test_of_an_npy_with_large_images_little_is_mapped_at_a_time(
     batch = np.stack([np.full((40, 50, 3), k, np.uint8) for k in range(17)])
     np.save("a.npy", batch)
     expected = whole(source("a.npy"))[1]
-    monkeypatch.setattr(chunks, "BYTES_AHEAD", 3 * batch[0].nbytes)
+    monkeypatch.setattr(sources, "BYTES_AHEAD", 3 * batch[0].nbytes)
     mapped = []
     part = sources._part
 

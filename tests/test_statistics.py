@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from benchmarks.planted import TRUTH, World, study, told_apart
 from experiments.comparison.assessment import Assessment, assess
 from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.comparison.statements import points
-from experiments.comparison.tables import compare, interval, repeats_needed
+from experiments.comparison.tables import interval, pairwise_tests, repeats_needed
 
 NAN = math.nan
 
@@ -75,7 +74,7 @@ def texts(made: Results, kind: str) -> list[str]:
 
 
 def test_paired_differences_are_those_of_r() -> None:
-    (pair,) = compare(SLEEP / 100).to_dict("records")
+    (pair,) = pairwise_tests(SLEEP / 100).to_dict("records")
     assert (pair["first"], pair["loss"], pair["n"]) == ("second", "first", 10)
     assert pair["difference"] == pytest.approx(0.0158)
     assert pair["sd"] == pytest.approx(0.01229995)
@@ -99,7 +98,7 @@ def test_repeats_needed_are_those_of_r() -> None:
 
 
 def test_the_spread_of_repeats_needed_is_that_of_the_standard_deviation() -> None:
-    (pair,) = compare(SLEEP / 100).to_dict("records")
+    (pair,) = pairwise_tests(SLEEP / 100).to_dict("records")
     # χ²(9) has 2.700389 and 19.022768 as its 2.5 and 97.5 % points.
     assert pair["repeats_needed"] == repeats_needed(pair["sd"], 0.05)
     assert pair["repeats_needed_low"] == repeats_needed(pair["sd"] * (9 / 19.022768) ** 0.5, 0.05)
@@ -108,7 +107,7 @@ def test_the_spread_of_repeats_needed_is_that_of_the_standard_deviation() -> Non
 
 def test_p_values_are_corrected_step_by_step_over_all_pairs() -> None:
     accuracy = pd.DataFrame(np.random.default_rng(0).normal([0.72, 0.71, 0.7, 0.7], 0.01, (8, 4)))
-    pairs = compare(accuracy)
+    pairs = pairwise_tests(accuracy)
     assert len(pairs) == 6
     expected, least = {}, 0.0
     for rank, (index, p) in enumerate(pairs["p"].sort_values().items()):
@@ -170,7 +169,7 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 
 def test_equal_differences_have_no_interval_and_decide_nothing() -> None:
-    pairs = compare(pd.DataFrame({"a": [0.7, 0.4, 0.8], "b": [0.6, 0.3, 0.7]}))
+    pairs = pairwise_tests(pd.DataFrame({"a": [0.7, 0.4, 0.8], "b": [0.6, 0.3, 0.7]}))
     assert 0.7 - 0.6 < 0.4 - 0.3  # as floating-point numbers
     (pair,) = pairs.to_dict("records")
     assert (pair["sd"], pair["p"], pair["verdict"]) == (0.0, 1.0, "undecided")
@@ -234,7 +233,7 @@ def test_told_apart_is_what_compare_says() -> None:
     verdicts = []
     for _ in range(60):
         _, test = world.draw(rng, 5)
-        pairs = compare(pd.DataFrame(test, columns=list("abc")))
+        pairs = pairwise_tests(pd.DataFrame(test, columns=list("abc")))
         verdicts.append((pairs["verdict"] != "undecided").any())
         assert verdicts[-1] == (pairs["p"].min() * 3 <= 0.05)
     assert any(verdicts)
@@ -243,21 +242,21 @@ def test_told_apart_is_what_compare_says() -> None:
 # Words
 
 
-METHOD = "Better is said at the 5 % level: p is of the t-test of paired repeats{}."
+METHOD = "Better means p ≤ 0.05 in the t-test of paired repeats{}."
 HOLM = ", corrected by Holm's method for {} pairs of losses"
 ALONE = (
-    "Each interval is for one loss or one pair alone; the winner's are too high if others are as "
-    "good, as the same trainings chose it."
+    "Each interval is for one loss or one pair alone. The winner's are too high if other losses "
+    "are as good, because the same trainings chose it."
 )
 SCOPE = (
-    "All repeats label the same 10,000 test images: this is over the luck of training, not over "
+    "All repeats have the same 10,000 test images: the statements hold for new trainings, not for "
     "other images."
 )
 
 
 def said(made: Results) -> list[str]:
     """Return the statements, but for those of the method."""
-    fixed = ("Better is said", "Each interval", "All repeats label")
+    fixed = ("Better means", "Each interval", "All repeats have")
     return [text for text in assess(made).statements if not text.startswith(fixed)]
 
 
@@ -270,7 +269,7 @@ def test_a_clear_winner_of_several() -> None:
         }
     )
     assert list(assess(made).statements) == [
-        "`cross_entropy` is the best of the 3 losses compared: it labels 70.10 % of the test "
+        "`cross_entropy` is the best of the 3 losses compared: it gets 70.10 % of the test "
         "images right (95 % interval 70.06 to 70.14 %, n = 10).",
         "Its lead over `mse` is 0.60 points (95 % interval 0.53 to 0.67, p < 0.001) and over `l1` "
         "30.10 (29.21 to 30.99, p < 0.001).",
@@ -283,7 +282,7 @@ def test_a_clear_winner_of_several() -> None:
 def test_a_clear_winner_of_two() -> None:
     made = results({"cross_entropy": [70, 70.1], "mse": [69, 69.2]})
     assert list(assess(made).statements) == [
-        "`cross_entropy` is better than `mse`: it labels 70.05 % of the test images right (95 % "
+        "`cross_entropy` is better than `mse`: it gets 70.05 % of the test images right (95 % "
         "interval 69.41 to 70.69 %, n = 2).",
         "Its lead over `mse` is 0.95 points (95 % interval 0.31 to 1.59, p = 0.033).",
         METHOD.format(""),
@@ -301,11 +300,11 @@ def test_a_tie_with_one_and_a_lead_over_another() -> None:
         }
     )
     assert said(made) == [
-        "`cross_entropy` has the highest validation accuracy and labels 70.10 % of the test "
+        "`cross_entropy` has the highest validation accuracy and gets 70.10 % of the test "
         "images right (95 % interval 69.67 to 70.53 %, n = 10), but can't be told apart from "
         "`mse`.",
-        "About 32 repeats (16 to 100, as far as the spread is known) would show a difference of "
-        "0.5 points with a chance of 80 %.",
+        "About 32 repeats (16 to 100, given the spread's 95 % interval) would show a difference "
+        "of 0.5 points with a chance of 80 %.",
         "Its lead over `mse` is 0.20 points (95 % interval −0.49 to 0.89, p = 0.53) and over `l1` "
         "30.10 (29.64 to 30.56, p < 0.001).",
     ]
@@ -329,7 +328,7 @@ def test_another_is_better_than_the_winner_of_validation() -> None:
     validation = np.array([[0.7, 0.6]] * 3)
     test = np.array([[0.6, 0.7], [0.61, 0.7], [0.6, 0.72]])
     assert said(study(validation, test, ["l1", "mse"])) == [
-        "`l1` has the highest validation accuracy and labels 60.33 % of the test images right "
+        "`l1` has the highest validation accuracy and gets 60.33 % of the test images right "
         "(95 % interval 58.90 to 61.77 %, n = 3), but `mse` is better.",
         "Its lead over `mse` is −10.33 points (95 % interval −14.13 to −6.54, p = 0.0072).",
     ]
@@ -337,20 +336,21 @@ def test_another_is_better_than_the_winner_of_validation() -> None:
 
 def test_one_repeat() -> None:
     assert list(assess(results({"cross_entropy": [70.0], "mse": [69.0]})).statements) == [
-        "`cross_entropy` has the highest validation accuracy and labels 70.00 % of the test images "
+        "`cross_entropy` has the highest validation accuracy and gets 70.00 % of the test images "
         "right in its one repeat.",
-        "Which loss is better can't be said: that takes two repeats of each with the same seeds.",
+        "The results don't say which loss is better: this needs two repeats of each with the same "
+        "seeds.",
     ]
 
 
 def test_one_loss() -> None:
     assert list(assess(results({"mse": [69.0, 70.0]})).statements) == [
-        "`mse` labels 69.50 % of the test images right (95 % interval 63.15 to 75.85 %, n = 2).",
+        "`mse` gets 69.50 % of the test images right (95 % interval 63.15 to 75.85 %, n = 2).",
         "There is no other loss to compare it with.",
         SCOPE,
     ]
     assert list(assess(results({"mse": [69.0]})).statements) == [
-        "`mse` labels 69.00 % of the test images right in its one repeat.",
+        "`mse` gets 69.00 % of the test images right in its one repeat.",
         "There is no other loss to compare it with.",
     ]
 
@@ -366,7 +366,7 @@ def test_losses_that_diverged_in_all_or_some_repeats() -> None:
     made.repeats.loc[made.repeats["seed"] == 3, "outcome"] = "failed"
     made.repeats.loc[made.repeats["seed"] == 3, "test_accuracy"] = NAN
     assert said(made) == [
-        "`cross_entropy` is better than `mse`: it labels 69.99 % of the test images right (95 % "
+        "`cross_entropy` is better than `mse`: it gets 69.99 % of the test images right (95 % "
         "interval 69.95 to 70.03 %, n = 9).",
         "Its lead over `mse` is 0.90 points (95 % interval 0.80 to 1.00, p < 0.001, n = 8).",
         "Of 10 repeats of `cross_entropy`, 1 failed, and only the others were measured.",
@@ -379,7 +379,7 @@ def test_losses_that_diverged_in_all_or_some_repeats() -> None:
 def test_a_loss_that_is_better_where_it_does_not_diverge() -> None:
     made = results({"mse": [70, 70.1, 70.2, 70, 70.1], "cross_entropy": [72, 72, 72.1, 72.2, NAN]})
     first, *_ = said(made)
-    assert first.startswith("`mse` has the highest validation accuracy and labels 70.08 %")
+    assert first.startswith("`mse` has the highest validation accuracy and gets 70.08 %")
     assert first.endswith(
         "but `cross_entropy` (in the 4 of 5 repeats that it completed) is better."
     )
@@ -389,14 +389,14 @@ def test_too_few_seeds_in_common() -> None:
     made = results(
         {"mse": [70, 70.2, NAN, NAN], "l1": [NAN, 69, 69, 69.1], "focal": [50, 50.1, 50.3, 50]}
     )
-    assert "`mse` shares fewer than two seeds with it, and can't be compared." in said(made)
+    assert "`mse` shares fewer than two seeds with it: there is no test." in said(made)
     assert said(made)[0].startswith("`l1` is better than `focal`:")
 
 
 def test_no_loss_completed_anything() -> None:
     assert list(assess(results({"mse": [NAN] * 3, "l1": [NAN] * 3})).statements) == [
         "No loss has a complete repeat.",
-        "Which loss is better can't be said.",
+        "The results don't say which loss is better.",
         "`mse` completed none of 3 repeats (3 diverged).",
         "`l1` completed none of 3 repeats (3 diverged).",
     ]
@@ -409,7 +409,7 @@ def test_before_the_test_split_is_looked_at() -> None:
     assert assessment.winner == "mse"
     assert list(assessment.statements) == [
         "`mse` has the highest validation accuracy, 70.00 %.",
-        "Which loss is better can't be said: the test split was not looked at yet.",
+        "The results don't say which loss is better: no model has seen the test split yet.",
     ]
 
 
@@ -425,18 +425,17 @@ def test_before_anything_is_over() -> None:
     assert assessment.pairs.empty
     assert assessment.differences.empty
     assert list(assessment.statements)[1:] == [
-        "Which loss is better can't be said.",
+        "The results don't say which loss is better.",
         "`mse` has no repeat.",
         "`l1` has no repeat.",
     ]
-    json.dumps(assessment.as_json(), allow_nan=False)
 
 
 def test_without_spread_nothing_is_promised() -> None:
     assert said(results({"mse": [70.0] * 5, "l1": [69.0] * 5})) == [
-        "`mse` has the highest validation accuracy and labels 70.00 % of the test images right in "
+        "`mse` has the highest validation accuracy and gets 70.00 % of the test images right in "
         "each of its 5 repeats, but can't be told apart from `l1`.",
-        "All repeats differ by the same, so how many would decide it can't be said.",
+        "All repeats differ by the same amount, so the repeats needed are unknown.",
         "Its lead over `l1` is 1.00 points (the same in each repeat, p = 1).",
     ]
 
@@ -455,10 +454,10 @@ def test_with_a_wide_spread_no_number_of_repeats_is_promised() -> None:
         ({"given_test": True}, SCOPE),
         (
             {"given_test": False},
-            "Each repeat draws its own 10,000 test images from the same data: this is over splits "
-            "and the luck of training, not over other data.",
+            "Each repeat draws its own 10,000 test images from the same data: the statements hold "
+            "for new splits and trainings, not for other data.",
         ),
-        ({"given_test": None}, "All of this is over repeated trainings, not over other images."),
+        ({"given_test": None}, "The statements hold for new trainings, not for other images."),
     ],
 )
 def test_the_scope_depends_on_the_test_split(plan: dict[str, bool | None], scope: str) -> None:
@@ -499,20 +498,12 @@ def test_the_order_of_rows_does_not_matter() -> None:
 
 
 def same(one: Assessment, other: Assessment) -> bool:
-    return json.dumps(one.as_json(), allow_nan=False) == json.dumps(
-        other.as_json(), allow_nan=False
+    return (
+        (one.winner, one.statements, one.warnings)
+        == (other.winner, other.statements, other.warnings)
+        and one.table.equals(other.table)
+        and one.pairs.equals(other.pairs)
     )
-
-
-def test_as_json_holds_all_of_it() -> None:
-    assessment = assess(results({"mse": around(70), "l1": [NAN] * 10}, batch_sizes=[32, 64]))
-    held = json.loads(json.dumps(assessment.as_json(), allow_nan=False))
-    assert held["winner"] == "mse"
-    assert held["statements"] == list(assessment.statements)
-    assert {warning["kind"] for warning in held["warnings"]} == {"edge", "diverged", "steps"}
-    assert [row["loss"] for row in held["table"]] == ["mse", "l1"]
-    assert held["table"][1]["accuracy_mean"] is None
-    assert held["table"][0]["batch_size"] == 64
 
 
 # Where it would not hold
@@ -639,8 +630,8 @@ def test_too_few_complete_trials() -> None:
         "failed"
     )
     assert texts(made, "few trials") == [
-        "`l1` has 6 complete trials of 12: its best setting may be missing, or be one of luck. Try "
-        "--trials 16."
+        "`l1` has 6 complete trials of 12: its best configuration may be a lucky one, or not among "
+        "them. Try --trials 16."
     ]
 
 
@@ -650,7 +641,7 @@ def test_a_loss_that_diverged_in_most_trials_or_repeats() -> None:
         "diverged"
     )
     assert texts(made, "diverged") == [
-        "`l1` diverged in 8 of 10 repeats: its best setting is not to be relied on."
+        "`l1` diverged in 8 of 10 repeats: its best configuration is unreliable."
     ]
     made.trials.loc[(made.trials["loss"] == "l1") & (made.trials["trial"] < 7), "outcome"] = (
         "diverged"
@@ -669,7 +660,7 @@ def test_an_order_that_still_changes() -> None:
         "The order still changes: in validation `mse` was 0.60 points behind `l1` after 6 epochs, "
         "and is 1.00 ahead after 8. Try --epochs 16.",
         "`mse` gained 1.80 points of validation accuracy in the last 2 of 8 epochs: longer "
-        "trainings may come to another order. Try --epochs 16.",
+        "training may change the order. Try --epochs 16.",
     ]
 
 
@@ -702,7 +693,7 @@ def test_a_lead_that_grows_is_no_change_of_order() -> None:
 
 def test_one_epoch_has_no_order_to_settle() -> None:
     assert texts(results(TWO, epochs=1), "epochs") == [
-        "After one epoch it can't be seen whether the order of losses settles. Try --epochs 2."
+        "One epoch doesn't show whether the order of losses is final. Try --epochs 2."
     ]
 
 
@@ -716,6 +707,6 @@ def test_a_test_split_that_was_looked_at_twice() -> None:
     made = results(TWO)
     made.repeats.loc[:2, "test_evaluations"] = 2
     assert texts(made, "retest") == [
-        "The test split was looked at more than once in 3 repeats: what was changed in between may "
-        "have been chosen by it."
+        "The models of 3 repeats saw the test split more than once: changes in between may have "
+        "been chosen by it."
     ]

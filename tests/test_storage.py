@@ -46,13 +46,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("sqlite:///file:x?mode=memory&uri=true", "in memory"),
-        ("optuna.db", "say sqlite:///optuna.db"),
-        ("", "no address of a database"),
-        ("redis://localhost", "say sqlite:///optuna.db for a file"),
+        ("optuna.db", "use sqlite:///optuna.db"),
+        ("", "not the address of a database"),
+        ("redis://localhost", "use sqlite:///optuna.db for a file"),
         ("postgres://u:secret@h/x", "postgresql+psycopg://USER@HOST/DATABASE for a server"),
-        ("mssql://u@h/x", "can't be kept"),
-        ("sqlite:///mlflow.db", "is MLflow's database, too"),
-        ("sqlite:///./mlflow.db", "is MLflow's database, too"),
+        ("mssql://u@h/x", "can't be stored"),
+        ("sqlite:///mlflow.db", "is also MLflow's database"),
+        ("sqlite:///./mlflow.db", "is also MLflow's database"),
     ],
 )
 def test_a_storage_that_can_not_be_is_refused_with_what_can(
@@ -76,14 +76,14 @@ def test_a_servers_database_is_not_both(
     folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, mlflow: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
-    with pytest.raises(ValueError, match="is MLflow's database, too"):
+    with pytest.raises(ValueError, match="is also MLflow's database"):
         check_storage(url)
 
 
 def test_a_link_to_mlflows_database_is_mlflows_database(folder: Path) -> None:
     (folder / "mlflow.db").touch()
     (folder / "optuna.db").symlink_to("mlflow.db")
-    with pytest.raises(ValueError, match="is MLflow's database, too"):
+    with pytest.raises(ValueError, match="is also MLflow's database"):
         check_storage("sqlite:///optuna.db")
 
 
@@ -118,7 +118,7 @@ def test_a_sweep_that_would_mix_both_is_refused_before_anything_is_made(
         monkeypatch.setenv(name, value)
     assert main([*flags, "--workers", "1", "--data-dir", str(digits_cache)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is MLflow's database, too" in line
+    assert "is also MLflow's database" in line
     assert not list(folder.iterdir())
 
 

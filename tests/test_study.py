@@ -33,10 +33,9 @@ from experiments.study.events import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
-    TrialMoved,
+    TrialNote,
     TrialProgressed,
     TrialStarted,
-    TrialUnprotected,
 )
 from experiments.study.identity import digest_of_cnn, training_digest
 from experiments.study.opening import open_study
@@ -240,7 +239,7 @@ def test_a_pruned_trial_is_pruned_in_both_and_its_later_epochs_are_not_recorded(
     assert list(history(run, "val/accuracy")) == list(last.intermediate_values) != [1, 2, 3, 4, 5]
 
 
-def test_a_failed_trial_keeps_its_traceback_and_the_sweep_goes_on(
+def test_a_failed_trial_keeps_its_traceback_and_the_sweep_continues(
     settings: Settings, data: Dataset
 ) -> None:
     run_sweep(
@@ -301,7 +300,7 @@ def test_a_trial_that_moved_to_another_worker_says_so_and_is_recorded_once(
         yield from (first, JobMoved(job=job, reason=reason), first, *others)
 
     events = run_sweep(replace(settings, trials=1), data, moves)
-    assert TrialMoved(trial=0, reason=reason) in events
+    assert TrialNote(trial=0, text=f"resumes on another worker: {reason}") in events
     (run,) = trial_runs().values()
     assert run.data.tags["moved"] == reason
     assert run.data.tags["outcome"] == "complete"
@@ -319,7 +318,7 @@ def test_a_trial_whose_checkpoint_was_damaged_says_so_and_is_recorded_once(
         yield from trains(good)(job, config)
 
     events = run_sweep(replace(settings, trials=1), data, begins_again)
-    assert TrialUnprotected(trial=0, reason=reason) in events
+    assert TrialNote(trial=0, text=reason) in events
     (run,) = trial_runs().values()
     assert run.data.tags["checkpoint_lost"] == reason
     assert list(history(run, "val/accuracy")) == [1, 2, 3]
@@ -329,7 +328,7 @@ def test_a_sweep_that_only_fails_is_stopped(settings: Settings, data: Dataset) -
     *_, ended = run_sweep(replace(settings, trials=9, max_failures=2), data, fails)
     assert isinstance(ended, SweepEnded)
     assert ended.outcome == "failed"
-    assert ended.reason.startswith("2 trials failed one after another: their runs in MLflow say")
+    assert ended.reason.startswith("2 trials failed in a row: their runs in MLflow say")
     assert [trial.state for trial in trials(settings, data)] == [TrialState.FAIL] * 2
     assert parent_run().info.status == "FAILED"
 
@@ -433,7 +432,7 @@ def test_closing_the_iteration_anywhere_leaves_no_run_running(
     assert "RUNNING" not in {run.info.status for run in client_runs()}
 
 
-def test_an_interrupted_trial_goes_on_under_its_number_in_its_run(
+def test_an_interrupted_trial_resumes_under_its_number_in_its_run(
     settings: Settings, data: Dataset
 ) -> None:
     seen, interrupts = stop_after(TrialProgressed, 5)
@@ -513,7 +512,7 @@ def test_the_first_trials_train_before_mlflow_is_opened(
     assert sorted(pool.jobs) == [0, 1]
 
 
-def test_trials_that_began_before_mlflow_could_not_be_opened_are_taken_up(
+def test_trials_that_began_before_mlflow_could_not_be_opened_are_resumed(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -675,9 +674,9 @@ def test_the_table_does_not_settle_ties_by_the_validation_loss_of_different_loss
             "unknown --pruner 'no': choose one of none, median, hyperband, asha, one_epoch",
         ),
         ({"device": "tpu"}, "device 'tpu' is not here"),
-        ({"study": " "}, "--study takes up to 400 characters that can be shown, not ' '"),
-        ({"study": "a\x1b[2J"}, "--study takes up to 400 characters that can be shown"),
-        ({"study": "x" * 401}, "--study takes up to 400 characters"),
+        ({"study": " "}, "--study takes up to 400 printable characters, not ' '"),
+        ({"study": "a\x1b[2J"}, "--study takes up to 400 printable characters"),
+        ({"study": "x" * 401}, "--study takes up to 400 printable characters"),
         ({"study": "a'b\"c"}, "with both kinds of quotes: choose another --study"),
     ],
 )
@@ -711,19 +710,19 @@ def test_a_killed_process_holds_a_study_no_longer(
     assert run_sweep(settings, data, diverges)
 
 
-def test_many_idle_workers_are_not_all_handed_a_trial_before_anything_else(
+def test_many_idle_workers_do_not_all_get_a_trial_before_anything_else(
     settings: Settings, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.study.controller.MAX_DISPATCH", 2)
-    handed_out: list[int] = []
+    monkeypatch.setattr("experiments.study.dispatch.MAX_DISPATCH", 2)
+    dispatched: list[int] = []
 
     class Noting(FakePool):
         def wait(self, timeout: float) -> list[Event]:
-            handed_out.append(len(self.configs))
+            dispatched.append(len(self.configs))
             return super().wait(timeout)
 
     list(sweep(replace(settings, workers=6, trials=6), data, Noting(diverges, num_workers=6)))
-    assert handed_out[:2] == [4, 6]  # two of them while MLflow was being opened
+    assert dispatched[:2] == [4, 6]  # two of them while MLflow was being opened
     assert len(trial_runs()) == 6
 
 
@@ -798,7 +797,7 @@ def test_a_start_that_is_refused_draws_what_it_would_have_drawn(
     other = replace(settings, storage=f"sqlite:///{tmp_path / 'other.db'}", experiment="others")
     with monkeypatch.context() as patch:
         stale_run_id(patch)
-        with pytest.raises(ValueError, match="no run '0+', of MLFLOW_RUN_ID: unset that"):
+        with pytest.raises(ValueError, match="no run '0+': unset MLFLOW_RUN_ID"):
             run_sweep(other, data, trains(good))
     run_sweep(other, data, trains(good))
     assert [trial.params for trial in trials(other, data)] == undisturbed

@@ -723,7 +723,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
         checkpoints.append(copy.deepcopy(each.checkpoint()))
         expected.append((each.number, each.train_loss, each.val_loss, each.learning_rate))
     last = each.model.state_dict()
-    rest = list(train(config, coloured_noise, after=checkpoints[epoch - 1]))
+    rest = list(train(config, coloured_noise, resume_from=checkpoints[epoch - 1]))
     curve = [(e.number, e.train_loss, e.val_loss, e.learning_rate) for e in rest]
     assert curve == expected[epoch:]
     if rest:
@@ -735,8 +735,8 @@ def test_going_on_leaves_the_checkpoint_as_it_was(coloured_noise):
     config = make_config(epochs=2)
     checkpoint = copy.deepcopy(next(train(config, coloured_noise)).checkpoint())
     before = copy.deepcopy(checkpoint)
-    (again,) = train(config, coloured_noise, after=checkpoint)
-    (once_more,) = train(config, coloured_noise, after=checkpoint)
+    (again,) = train(config, coloured_noise, resume_from=checkpoint)
+    (once_more,) = train(config, coloured_noise, resume_from=checkpoint)
     assert again.train_loss == once_more.train_loss
     for name, value in before.model.items():
         assert torch.equal(checkpoint.model[name], value)
@@ -922,7 +922,7 @@ def test_any_network_goes_on_from_a_checkpoint_bit_for_bit(coloured_noise, use, 
         checkpoints.append(copy.deepcopy(each.checkpoint()))
         rows += curve([each])
     torch.manual_seed(5)
-    rest = list(train(config, coloured_noise, after=checkpoints[epoch - 1]))
+    rest = list(train(config, coloured_noise, resume_from=checkpoints[epoch - 1]))
     assert curve(rest) == rows[epoch:]
     assert same_state(state(rest[-1]), checkpoints[-1].model)
 

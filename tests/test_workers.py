@@ -78,7 +78,7 @@ def test_a_stopped_job_ends_before_its_last_epoch(pool: ProcessPool) -> None:
     assert len(epochs) < 100
 
 
-def test_a_job_that_was_stopped_can_be_handed_out_again(pool: ProcessPool) -> None:
+def test_a_job_that_was_stopped_can_be_submitted_again(pool: ProcessPool) -> None:
     pool.submit(1, config(epochs=500))
     pool.stop(1)
     wait_for_end(pool)
@@ -137,7 +137,7 @@ def is_running(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_job_whose_worker_was_killed_goes_on_from_its_last_epoch_and_ends_the_same(
+def test_a_job_whose_worker_was_killed_resumes_from_its_last_epoch_and_ends_the_same(
     pool: ProcessPool, data: Dataset, data_dir: Path
 ) -> None:
     training = config(epochs=4, seed=5, precision="bfloat16")
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
     assert len(epochs) == 2
     assert isinstance(unusable, CheckpointLost)
     assert isinstance(unkept, CheckpointLost)
-    assert "can't be kept" in unkept.reason
+    assert "can't be written" in unkept.reason
     pool.forget(training)  # which is no error
     file.rmdir()
 

@@ -91,7 +91,7 @@ def new_store(folder: Path) -> Iterator[str]:
 
     To make the tables takes two seconds, to copy them none.
     """
-    shutil.copy(_empty_database(folder.parent), folder / "mlflow.db")
+    shutil.copy(empty_database(folder.parent), folder / "mlflow.db")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -102,7 +102,8 @@ def new_store(folder: Path) -> Iterator[str]:
 
 
 @cache
-def _empty_database(folder: Path) -> Path:
+def empty_database(folder: Path) -> Path:
+    """Make an MLflow database with all its tables, once for each folder; return its file."""
     file = folder / "empty-mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file

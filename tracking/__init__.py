@@ -1,6 +1,6 @@
-"""Runs and models in MLflow: record them, find the best, label images with it.
+"""Runs and models in MLflow: record them, find the best, predict with it.
 
-`import tracking` is quick: MLflow (about two seconds) and PyTorch are imported by what needs them.
+`import tracking` is quick: functions import MLflow (about two seconds) and PyTorch when called.
 """
 
 from __future__ import annotations

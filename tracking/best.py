@@ -1,7 +1,6 @@
-"""The best finished run of an experiment, or one clear line on why there is none.
+"""Print the best runs of an experiment: `python -m tracking.best --help`.
 
-`python -m tracking.best` prints it with its runners-up. `import tracking.best` is quick: MLflow and
-pandas are imported by what needs them.
+`import tracking.best` is quick: functions import MLflow and pandas when called.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
 from tracking.run_search import model_uri
-from tracking.selection import DEFAULT_METRIC, Choice, choose
+from tracking.selection import Choice, choose
 from tracking.selection import best_run as best_run
+from tracking.store import DEFAULT_METRIC
 from tracking.text import escape_formula, printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def table(choice: Choice, top: int) -> list[dict[str, Any]]:
-    """Return the best runs, the best first: a row each, with all that tells them apart."""
+    """Return a row for each of the best runs, the best first."""
     return [_row(rank, run, choice.metric) for rank, run in enumerate(choice.ranked[:top], 1)]
 
 
@@ -58,7 +58,7 @@ def _number(text: str | None) -> int | float | str | None:
 
 
 def _as_table(rows: Sequence[dict[str, Any]]) -> str:
-    hidden = {"started", "model"}  # follow from the run's id, and make lines too long to read
+    hidden = {"started", "model"}  # they follow from the run's id, and make long lines
     shown = [{key: _shown(row[key]) for key in row if key not in hidden} for row in rows]
     return _frame(shown).to_string(index=False) + "\n"
 
@@ -70,15 +70,12 @@ def _shown(value: object) -> str:
 
 
 def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    # Names are whatever somebody has typed: neither a terminal nor a spreadsheet is to obey them.
-    harmless = [
-        {
-            key: escape_formula(printable(value)) if isinstance(value, str) else value
-            for key, value in row.items()
-        }
+    # Users type the names: neither a terminal nor a spreadsheet may run them.
+    safe = [
+        {k: escape_formula(printable(v)) if isinstance(v, str) else v for k, v in row.items()}
         for row in rows
     ]
-    return str(_frame(harmless).to_csv(index=False, lineterminator="\n"))
+    return str(_frame(safe).to_csv(index=False, lineterminator="\n"))
 
 
 def _as_json(rows: Sequence[dict[str, Any]]) -> str:
@@ -88,14 +85,14 @@ def _as_json(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-    # JSON lets some control characters through that a terminal obeys, U+009B say.
+    # JSON leaves some control characters that a terminal obeys, such as U+009B.
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
-    # Objects, because a column of integers with a gap would become one of floats.
+    # As objects: pandas turns integers with gaps into floats.
     return pd.DataFrame(list(rows), dtype=object)
 
 
@@ -107,30 +104,16 @@ FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    """Return the parser of the command line. Bad input is a ValueError."""
     parser = Parser(
         prog="python -m tracking.best",
         description="Print the best finished run of an MLflow experiment, why it is the best, and "
-        "its runners-up. Pruned, diverged and failed runs, and runs without a model, are not among "
-        "them, nor are runs on other data sets, or on other splits of the same, as accuracies on "
-        "other images can't be compared; those are counted. Ties: the loss that was started first, "
-        "then its lower val/loss, then the earlier run.",
+        "the runs after it. Pruned, diverged and failed runs, and runs without a model, are left "
+        "out. Runs on another data set or another split are counted only: accuracies on other "
+        "images can't be compared. Among equal runs, the loss that was started first wins, then "
+        "its lower val/loss, then the earlier run.",
         epilog="exit codes: 0 done; 1 a disk is full, a database locked or read-only; 2 bad input, "
         "or no such run",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--experiment",
-        metavar="NAME",
-        help="the MLflow experiment (default: that of `mlflow run` or MLFLOW_EXPERIMENT_NAME, else "
-        "cnn-sweep)",
-    )
-    parser.add_argument(
-        "--metric",
-        default=DEFAULT_METRIC,
-        metavar="NAME",
-        help="what is best: the run with the highest last value of this metric, the lowest if the "
-        "name ends in loss (default: %(default)s)",
     )
     add_choice_flags(parser)
     parser.add_argument(
@@ -138,14 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         metavar="N",
-        help="rows to print: the best run and the N - 1 after it (default: %(default)s)",
+        help="the number of runs to print (default: %(default)s)",
     )
     parser.add_argument(
         "--format",
         choices=tuple(FORMATS),
         default="table",
-        help="csv and json have all digits, the time of the start and the model's URI as well; the "
-        "line that says why goes to standard error then (default: %(default)s)",
+        help="csv and json have all digits, the time of the start and the model's URI as well; "
+        "their explanation goes to standard error (default: %(default)s)",
     )
     return parser
 
@@ -153,19 +136,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise ValueError(f"--top must be ≥ 1, not {options.top}")
-    choice = choose(
-        options.experiment or None,
-        metric=options.metric,
-        top=options.top,
-        **choice_filters(options),
-    )
+    filters = choice_filters(options)
+    choice = choose(options.experiment or None, metric=options.metric, top=options.top, **filters)
     about = sys.stdout if options.format == "table" else sys.stderr
     print(choice, *choice.notes(), sep="\nnote: ", file=about)
     print(FORMATS[options.format](table(choice, options.top)), end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what a command line asks for, and return the exit code."""
+    """Run the command, and return the exit code."""
     return run_command(build_parser(), _run, argv)
 
 

@@ -1,16 +1,13 @@
-"""The one way into every command: its parser, its signals, its output, its errors, its exit code.
-
-A module that is run by `python -m` has a parser, a function that does what was asked for, and
-`run_command`, which turns what can happen into one line and an exit code:
+"""What all commands share: parser, signals, output, errors as one line, exit codes.
 
     0    done
-    1    something said no for now (a full disk, a locked database, a server that is away), a part
-         of the work failed, or the output could not be written
+    1    a transient failure (full disk, locked database, server away), a part of the work failed,
+         or the output could not be written
     2    bad input
-    3    done, but for some images (`tracking.predict`)
+    3    done, except for some images (`tracking.predict`)
     130  stopped by a signal
 
-`import tracking.cli` is quick: what is slow is imported by the command itself.
+`import tracking.cli` is quick: the commands import what is slow.
 """
 
 from __future__ import annotations
@@ -21,13 +18,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tracking.errors import is_transient, without_passwords
-from tracking.store import default_store, environment
+from tracking.store import DEFAULT_METRIC, default_store, environment
 from tracking.text import printable
 
 SIGNALS = tuple(
@@ -35,29 +32,33 @@ SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-"""What asks a command to stop: Ctrl-C, `kill`, a terminal that is closed, Ctrl-\\, a scheduler."""
+"""Signals that stop a command: Ctrl-C, `kill`, a closed terminal, Ctrl-\\, a scheduler."""
 
+# A shell lets what it starts in the background ignore these.
 _BY_SHELLS = (signal.SIGINT, getattr(signal, "SIGQUIT", None))
 
 INTERRUPTED = 130
 
 
 class OutputError(Exception):
-    """Standard output or error can't be written to: the disk is full, or its reader is gone.
+    """Standard output or error can't be written to: the disk is full, or the reader is gone.
 
-    No OSError: what talks to a server or a database must not take it for an error of theirs.
+    It is no OSError, so that no code takes it for an error of a server or a database.
     """
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors, like all else that is wrong with what was typed."""
+    """A parser without abbreviations, whose errors are ValueErrors."""
+
+    def __init__(self, *, allow_abbrev: bool = False, **options: Any) -> None:
+        super().__init__(allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError."""
         raise ValueError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what was typed; a flag that is not known is told with those that are like it."""
+        """Return the options; the error for an unknown flag names similar ones."""
         options, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
@@ -67,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _similar(self, word: str) -> list[str]:
-        """Return the flags that a word may stand for: by its letters, or as an abbreviation."""
+        """Return the flags that a word may mean, by its letters or as an abbreviation."""
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         if close := difflib.get_close_matches(word, known, n=2, cutoff=0.7):
             return close
@@ -85,81 +86,52 @@ def run_command(
     resume: str = "",
     exits_at_once: bool = False,
 ) -> int:
-    """Do what a command line asks for, and return the exit code; an error is one line.
+    """Run a command, and return the exit code; an error is one line on standard error.
 
     Args:
         parser: of the command line.
-        run: does what was asked for, and returns an exit code, or None for 0.
+        run: does the work, and returns an exit code, or None for 0.
         argv: the command line; None for that of this process.
-        resume: how the work goes on that something stopped, say "the same command continues".
-        exits_at_once: a signal ends the process, until `run` takes the signals over: as long as
-            nothing is recorded, that is quicker and safer than to raise amid imports.
+        resume: how to resume stopped work, say "the same command continues".
+        exits_at_once: a signal ends the process, until `run` handles signals itself. Before
+            anything is recorded, this is quicker and safer than an exception during an import.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    interrupted = f"interrupted: {resume}" if resume else "interrupted"
+    begun = ""  # after --help there is nothing to resume
     with environment(default_store()), _standard_streams():
-        return _run_command(parser, run, argv, resume=resume, exits_at_once=exits_at_once)
-
-
-def _run_command(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], int | None],
-    argv: Sequence[str] | None,
-    *,
-    resume: str,
-    exits_at_once: bool,
-) -> int:
-    begun = ""  # of --help, nothing goes on
-    try:
-        with _signals(_interrupted(resume), exits_at_once=exits_at_once):
-            options = _parsed(parser, argv)
-            if isinstance(options, int):
-                code = options
-            else:
-                begun = resume
-                code = run(options) or 0
-            _flush()
-    except OutputError as error:
-        _discard_output()
-        # `| head` has had enough: nobody is surprised, unless work was stopped by it.
-        if begun or not isinstance(error.__cause__, BrokenPipeError):
-            _complain(_stopped(f"can't write the output: {error}", begun))
-        return 1
-    except ValueError as error:
-        if begun and is_transient(error):
-            _complain(_stopped(_line(error), begun))
-        else:
-            _complain(f"{parser.prog}: error: {_line(error)}")
-        return 1 if is_transient(error) else 2
-    except MemoryError:
-        _complain(_stopped("this machine has not enough memory for it", begun))
-        return 1
-    except KeyboardInterrupt:
-        _complain(_interrupted(resume))
-        return INTERRUPTED
-    return code
-
-
-def _parsed(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> argparse.Namespace | int:
-    try:
-        options: argparse.Namespace = parser.parse_args(argv)
-    except SystemExit as done:  # --help
-        return int(done.code or 0)
-    return options
+        try:
+            with _signals(interrupted, exits_at_once=exits_at_once):
+                try:
+                    options = parser.parse_args(argv)
+                except SystemExit as done:  # --help
+                    code = int(done.code or 0)
+                else:
+                    begun = resume
+                    code = run(options) or 0
+                _flush()
+        except OutputError as error:
+            _discard_output()
+            # A reader like `head` may end early: that is no error, unless it stopped the work.
+            if begun or not isinstance(error.__cause__, BrokenPipeError):
+                _complain(_stopped(f"can't write the output: {error}", begun))
+            return 1
+        except ValueError as error:
+            line = printable(without_passwords(" ".join(str(error).splitlines())))
+            is_stopped = begun and is_transient(error)
+            _complain(_stopped(line, begun) if is_stopped else f"{parser.prog}: error: {line}")
+            return 1 if is_transient(error) else 2
+        except MemoryError:
+            _complain(_stopped("this machine has not enough memory for it", begun))
+            return 1
+        except KeyboardInterrupt:
+            _complain(interrupted)
+            return INTERRUPTED
+        return code
 
 
 def _stopped(reason: str, resume: str) -> str:
     return f"stopped: {reason}; {resume}" if resume else f"stopped: {reason}"
-
-
-def _line(error: BaseException) -> str:
-    """Return all that an error of ours says, in one line, as a terminal can be shown it."""
-    return printable(without_passwords(" ".join(str(error).splitlines())))
-
-
-def _interrupted(resume: str) -> str:
-    return f"interrupted: {resume}" if resume else "interrupted"
 
 
 # Signals
@@ -167,10 +139,9 @@ def _interrupted(resume: str) -> str:
 
 @contextmanager
 def handling(handlers: dict[int, Any]) -> Iterator[None]:
-    """Handle signals while the block lasts; elsewhere than in the main thread, leave them be.
+    """Handle signals during the block; do nothing outside the main thread.
 
-    One that is ignored stays so (`nohup` has SIGHUP ignored), but for SIGINT and SIGQUIT, which a
-    shell has ignored by whatever it starts in the background.
+    An ignored signal stays ignored (`nohup` ignores SIGHUP), except SIGINT and SIGQUIT.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -188,9 +159,9 @@ def handling(handlers: dict[int, Any]) -> Iterator[None]:
 
 
 def exit_on_signal(line: str) -> Any:
-    """Have signals end the process with a line and exit code 130, while the block lasts.
+    """Let signals end the process with a line and exit code 130 during the block.
 
-    At any time at all: to raise something amid an import can end in an abort of what is imported.
+    An exception during an import could abort the process instead.
     """
 
     def leave(*_: object) -> None:
@@ -203,8 +174,7 @@ def exit_on_signal(line: str) -> Any:
 
 def _signals(line: str, *, exits_at_once: bool) -> Any:
     def stop(*_: object) -> None:
-        # The next one is for a block that goes on nevertheless.
-        for number in SIGNALS:
+        for number in SIGNALS:  # a second signal ends a block that does not stop
             signal.signal(number, lambda *_: os._exit(INTERRUPTED))
         raise KeyboardInterrupt
 
@@ -215,7 +185,7 @@ def _signals(line: str, *, exits_at_once: bool) -> Any:
 
 
 class _Stream:
-    """A text stream that shows what it can't encode escaped, and raises OutputError alone."""
+    """A text stream that escapes what it can't encode, and turns OSError into OutputError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -231,10 +201,6 @@ class _Stream:
         except OSError as error:
             raise OutputError(error.strerror or str(error)) from error
 
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
     def flush(self) -> None:
         try:
             self._stream.flush()
@@ -247,16 +213,15 @@ class _Stream:
 
 @contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Have all three standard streams, whatever was closed, while the block lasts.
+    """Provide all three standard streams during the block.
 
-    Where one is closed (`>&-`), the next file to be opened would take its number: what a library
-    prints would go into a database.
+    If one is closed (`>&-`), the next opened file gets its number: prints would go into a database.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
     with Path(os.devnull).open("w") as nowhere:
         out, err = (_Stream(stream or nowhere) for stream in (sys.stdout, sys.stderr))
         with redirect_stdout(out), redirect_stderr(err):
@@ -270,8 +235,8 @@ def _flush() -> None:
 
 
 def _discard_output() -> None:
-    """Send what is still to be written nowhere: the interpreter would try again at its end."""
-    with suppress(OSError, ValueError, AttributeError):  # of a stream without a file
+    """Discard unwritten output: the interpreter would try to write it again at its end."""
+    with suppress(OSError, ValueError, AttributeError):  # a stream without a file
         number = os.open(os.devnull, os.O_WRONLY)
         os.dup2(number, sys.stdout.fileno())
         os.close(number)
@@ -283,38 +248,48 @@ def _complain(line: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: taking MLflow and PyTorch apart would take two seconds more."""
+    """End the process at once: a normal exit takes two seconds with MLflow and PyTorch."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
 
 
+FILTERS = ("dataset", "study", "loss", "where")
+
+
 def add_choice_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flags that say which runs to choose from: see `choice_filters`."""
+    """Add the flags of the search for the best run: the experiment, `FILTERS` and the metric."""
+    flags = {
+        "--experiment": (
+            "NAME",
+            "use the best finished run of this MLflow experiment (default: that of `mlflow run` or "
+            "MLFLOW_EXPERIMENT_NAME, else cnn-sweep)",
+        ),
+        "--dataset": (
+            "NAME",
+            "only runs on this data set: its name, its folder, or the first 8 digits or more of "
+            "its digest (default: that of the run that was started last)",
+        ),
+        "--study": ("NAME", "only runs of this Optuna study"),
+        "--loss": ("NAME", "only runs with this loss"),
+        "--where": (
+            "CONDITION",
+            "only runs for which this holds, in MLflow's search syntax, say "
+            "\"params.batch_size = '64' and metrics.`val/loss` < 0.5\"",
+        ),
+    }
+    for flag, (metavar, text) in flags.items():
+        parser.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument(
-        "--dataset",
+        "--metric",
+        default=DEFAULT_METRIC,
         metavar="NAME",
-        help="choose among the runs on this data set only: its name, its folder, or the first 8 "
-        "digits or more of its digest (default: that of the run that was started last)",
-    )
-    parser.add_argument(
-        "--study", metavar="NAME", help="choose among the runs of this Optuna study only"
-    )
-    parser.add_argument("--loss", metavar="NAME", help="choose among the runs with this loss only")
-    parser.add_argument(
-        "--where",
-        metavar="CONDITION",
-        help="choose among the runs for which this holds, in MLflow's search syntax, say "
-        "\"params.batch_size = '64' and metrics.`val/loss` < 0.5\"",
+        help="the best run has the highest last value of this metric, the lowest if the name ends "
+        "in loss (default: %(default)s)",
     )
 
 
 def choice_filters(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what those flags say, as `choose` takes it."""
-    return {
-        "dataset": options.dataset,
-        "study": options.study,
-        "loss": options.loss,
-        "where": options.where,
-    }
+    """Return the values of the flags `FILTERS`, as `choose` takes them."""
+    return {name: getattr(options, name) for name in FILTERS}

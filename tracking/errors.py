@@ -1,4 +1,4 @@
-"""What went wrong, in one line: whether it may pass, and whose fault it is."""
+"""Errors as one line, and which of them are transient."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _DATABASE_AWAY = re.compile(
     r"|the database system is (?:starting up|shutting down|in recovery|not yet accepting)"
     r"|(?:too many clients|connection slots are reserved|could not fork new process)"
     r"|(?:Lost connection to|Can't connect to) MySQL|MySQL server has gone away"
-    # SQLAlchemy's, where the connection was lost amid a transaction; the next one is whole again.
+    # SQLAlchemy raises this once after a lost connection; the next transaction works again.
     r"|Can't reconnect until invalid transaction is rolled back"
     r"|TEMPORARILY_UNAVAILABLE|database is locked",
     re.DOTALL | re.IGNORECASE,
 )
 
-# What MLflow's client says of its API, and of artifacts that come through the server.
+# MLflow's client says the first of its API, the second of artifacts that the server relays.
 _REFUSED_USER = re.compile(r"\b(401|403) (?:!= \d+|Client Error: \w+ for url: \S*/api/)")
 
 _ASKED = re.compile(r"/api/[\d.]+/([\w/-]+)")
 
 
 def is_refused_user(error: BaseException) -> bool:
-    """Return whether an MLflow server said no because of who asked it."""
+    """Return whether an MLflow server refused the user (401 or 403)."""
     return bool(_REFUSED_USER.search(str(error)))
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether it is a disk, a database or a server that said no, and may not do so later."""
+    """Return whether a disk, a database or a server failed in a way that may pass."""
     return (
         isinstance(error, TransientError | AwayError)
         or any(part in str(error) for part in _TRANSIENT)
@@ -50,30 +50,30 @@ def is_transient(error: BaseException) -> bool:
 
 
 class TransientError(ValueError):
-    """A full disk, a database that is locked or read-only: no fault of what was asked for."""
+    """A disk is full, or a database is locked or read-only: the same request may work later."""
 
 
 class AwayError(Exception):
-    """A server has not answered for as long as it was waited for."""
+    """A server did not answer within the time that the retries had."""
 
 
 def is_database_away(error: BaseException) -> bool:
-    """Return whether a database server, or what relays for it, says that it is away for now.
+    """Return whether a database server is away for now, by the text of the error.
 
-    Drivers have no common code for it, and MLflow's server hands on a text.
+    Drivers have no common error code, and MLflow's server passes on text only.
     """
     return bool(_DATABASE_AWAY.search(str(error)))
 
 
 def refusal(line: str, error: BaseException) -> ValueError:
-    """Return the error to raise, with this line, for one that a database has raised."""
+    """Return the error to raise with this line: a TransientError if `error` is transient."""
     return (TransientError if is_transient(error) else ValueError)(without_passwords(line))
 
 
 def without_passwords(text: str) -> str:
     """Return a text with the passwords of the URLs in it hidden."""
-    # Up to the last @ before another URL, spaces, slashes and all: SQLAlchemy takes passwords that
-    # are not escaped. A port, after which there is no @ in the same word, is none.
+    # A password ends at the last @ before another URL: SQLAlchemy takes unescaped passwords, with
+    # spaces and slashes. Digits that no @ follows in the same word are a port.
     text = re.sub(
         r"(?<=://)([^/@:\s]*):(?!\d{1,5}(?:[/\s'\",;:)]|$)(?!\S*@))(?:(?!://).)*@", r"\1:***@", text
     )
@@ -81,9 +81,9 @@ def without_passwords(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line, cut where it gets too long to read.
+    """Return the message of an error in one line of at most 300 characters.
 
-    Without passwords, and without the statement that SQLAlchemy adds: it is not the user's.
+    Passwords are hidden. The SQL statement that SQLAlchemy adds is left out.
     """
     text = " ".join(str(error).split()).partition(" [SQL:")[0]
     if is_refused_user(error):
@@ -93,16 +93,15 @@ def one_line(error: BaseException) -> str:
 
 
 def _why_refused(text: str) -> str:
-    """Return what a server with users means that said no, and where to look."""
+    """Return why a server with users refused a request, and what to set."""
     from urllib.parse import urlsplit
 
     import mlflow
     from mlflow.utils.credentials import read_mlflow_creds
 
     refused, asked = _REFUSED_USER.search(text), _ASKED.search(text)
-    of_registry = asked and asked[1].startswith(
-        ("mlflow/registered-models", "mlflow/model-versions")
-    )
+    registry = ("mlflow/registered-models", "mlflow/model-versions")
+    of_registry = asked and asked[1].startswith(registry)
     uri = mlflow.get_registry_uri() if of_registry else mlflow.get_tracking_uri()
     name, password = read_mlflow_creds()
     where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -1,7 +1,7 @@
-"""Files made and opened without harm to others: no link is followed, nobody else's is written to.
+"""Files created and opened safely in folders that other users can write to.
 
-Names of drafts and locks can be foreseen, and a folder may be one that others write to: under such
-a name there may be a link to another file, a second name of one, or a named pipe.
+Others can predict the names of drafts and locks. Under such a name they may put a link, a hard link
+or a named pipe. So no link is followed, and no file of another user is written to.
 """
 
 from __future__ import annotations
@@ -18,33 +18,28 @@ from typing import BinaryIO
 from tracking.errors import TransientError, one_line
 
 _CREATE = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-# Opening a named pipe would wait for somebody at its other end.
+# O_NONBLOCK, because opening a named pipe waits for a process at its other end.
 _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def create(file: Path, *, mode: int = 0o666) -> BinaryIO:
-    """Make a new regular file, and open it for writing.
-
-    Args:
-        file: raises FileExistsError if anything has that name already, a link to nowhere included.
-        mode: what `umask` leaves of it are the file's permissions.
-    """
+    """Create and open a new regular file: FileExistsError if the name exists, even as a link."""
     return os.fdopen(os.open(file, os.O_WRONLY | os.O_EXCL | _CREATE, mode), "wb")
 
 
 @contextmanager
 def replacing(file: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Write a file that takes its place as a whole when the `with` block is done, or not at all.
+    """Write a file that appears as a whole at the end of the `with` block, or not at all.
 
-    It is drafted beside it, under a name that can't be foreseen. What had the file's name is
-    replaced; if that was a link, what it led to stays as it was.
+    The draft lies beside it under a random name. An existing file is replaced; a link is replaced
+    itself, not its target.
     """
     draft = file.with_name(f".draft-{secrets.token_hex(8)}")
     with create(draft, mode=mode) as stream:
         try:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())  # before it gets its name: a power cut may come in between
+            os.fsync(stream.fileno())  # else a power cut may leave the name with an empty file
             draft.replace(file)
         except BaseException:
             draft.unlink(missing_ok=True)
@@ -52,23 +47,15 @@ def replacing(file: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def open_own(file: Path, *, is_shared: bool = False, buffering: int = -1) -> BinaryIO:
-    """Open a draft or a lock to read it and append to it; one that isn't there is made.
+    """Open a draft or a lock to read and append; create it if it is missing.
 
-    What is there stays as it is: an earlier process may have left it, or another be at work on it.
-
-    Args:
-        file: see `check_own`.
-        is_shared: whether it may be another user's.
-        buffering: as `open` takes it.
-
-    Raises:
-        ValueError: what has that name is no such file.
-        OSError: it can't be opened.
+    Existing content stays: an earlier process may have left it, or another may be writing it. If
+    the file `is_shared`, it may be another user's. Raises ValueError as `check_own` does.
     """
     check_own(file, is_shared=is_shared)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | _CREATE | _OPEN, 0o666)
     stream = os.fdopen(descriptor, "a+b", buffering)
-    try:  # again: what was looked at may have been exchanged
+    try:  # again: another process may have exchanged the file
         _check(file, os.fstat(descriptor), is_shared=is_shared)
     except BaseException:
         stream.close()
@@ -77,7 +64,7 @@ def open_own(file: Path, *, is_shared: bool = False, buffering: int = -1) -> Bin
 
 
 def read_own(file: Path, *, most: int) -> bytes:
-    """Return what is in a file of that kind, or raise: see `open_own`. ValueError if it's more."""
+    """Return the content of a draft or a lock: ValueError if it has more than `most` bytes."""
     check_own(file)
     with os.fdopen(os.open(file, os.O_RDONLY | _OPEN), "rb") as stream:
         _check(file, os.fstat(stream.fileno()), is_shared=False)
@@ -88,9 +75,9 @@ def read_own(file: Path, *, most: int) -> bytes:
 
 
 def check_own(file: Path, *, is_shared: bool = False) -> None:
-    """Raise ValueError if a name that we give to drafts or locks is that of something else.
+    """Raise ValueError if the name of a draft or a lock belongs to something else.
 
-    Ours is a regular file that is no link, has no other name, and belongs to this user.
+    Ours is a regular file of this user, no link, with one name. A missing file passes.
     """
     with suppress(FileNotFoundError):
         _check(file, file.lstat(), is_shared=is_shared)
@@ -116,7 +103,7 @@ def _check(file: Path, status: os.stat_result, *, is_shared: bool) -> None:
 
 @contextmanager
 def writing(what: str = "the predictions") -> Iterator[None]:
-    """Have an error of the disk be one line, of a kind that passes."""
+    """Raise errors of the disk as a TransientError of one line."""
     try:
         yield
     except OSError as error:
@@ -126,23 +113,23 @@ def writing(what: str = "the predictions") -> Iterator[None]:
 
 @contextmanager
 def open_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
-    """Hand out a folder to write files to; when the `with` block is done, they are in `folder`.
+    """Yield a scratch folder; at the end of the `with` block its files are moved to `folder`.
 
-    If that wasn't there, it is made with all of them at once. Else each of them takes its place as
-    a whole, in the order of `files`, and what else is there stays.
+    A new folder appears with all files at once. In an existing one, each file is replaced as a
+    whole, in the order of `files`; other files stay.
 
     Args:
-        folder: in one that exists.
-        files: all that may be written; those that were not, but are there from before, are removed.
+        folder: its parent must exist.
+        files: all names that may be written; an old file of a name not written now is removed.
 
     Raises:
-        ValueError: a folder in it is a link, so that other files would be replaced than it seems.
+        ValueError: a folder in `folder` is a link, so files elsewhere would be replaced.
     """
     folder = folder.resolve()
     for inner in {(folder / name).parent for name in files} - {folder}:
         if inner.is_symlink():
             raise ValueError(f"{str(inner)!r} would be written to, and is a link: remove it")
-    # On the same disk: in the folder itself, if it is there, as another may be mounted there.
+    # The scratch folder must be on the same disk, and another disk may be mounted at `folder`.
     place = folder if folder.exists() else folder.parent
     with TemporaryDirectory(prefix=".draft-", dir=place) as scratch:
         draft = Path(scratch, "folder")
@@ -163,17 +150,16 @@ def check_folder(folder: Path, *, option: str, source: str = "") -> None:
     """Raise ValueError if a report can't be written to a folder.
 
     Args:
-        folder: which need not exist, but the one that it is in.
-        option: what names it, for the message.
-        source: what is labelled: no figure may get among its images.
+        folder: it need not exist, but its parent must.
+        option: the flag that named it, for the message.
+        source: the images to predict: the folder must not be inside them.
     """
     try:
         target = folder.resolve()
         place = target if target.exists() else target.parent
         if not place.is_dir():
             raise ValueError(f"can't write {option}: there is no folder {str(place)!r}")
-        # The mode too: for root everything is writable, also what was made read-only on purpose.
-        if not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
+        if not is_writable(place):
             raise ValueError(f"can't write {option}: {str(place)!r} is read-only")
         for images in filter(None, (source, source.rpartition(":")[0])):
             if Path(images).is_dir() and target.is_relative_to(Path(images).resolve()):
@@ -181,5 +167,10 @@ def check_folder(folder: Path, *, option: str, source: str = "") -> None:
                     f"can't write {option}: {str(folder)!r} is in {images!r}, and the figures "
                     "would be among its images"
                 )
-    except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
+    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
         raise ValueError(f"can't write {option} {str(folder)!r}: {one_line(error)}") from error
+
+
+def is_writable(path: Path) -> bool:
+    """Return whether a file or folder is writable; root respects a read-only mode as well."""
+    return os.access(path, os.W_OK) and bool(path.stat().st_mode & 0o222)

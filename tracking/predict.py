@@ -1,8 +1,7 @@
-"""Label images with a recorded model: `load_best().predict(images)`, or as a command.
+"""Predict the classes of images with a recorded model: `python -m tracking.predict --help`.
 
-`python -m tracking.predict SOURCE` labels a folder of images, an image, a list of paths, an array,
-a Parquet file or a split of a data set, and writes CSV, Parquet or JSON Lines. MLflow, PyTorch and
-pandas are imported by what needs them, so that `--help` answers at once.
+Functions import MLflow, PyTorch and pandas when called, so that `--help` is quick. In Python, it is
+`tracking.load_best().predict(images)`.
 """
 
 from __future__ import annotations
@@ -12,74 +11,100 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tracking.cli import Parser, add_choice_flags, choice_filters, run_command
+from tracking.cli import FILTERS, Parser, add_choice_flags, choice_filters, run_command
 from tracking.errors import one_line
 from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
-from tracking.files import check_folder
+from tracking.files import check_folder, is_writable
 from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
 from tracking.prediction.chunks import Chunk, Source
 from tracking.prediction.drafts import check_drafts, draft_files, open_draft
 from tracking.prediction.formats import FORMATS, Format, format_of, table
-from tracking.prediction.pipeline import Tally, chunk_size, label, use_available_cores
+from tracking.prediction.pipeline import (
+    RunningCounts,
+    chunk_size,
+    predict_images,
+    use_available_cores,
+)
 from tracking.prediction.sources import check, open_source
 from tracking.prediction.splits import dataset_of
 from tracking.run_search import described, model_uri
-from tracking.selection import DEFAULT_METRIC, choose
+from tracking.selection import choose
 from tracking.selection import load_best as load_best
 from tracking.store import reading
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from torch import Tensor
-
-    Images = npt.NDArray[np.uint8] | Tensor
-
-
 SOME_FAILED = 3
-"""The exit code where images could not be read: their rows say why."""
+"""The exit code if some images could not be read: their rows say why."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    """Return the parser of the command line. Bad input is a ValueError."""
     parser = Parser(
         prog="python -m tracking.predict",
-        description="Label images with the best model of an MLflow experiment, and write a row for "
-        "each: source, prediction, probability, p(<class>) for each class, label, the true class, "
-        "where it is known, and error, where the image could not be read. Then the accuracy is "
-        "printed, too.",
+        description="Predict the classes of images with the best model of an MLflow experiment. "
+        "Write a row for each image: source, prediction, probability, p(<class>) for each class, "
+        "label (the true class, if known), and error (if the image could not be read). Print the "
+        "accuracy if true classes are known.",
         epilog="exit codes: 0 done; 3 done, but some images could not be read; 2 bad input; 1 the "
-        "disk or the database said no; 130 interrupted. Only 0 and 3 leave a file; after 1, 130 or "
-        "a kill, --resume goes on. Where only the report failed (2: no labelled image could be "
-        "read; 1: disk or server), the file stays, and tracking.report can make up for it.",
-        allow_abbrev=False,
+        "disk or the database failed; 130 interrupted. Only 0 and 3 leave a file. After 1, 130 or "
+        "a kill, --resume continues. If only the report failed (2: no labelled image could be "
+        "read; 1: disk or server), the file stays: make the report with tracking.report.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder of images, with all below it, or one image (true class: the name of its "
+        help="a folder of images, searched recursively, or one image (true class: the name of its "
         "folder, if the model has such a class); @FILE or - (standard input), a list of such "
         "images, one a line, or with a NUL after each; an .npy file (uint8, N×H×W×C, N×H×W or "
-        "H×W×C); an .npz file with such images, and labels if there are any (class names, or "
-        "integers from 0); a .parquet file with images, and a column label if there are any; or "
+        "H×W×C); an .npz file with such an array images, and optionally labels (class names, or "
+        "integers from 0); a .parquet file with images, and optionally a column label; or "
         "NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or test), split "
-        "as it was when the model was trained. Images of any size: they are resized",
+        "as for the model's training. Images of any size are resized",
     )
+    _add_output_flags(parser)
+    model = parser.add_argument_group(
+        "model",
+        f"at most one of --experiment (with {', '.join(f'--{name}' for name in FILTERS)}), "
+        "--run-id, --model",
+    )
+    model.add_argument("--run-id", metavar="ID", help="use the model of this run")
+    model.add_argument(
+        "--model",
+        metavar="URI",
+        help="use this model, say models:/NAME@ALIAS, runs:/ID/model or a folder",
+    )
+    add_choice_flags(model)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="IMAGES",
+        help="images that go through the model at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="the folder of downloaded and decoded data sets (default: %(default)s)",
+    )
+    return parser
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("predictions.csv"),
         metavar="FILE",
-        help=f"what is written, by its ending ({', '.join(FORMATS)}); a file that is there is "
-        "replaced, once all is done (default: %(default)s)",
+        help=f"the file to write; its ending ({', '.join(FORMATS)}) is the format. An existing "
+        "file is replaced at the end (default: %(default)s)",
     )
     parser.add_argument(
         "--column",
         metavar="NAME",
-        help="where a .parquet file has its images, as bytes or paths (default: image, bytes or "
-        "path, the first that is there)",
+        help="the column of a .parquet file with the images, as bytes or paths (default: the first "
+        "of image, bytes and path)",
     )
     parser.add_argument(
         "--strict",
@@ -89,71 +114,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on where the same command was cut off; if there is nothing to go on with, start",
+        help="continue the same command where it was stopped; if nothing is left of it, start",
     )
     parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
-        help="where true classes are known, write a report to this folder: accuracy, precision and "
+        help="write a report to this folder, if true classes are known: accuracy, precision and "
         f"recall with 95 %% intervals, confusion matrix, calibration ({', '.join(FILES)})",
     )
     parser.add_argument(
         "--log",
         action="store_true",
-        help="log the report into the run of the model, too: metrics report/NAME/… and files "
+        help="log the report into the run of the model as well: metrics report/NAME/… and files "
         "reports/NAME/, where NAME is that of the source, say digits-test",
     )
-    model = parser.add_argument_group(
-        "model",
-        "at most one of --experiment (with --dataset, --study, --loss, --where), --run-id, --model",
-    )
-    model.add_argument(
-        "--experiment",
-        metavar="NAME",
-        help="the MLflow experiment whose best finished run is used (default: that of `mlflow run` "
-        "or MLFLOW_EXPERIMENT_NAME, else cnn-sweep)",
-    )
-    model.add_argument("--run-id", metavar="ID", help="use this run instead")
-    model.add_argument(
-        "--model",
-        metavar="URI",
-        help="use this model instead, say models:/NAME@ALIAS, runs:/ID/model or a folder",
-    )
-    add_choice_flags(model)
-    parser.add_argument(
-        "--metric",
-        default=DEFAULT_METRIC,
-        metavar="NAME",
-        help="what is best: the run with the highest last value of this metric, the lowest if the "
-        "name ends in loss (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=BATCH_SIZE,
-        metavar="IMAGES",
-        help="images that go through the model at a time (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where downloads and decoded images of data sets are kept (default: %(default)s)",
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Label what a command line names, and return the exit code."""
+    """Run the command, and return the exit code."""
     return run_command(build_parser(), _run, argv)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be ≥ 1, not {options.batch_size}")
-    # By hand, because an empty one counts as not given: MLproject's parameters have defaults.
+    # Not by argparse: an empty value counts as not given, because MLproject passes defaults.
     if sum(map(bool, (options.experiment, options.run_id, options.model))) > 1:
         raise ValueError("--experiment, --run-id and --model exclude each other: give one")
     if (options.run_id or options.model) and any(choice_filters(options).values()):
@@ -162,11 +149,15 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.log and not options.report:
         raise ValueError("--log logs a report: it needs --report DIR")
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check_options(options)
     check(options.source)
-    out, target = _checked(options.out, options.source)
+    out, target = _check_output(options.out, options.source)
     if options.report:
         _check_folder(options, target)
-    predictor, why = _chosen(options)
+    predictor, why = _choose_model(options)
     use_available_cores()
     source = open_source(
         options.source,
@@ -181,27 +172,24 @@ def _run(options: argparse.Namespace) -> int:
     print(why)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
-    tally = _written(predictor, source, out, target, options)
-    # With quotes and escapes: a path may hold what a terminal doesn't take.
-    labelled = source.size - tally.failed
-    print(f"labelled {labelled} images of {options.source!r}: {str(options.out)!r}\n")
-    print(tally)
-    if tally.failed:
-        print(
-            f"note: {tally.failed} of {source.size} images could not be read: column error says "
-            "why",
-            file=sys.stderr,
-        )
+    counts = _write_predictions(predictor, source, out, target, options)
+    # Quoted: a path may hold what a terminal obeys.
+    predicted = source.size - counts.failed
+    print(f"predicted {predicted} images of {options.source!r}: {str(options.out)!r}\n")
+    print(counts)
+    if counts.failed:
+        line = f"{counts.failed} of {source.size} images could not be read: column error says why"
+        print(f"note: {line}", file=sys.stderr)
     if options.report:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
-    return SOME_FAILED if tally.failed else 0
+    return SOME_FAILED if counts.failed else 0
 
 
-def _written(
+def _write_predictions(
     predictor: Predictor, source: Source, out: Format, target: Path, options: argparse.Namespace
-) -> Tally:
-    """Write the file, or go on with it."""
+) -> RunningCounts:
+    """Write the file, or resume writing it."""
     import numpy as np
 
     none = np.zeros((0, len(predictor.classes)), np.float32)
@@ -215,8 +203,8 @@ def _written(
         finish=out.finish,
     ) as draft:
         if draft.rows:
-            print(f"note: going on after {draft.rows} of {source.size} images", file=sys.stderr)
-        return label(
+            print(f"note: resuming after {draft.rows} of {source.size} images", file=sys.stderr)
+        return predict_images(
             predictor, source, draft, out, batch_size=options.batch_size, strict=options.strict
         )
 
@@ -224,7 +212,7 @@ def _written(
 def _identity(
     predictor: Predictor, source: Source, options: argparse.Namespace
 ) -> dict[str, object]:
-    """Return all that the bytes of the output depend on."""
+    """Return everything that the bytes of the output depend on."""
     import PIL
     import torch
 
@@ -238,18 +226,17 @@ def _identity(
 
 
 def _check_folder(options: argparse.Namespace, out: Path) -> None:
-    """Raise ValueError for a folder that the report can't be written to."""
+    """Raise ValueError if the report can't be written to its folder."""
     check_folder(options.report, option="--report", source=options.source)
     if out.parent == options.report.resolve() and out.name in FILES:
         raise ValueError(f"--out {str(options.out)!r} is a file of the --report")
 
 
 def _check_reportable(predictor: Predictor, source: Source, options: argparse.Namespace) -> None:
-    """Raise ValueError for what would leave a report unwritten once all is labelled."""
+    """Raise ValueError for what would prevent the report after the predictions."""
     if not source.has_labels:
         raise ValueError(
-            f"--report needs images whose class is known: {options.source!r} has none of a class "
-            "of the model"
+            f"--report needs true classes: no image of {options.source!r} has a class of the model"
         )
     files = [options.report / name for name in FILES]
     _check_no_input(files, source.files(), option="--report")
@@ -268,8 +255,8 @@ def _subject(predictor: Predictor, source: Source, options: argparse.Namespace) 
     )
 
 
-def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
-    """Return the model that the command line asks for, and a line on which it is, and why."""
+def _choose_model(options: argparse.Namespace) -> tuple[Predictor, str]:
+    """Return the model that the options choose, and a line that names it and says why."""
     if options.model:
         predictor = load_model(options.model)
         return predictor, f"model {predictor.uri} of run {predictor.run_id}"
@@ -279,7 +266,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
         return load_model(model_uri(run)), described(run)
     filters = choice_filters(options)
     known = None if filters["dataset"] else dataset_of(options.source, options.data_dir)
-    # A folder that was trained on elsewhere is found by its name.
+    # If a folder was trained on elsewhere, only its name is known here.
     name = known.name if known else Path(options.source).absolute().name
     choice = choose(
         options.experiment or None,
@@ -291,12 +278,12 @@ def _chosen(options: argparse.Namespace) -> tuple[Predictor, str]:
     return load_model(model_uri(choice.run)), "\nnote: ".join([str(choice), *choice.notes()])
 
 
-def _checked(path: Path, source: str) -> tuple[Format, Path]:
-    """Return the format of a file to be written and its real path, or raise ValueError."""
+def _check_output(path: Path, source: str) -> tuple[Format, Path]:
+    """Return the format of the output file and its real path, or raise ValueError."""
     out = format_of(path)
     try:
-        target = path.resolve()  # a link stays one
-        # Somebody else may have put a link there: it leads to no file of another kind.
+        target = path.resolve()  # the link itself stays
+        # Another user may have put a link there: it must not lead to a file of another kind.
         if target.suffix.lower() != path.suffix.lower():
             raise ValueError(
                 f"can't write --out: {str(path)!r} is a link to {str(target)!r}, "
@@ -304,7 +291,7 @@ def _checked(path: Path, source: str) -> tuple[Format, Path]:
             )
         check_drafts(target)
         _check_writable(target, source)
-    except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
+    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
         raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
     return out, target
 
@@ -313,18 +300,17 @@ def _check_writable(target: Path, source: str) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"can't write --out: there is no folder {str(target.parent)!r}")
     if target.exists() and not target.is_file():
-        raise ValueError(f"can't write --out: {str(target)!r} is there, and is no regular file")
+        raise ValueError(f"can't write --out: {str(target)!r} exists, and is no regular file")
     _check_no_input([target, *draft_files(target)], [source, source.removeprefix("@")])
     for place in (target.parent, target):
-        # The mode too: for root everything is writable, also what was made read-only on purpose.
-        if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):
+        if place.exists() and not is_writable(place):
             raise ValueError(f"can't write --out: {str(place)!r} is read-only")
 
 
 def _check_no_input(
     targets: Sequence[Path], files: Iterable[str], *, option: str = "--out"
 ) -> None:
-    """Raise ValueError if a file that is there, and would be replaced, is one of these."""
+    """Raise ValueError if one of these files is a target, so that it would be replaced."""
     replaced = [target.stat() for target in targets if target.exists()]
     if not replaced:
         return

@@ -1,8 +1,9 @@
-"""Say which version of a registered model is the champion: `python -m tracking.promote --help`."""
+"""Choose the champion of a registered model: `python -m tracking.promote --help`."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -12,14 +13,13 @@ from tracking.store import reading
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    """Return the parser of the command line. Bad input is a ValueError."""
     parser = Parser(
         prog="python -m tracking.promote",
         description=f"Give the alias {CHAMPION} to a version of a registered model, or back to the "
-        f"version that had it before; models:/NAME@{CHAMPION} names it then.",
+        f"version that had it before. Then models:/NAME@{CHAMPION} names this version.",
         epilog="exit codes: 0 done; 1 a disk is full, a database locked or read-only; 2 bad input, "
         "or the data differ",
-        allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="the registered model, say cnn-digits")
     which = parser.add_mutually_exclusive_group()
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--run-id",
         metavar="ID",
-        help="promote the model of this run, which is registered first if it is not yet",
+        help="promote the model of this run, and register it first if it is new",
     )
     which.add_argument(
         "--rollback",
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="also where the present champion is of other data or another split, so that their "
+        help="promote even if the present champion is of other data or another split, so that the "
         "accuracies can't be compared",
     )
     return parser
@@ -54,11 +54,12 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--force is for promoting: --rollback compares nothing")
     with reading() as client:
         print(_done(Registry(client=client, name=options.name), options))
-    print(f"  label images:      python -m tracking.predict SOURCE --model {_uri(options.name)}")
+    uri = shlex.quote(f"models:/{options.name}@{CHAMPION}")
+    print(f"  predict:           python -m tracking.predict SOURCE --model {uri}")
 
 
 def _done(registry: Registry, options: argparse.Namespace) -> Promotion:
-    """Do what the command line asks for, and return what came of it."""
+    """Promote or roll back as the options say."""
     if options.rollback:
         return registry.rollback()
     if options.run_id is not None:
@@ -75,14 +76,8 @@ def _done(registry: Registry, options: argparse.Namespace) -> Promotion:
     return registry.promote(version, force=options.force)
 
 
-def _uri(name: str) -> str:
-    import shlex
-
-    return shlex.quote(f"models:/{name}@{CHAMPION}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what a command line asks for, and return the exit code."""
+    """Run the command, and return the exit code."""
     return run_command(build_parser(), _run, argv)
 
 

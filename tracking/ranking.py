@@ -9,24 +9,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the order of runs, or of an Optuna study's trials, is made of."""
+    """The values of a run or a trial that decide its rank."""
 
     value: float
-    """What is best: the higher the better."""
+    """Higher is better."""
     loss: str | None
     """The name of the loss."""
     val_loss: float | None
     start: int
-    """When it was started, or the trial's number."""
+    """The time of the start, or the trial's number."""
 
 
 def best_first(entries: Sequence[Entry]) -> list[int]:
-    """Return the positions of entries, the best first. This is the one order of runs and trials.
+    """Return the positions of entries, the best first.
 
-    Equal values are settled by `val/loss` only among runs of the same loss, as those of different
-    losses are in different units. So of the losses that came to the same value, the one whose run
-    was started first is first, with all its runs: the lowest `val/loss`, then the earliest start.
-    Thus the order of the runs of one loss is the same whether other losses are beside it or not.
+    Among equal values, the loss whose run started first comes first, with all of its runs. Within
+    a loss, the lowest `val/loss` comes first, then the earliest start. `val/loss` never decides
+    between two losses: their units differ. So other losses never change the order within one.
     """
     first: dict[tuple[float, str | None], int] = {}
     for entry in entries:

@@ -1,7 +1,7 @@
-"""Registered models: a run's model as a version, and the alias `champion` on the best of them.
+"""Registered models: a run's model becomes a version; the best one has the alias `champion`.
 
-Every step can be taken again: what is killed anywhere ends, once it is started again, where it
-would have ended undisturbed. `import tracking.registry` is quick: MLflow comes with the client.
+Every step can be repeated: a process killed anywhere and started again ends in the same state.
+`import tracking.registry` is quick: functions import MLflow when called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tracking.errors import is_transient, one_line
 from tracking.models.fetching import check_stored, digest_tags
 from tracking.run_search import described, model_uri
-from tracking.selection import DEFAULT_METRIC
+from tracking.store import DEFAULT_METRIC, none_if_missing
 from tracking.text import listed
 
 if TYPE_CHECKING:
@@ -30,47 +30,47 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 
 HISTORY_TAG = "champions"
-"""Of a registered model: the versions that were champion, the present one last."""
+"""The tag of a registered model that lists its champions, the present one last."""
 
 VERDICT_TAG = "verdict"
-"""Of a version: why it is champion, or is not. Without one, it is still to be judged."""
+"""The tag of a version that says why it is champion or not. Without it, no one compared it yet."""
 
 MARK_TAG = "registered_by"
 MARK = "cnn-loss-sweep"
 
-# What has to be equal for two validation accuracies to be of the same images.
+# Two validation accuracies are of the same images if these params are equal.
 SAME = {"dataset_digest": "data set", "seed": "split seed"}
 _PARAMS = ("dataset", *SAME, "loss", "learning_rate", "batch_size")
 
 ALREADY_THERE = re.compile("UniqueViolation|UNIQUE constraint failed|Duplicate entry", re.I)
-"""What databases say of a row that another process has made in the meantime."""
+"""The error of a database if another process has inserted the same row."""
 
 _HISTORY_LENGTH = 100
 _NAME_LENGTH = 256
 
 
 def default_name(dataset: str) -> str:
-    """Return what models of a data set are registered as, unless the user says otherwise."""
+    """Return the default name of the registered model for a data set."""
     return f"cnn-{re.sub(r'[^A-Za-z0-9._-]+', '-', dataset).strip('-.') or 'images'}"[:_NAME_LENGTH]
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that `models:/NAME@champion` could not name."""
+    """Raise ValueError for a name that `models:/NAME@champion` does not allow."""
     if not re.fullmatch(r"\w[\w .+-]*", name) or name != name.strip() or len(name) > _NAME_LENGTH:
         raise ValueError(
-            f"{name!r} can't be a registered model's name: those begin with a letter, a digit or _ "
-            f"and go on with these, spaces, and . + -; {_NAME_LENGTH} characters at most"
+            f"{name!r} can't be a registered model's name: it must begin with a letter, a digit or "
+            f"_, then have these, spaces, and . + - only; {_NAME_LENGTH} characters at most"
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Promotion:
     """A version of a registered model, and whether it is the champion."""
 
     name: str
     version: int
     is_new: bool
-    """Whether it was registered just now."""
+    """Whether this call registered it."""
     is_champion: bool
     why: str
 
@@ -82,24 +82,20 @@ class Promotion:
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """A registered model, which is made once there is a version of it."""
+    """A registered model. The first version creates it."""
 
     client: mlflow.MlflowClient | RetryingClient
     name: str
 
     def register(self, run: Run) -> tuple[ModelVersion, bool]:
-        """Return the version that a run's model is, and whether it is new. A run has only one.
-
-        Raises:
-            ValueError: the run has no model.
-        """
+        """Register a run's model once; return its version, and whether it is new."""
         uri, about = model_uri(run), version_tags(run)
         model = self.client.get_logged_model(uri.removeprefix("models:/"))
         digests = digest_tags(model.tags)
         found = self._versions_of(run)
         is_new = not found
         if is_new:
-            self._make()
+            self._create()
             made = self.client.create_model_version(
                 self.name,
                 uri,
@@ -107,8 +103,7 @@ class Registry:
                 tags=about | digests | {MARK_TAG: MARK},
                 model_id=model.model_id,
             )
-            # Looked for again: another process may have been first, or the answer to a first try
-            # may have been lost on its way.
+            # Another process, or a first try whose answer was lost, may have registered it too.
             found = self._versions_of(run) or [made]
         first, *twins = found
         for twin in twins:
@@ -116,7 +111,7 @@ class Registry:
         if uri in (first.source, f"models:/{first.model_id}"):
             about |= digests
         missing = {key: value for key, value in about.items() if key not in first.tags}
-        for key, value in missing.items():  # of a version that was made by hand
+        for key, value in missing.items():  # the version was registered by hand
             self.client.set_model_version_tag(self.name, str(first.version), key, value)
         self._link(model, int(first.version))
         return first, is_new
@@ -124,85 +119,71 @@ class Registry:
     def register_best(self, run: Run) -> Promotion:
         """Register a run's model, and make it champion if it beats the present one.
 
-        It is judged once: whoever goes back to another version by hand finds it there, although the
-        same sweep is started again.
+        Each version is compared once. So if a user promotes another one by hand, a restart of the
+        same sweep does not undo it.
         """
         version, is_new = self.register(run)
         number = int(version.version)
         champion, _ = self._state()
-        verdict = version.tags.get(VERDICT_TAG)
-        if number == champion:
-            is_champion, why = True, verdict or "as it was before"
-            if verdict is None:
-                self._set_verdict(number, why)
-        elif verdict is not None:
-            is_champion, why = False, verdict
-        else:
-            beats, why = self.judge(version_tags(run))
-            is_champion = bool(beats)
-            if is_champion:
+        why = version.tags.get(VERDICT_TAG)
+        is_champion = number == champion
+        if why is None:
+            beats, why = None, "as it was before"
+            if not is_champion:
+                beats, why = self.judge(version_tags(run))
+            if beats:
+                is_champion = True
                 self._set_champion(number, why)
             else:
                 self._set_verdict(number, why)
-        return Promotion(
-            name=self.name, version=number, is_new=is_new, is_champion=is_champion, why=why
-        )
+        return self._promotion(number, why, is_new=is_new, is_champion=is_champion)
 
     def promote(self, version: int, *, force: bool = False) -> Promotion:
-        """Make a version champion, whether it is better or not.
+        """Make a version champion, even if it is not better.
 
-        Raises:
-            ValueError: there is no such version, or, without `force`, it can't be compared with the
-                present champion.
+        Raises ValueError if it can't be compared with the present champion, unless `force` is set.
         """
         found = self.version(version)
         champion, _ = self._state()
         if champion == version:
             why = "as it was before: nothing was done"
         else:
-            why = self._check(self._facts_of(found), force=force)
+            why = self._check(self._tags_of(found), force=force)
             self._set_champion(version, why)
-        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+        return self._promotion(version, why)
 
     def promote_run(self, run: Run, *, force: bool = False) -> Promotion:
-        """Make the version champion that a run's model is, which is registered if it is none."""
-        if not self._versions_of(run):
-            self._check(
-                version_tags(run), force=force
-            )  # before there is a version that nobody wants
+        """Make a run's model champion; register it first if it is new."""
+        if not self._versions_of(run):  # a refusal must not leave a new version behind
+            self._check(version_tags(run), force=force)
         version, is_new = self.register(run)
-        standing = self.promote(int(version.version), force=force)
-        return replace(standing, is_new=is_new)
+        return replace(self.promote(int(version.version), force=force), is_new=is_new)
 
     def rollback(self) -> Promotion:
-        """Make the version champion that was it before the present one.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Make the previous champion the champion again, or raise ValueError if there is none."""
         champion, history = self._state()
         earlier = history if champion is None else history[:-1]
         if not earlier:
             present = "no version" if champion is None else f"only version {champion}"
-            raise ValueError(f"nothing to go back to: {present} of {self.name} was champion")
+            raise ValueError(f"can't roll back: {present} of {self.name} was champion")
         version = earlier[-1]
-        self._check_stored(version)
+        check_stored(self.client, f"models:/{self.name}/{version}")
         why = "after its alias was removed"
         if champion is not None:
             self._set_verdict(champion, f"rolled back to version {version}")
             why = f"after version {champion} was rolled back"
-        # If only the alias is moved, the history that is left is read as is meant: see `_agreed`.
+        # A process may die after this line: `_agreed` then corrects the history.
         self.client.set_registered_model_alias(self.name, CHAMPION, str(version))
         self._write_history(earlier)
         self._set_verdict(version, why)
-        return Promotion(name=self.name, version=version, is_new=False, is_champion=True, why=why)
+        return self._promotion(version, why)
 
     def judge(self, about: Mapping[str, str]) -> tuple[bool | None, str]:
-        """Return whether a model beats the champion, None if that can't be said; and why."""
+        """Return whether a model beats the champion, None if they can't be compared; and why."""
         champion, _ = self._state()
         if champion is None:
             return True, "as there was none before"
-        theirs = self._facts_of(self.version(champion))
+        theirs = self._tags_of(self.version(champion))
         for key, what in SAME.items():
             if key not in about or key not in theirs:
                 whose = f"version {champion}'s" if key in about else "its"
@@ -232,26 +213,25 @@ class Registry:
         return self.client.get_model_version(self.name, str(number))
 
     def versions(self) -> list[int]:
-        """Return the numbers of all versions, the newest last; ValueError if there is no model."""
+        """Return the numbers of all versions, the newest last, or raise ValueError."""
         self._model()
         return sorted(int(version.version) for version in self._search(f"name = '{self.name}'"))
 
     def _check(self, about: Mapping[str, str], *, force: bool) -> str:
-        """Return why a version becomes champion by hand, unless it takes force."""
+        """Return why a version becomes champion by hand, or raise ValueError if it needs force."""
         try:
             beats, why = self.judge(about)
         except _NoModelError:
             return "by hand"
         if beats is None and not force:
             raise ValueError(
-                f"not promoted, {why}: their accuracies can't be compared; --force promotes it all "
-                "the same"
+                f"not promoted, {why}: their accuracies can't be compared; --force promotes it "
+                "anyway"
             )
         return f"by hand, {'' if beats else 'though '}{why.removeprefix('as ')}"
 
     def _set_champion(self, number: int, why: str) -> None:
-        """Make a version champion."""
-        self._check_stored(number)
+        check_stored(self.client, f"models:/{self.name}/{number}")
         champion, history = self._state()
         if history[-1:] != [number]:
             history.append(number)
@@ -261,30 +241,31 @@ class Registry:
         self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         self._set_verdict(number, why)
 
-    def _check_stored(self, number: int) -> None:
-        """Raise ValueError for a version whose model was changed since it was recorded."""
-        check_stored(self.client, f"models:/{self.name}/{number}")
+    def _promotion(
+        self, version: int, why: str, *, is_new: bool = False, is_champion: bool = True
+    ) -> Promotion:
+        return Promotion(self.name, version, is_new, is_champion, why)
 
     def _set_verdict(self, number: int, why: str) -> None:
         self.client.set_model_version_tag(self.name, str(number), VERDICT_TAG, why)
 
     def _state(self) -> tuple[int | None, list[int]]:
-        """Return the champion, if there is one, and the versions that were, itself last."""
+        """Return the champion, None if there is none, and all champions, the present one last."""
         model = self._model()
         alias = model.aliases.get(CHAMPION)
         champion = None if alias is None else int(alias)
-        there = set(self.versions())
+        existing = set(self.versions())
         try:
             noted = [int(number) for number in json.loads(model.tags.get(HISTORY_TAG, "[]"))]
-        except (ValueError, TypeError):  # somebody wrote something else into it
+        except (ValueError, TypeError):  # a user wrote something else into the tag
             noted = []
-        return champion, _agreed([number for number in noted if number in there], champion)
+        return champion, _agreed([number for number in noted if number in existing], champion)
 
     def _write_history(self, history: list[int]) -> None:
         text = json.dumps(history[-_HISTORY_LENGTH:])
         self.client.set_registered_model_tag(self.name, HISTORY_TAG, text)
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -294,18 +275,14 @@ class Registry:
                 raise
 
     def _model(self) -> RegisteredModel:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        model = none_if_missing(lambda: self.client.get_registered_model(self.name))
+        if model is None:
             found = self.client.search_registered_models(max_results=100)
             names = listed(sorted(model.name for model in found)) if found else "none"
             raise _NoModelError(
                 f"there is no registered model {self.name!r}, only {names}; --run-id ID makes it"
-            ) from error
+            )
+        return model
 
     def _versions_of(self, run: Run) -> list[ModelVersion]:
         found = self._search(f"name = '{self.name}' and run_id = '{run.info.run_id}'")
@@ -321,16 +298,16 @@ class Registry:
                 return found
 
     def _delete_twin(self, twin: ModelVersion) -> None:
-        """Delete a second version of the same run, unless a user has made it or uses it."""
+        """Delete a second version of the same run, unless a user registered or uses it."""
         used = {int(number) for number in self._model().aliases.values()}
         if twin.tags.get(MARK_TAG) == MARK and int(twin.version) not in used:
             from mlflow.exceptions import MlflowException
 
-            with suppress(MlflowException):  # another process may have been first
+            with suppress(MlflowException):  # another process may have deleted it
                 self.client.delete_model_version(self.name, str(twin.version))
 
     def _link(self, model: LoggedModel, number: int) -> None:
-        """Have the run's own page show which version its model is, as MLflow does."""
+        """Let the page of the run show the version of its model, as MLflow does."""
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
         entry = {"name": self.name, "version": number}
@@ -339,13 +316,13 @@ class Registry:
             text = json.dumps([*entries, entry])
             self.client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: text})
 
-    def _facts_of(self, version: ModelVersion) -> dict[str, str]:
-        """Return what is known of a version: its tags, or its run's where it has none."""
+    def _tags_of(self, version: ModelVersion) -> dict[str, str]:
+        """Return the tags of a version; those that are missing are taken from its run."""
         from mlflow.exceptions import MlflowException
 
         tags = dict(version.tags)
         if version.run_id and not {*SAME, DEFAULT_METRIC} <= set(tags):
-            with suppress(MlflowException):  # the run may be gone
+            with suppress(MlflowException):  # the run may be deleted
                 return version_tags(self.client.get_run(version.run_id)) | tags
         return tags
 
@@ -355,10 +332,9 @@ class _NoModelError(ValueError):
 
 
 def register_best(client: mlflow.MlflowClient | RetryingClient, run_id: str, name: str) -> str:
-    """Offer a run's model to a registered model, and return a line on what came of it.
+    """Register a run's model, promote it if it is better, and return the result in a line.
 
-    A registry that refuses is no failure of what trained the model: that is said in the line, too.
-    What may be otherwise later, a full disk or a server that is away, is raised.
+    The line also reports a refusal, which must not end a sweep. Transient errors are raised.
     """
     from mlflow.exceptions import MlflowException
 
@@ -368,14 +344,14 @@ def register_best(client: mlflow.MlflowClient | RetryingClient, run_id: str, nam
         except (MlflowException, ValueError) as error:
             if is_transient(error):
                 raise
-            # Another sweep of the study wrote the same at the same moment: it is there by now.
+            # Another sweep of the same study may have written it at the same moment: retry once.
             if not (is_first and ALREADY_THERE.search(str(error))):
                 return f"not as {name}: {one_line(error)}"
     raise AssertionError("the second try returns or raises")
 
 
 def version_tags(run: Run) -> dict[str, str]:
-    """Return the tags of a version: where a run's model is from, and how good it is."""
+    """Return the tags of a version: the origin of a run's model, and its metrics."""
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
     about: dict[str, Any] = {
         "run": described(run),
@@ -389,10 +365,10 @@ def version_tags(run: Run) -> dict[str, str]:
 
 
 def _agreed(history: list[int], champion: int | None) -> list[int]:
-    """Return the history that agrees with the alias, which is what counts.
+    """Return the history corrected by the alias, which decides who is champion.
 
-    The alias is the one before last where a process died between the two, on its way forth or back;
-    any other was set by somebody else.
+    If the alias is the last but one, a process died between its two writes. Any other alias was set
+    by a user.
     """
     plain = [n for n, before in zip(history, [None, *history], strict=False) if n != before]
     if champion is None or plain[-1:] == [champion]:

@@ -1,8 +1,4 @@
-"""Report on predictions of labelled images: `python -m tracking.report --help`.
-
-A report is made of a finished file of predictions, whatever wrote it, so that it is right of one
-that was resumed, too. It is a folder of files, which can be logged into the run of the model.
-"""
+"""Report on a file of predictions of labelled images: `python -m tracking.report --help`."""
 
 from __future__ import annotations
 
@@ -19,20 +15,19 @@ from tracking.prediction.formats import format_of
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what is wrong with that is a ValueError."""
+    """Return the parser of the command line. Bad input is a ValueError."""
     parser = Parser(
         prog="python -m tracking.report",
         description="Report on predictions of labelled images: accuracy, precision and recall with "
         "95 % intervals, confusion matrix, calibration.",
         epilog="exit codes: 0 done; 2 bad input, or no image is labelled; 1 the disk or the server "
-        "said no",
-        allow_abbrev=False,
+        "failed",
     )
     parser.add_argument(
         "file",
         type=Path,
         metavar="FILE",
-        help="what tracking.predict wrote: .csv, .parquet or .jsonl, with a column label",
+        help="a file of tracking.predict: .csv, .parquet or .jsonl, with a column label",
     )
     parser.add_argument(
         "--out",
@@ -44,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help="what the images are called in the run (default: as FILE is)",
+        help="the name of the images in the run (default: that of FILE)",
     )
     parser.add_argument("--run-id", metavar="ID", help="the MLflow run that the model came from")
     parser.add_argument(
@@ -68,16 +63,13 @@ def _run(options: argparse.Namespace) -> None:
     check_folder(options.out, option="--out")
     if options.log:
         check_run(options.run_id)
-    subject = Subject(
-        name=options.name or data_name(str(options.file)),
-        source=str(options.file),
-        run_id=options.run_id or None,
-    )
+    name = options.name or data_name(str(options.file))
+    subject = Subject(name=name, source=str(options.file), run_id=options.run_id or None)
     make(options.file, subject, options.out, is_logged=options.log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the report that a command line asks for, and return the exit code."""
+    """Run the command, and return the exit code."""
     return run_command(build_parser(), _run, argv)
 
 

@@ -1,4 +1,4 @@
-"""RetryPolicy with a tracking server that is away: try again, within a bound, and lose nothing."""
+"""Retries while the tracking server is away: bounded in time, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ LOOK_EVERY_SECONDS = 0.2
 HEALTH_SECONDS = 5.0
 TRIES_OF_ARTIFACTS = 4
 
-# The second is what is left of an answer once MLflow's client has tried again itself.
+# MLflow's client raises the second after its own retries.
 _UNAVAILABLE = re.compile(r"failed with error code 50[234]|too many 50[234] error responses")
 
 NOT_REPEATABLE = {"create_experiment", "create_run", "create_logged_model", "log_outputs"}
-"""What a server may have done though its answer was lost: tried again by those who can tell."""
+"""Calls that may have succeeded although the answer was lost: their callers check, then retry."""
 
 
 class TrackingAwayError(AwayError):
-    """The tracking server has not answered for as long as it was waited for."""
+    """The tracking server did not answer within the time that the retries had."""
 
 
 class ArtifactStoreError(Exception):
-    """The tracking server answers, but can neither store nor hand out artifacts."""
+    """The tracking server answers, but can neither store nor return artifacts."""
 
 
 def refused_artifacts(error: BaseException) -> str | None:
-    """Return that the server has no artifact store, in a line, if that is why a call failed.
+    """Return a line if a call failed because the server's artifact store does not work, else None.
 
-    Whatever is wrong there (no boto3, a wrong bucket, no credentials), the server says it in its
-    log alone: its client sees the error 500, or a connection that was closed.
+    The server writes the cause (no boto3, a wrong bucket, no credentials) to its log only. The
+    client sees the error 500 or a closed connection.
     """
     from mlflow import get_tracking_uri
 
@@ -63,38 +63,38 @@ def _is_well(uri: str) -> bool:
 
 
 def why_away(error: BaseException) -> str | None:
-    """Return that the tracking server is away, in a line, if that is what an error says."""
+    """Return a line if an error says that the tracking server is away, else None."""
     from mlflow import get_tracking_uri
 
     if not is_away(error):
         return None
     where = without_passwords(get_tracking_uri())
     line = f"the MLflow server {where} doesn't answer"
-    if is_locked(error):
+    if "database is locked" in str(error):
         line = f"MLflow's database {where} is locked by another process"
     return f"{line}: {one_line(error)}"
 
 
 @dataclass(kw_only=True)
 class RetryPolicy:
-    """How long to wait for a server that is away. It is lost once: then no call is waited for."""
+    """How long to retry while a server is away. After one failure, no later call is retried."""
 
     seconds: float = 0
     should_stop: Callable[[], bool] = lambda: False
-    """Asked several times a second while waiting: once true, nothing is retried any more."""
+    """Asked every 0.2 s while waiting: once it is true, nothing is retried."""
     why_away: Callable[[BaseException], str | None] = why_away
-    """Says in a line that an error is one to wait out; None for others, which are raised."""
+    """Returns a line for an error to retry, None for an error to raise."""
     why_refused: Callable[[BaseException], str | None] = refused_artifacts
-    """Says in a line what waiting does not mend, of an error that looks as if it did."""
+    """Returns a line for an error that no retry mends, although it looks like one to retry."""
     last_away: float = -math.inf
-    """When it was waited for last, by `time.monotonic`."""
+    """When a call last failed, by `time.monotonic`."""
 
     def call(self, request: Callable[[], Result]) -> Result:
         """Call until the server answers.
 
         Raises:
-            TrackingAwayError: it did not, for `seconds`.
-            ArtifactStoreError: it did, but several times not to this.
+            TrackingAwayError: it did not answer for `seconds`.
+            ArtifactStoreError: it answers other requests, but failed this one several times.
         """
         deadline, pause, tries = time.monotonic() + self.seconds, FIRST_PAUSE_SECONDS, 0
         while True:
@@ -103,7 +103,7 @@ class RetryPolicy:
             except Exception as error:
                 tries += 1
                 line = self.why_away(error)
-                # Once may be by chance: a server that was just started again.
+                # The first failure may be a restart of the server: `why_refused` is asked again.
                 if tries in (1, TRIES_OF_ARTIFACTS) and (line is None or tries > 1):
                     refused = self.why_refused(error)
                     if refused is not None:
@@ -128,7 +128,7 @@ class RetryPolicy:
 
 
 class RetryingClient:
-    """An `MlflowClient` of which every call that can be repeated is, while the server is away."""
+    """An `MlflowClient` that retries each repeatable call while the server is away."""
 
     def __init__(self, client: mlflow.MlflowClient, retries: RetryPolicy) -> None:
         self._client, self.retries = client, retries
@@ -141,7 +141,7 @@ class RetryingClient:
 
 
 def is_away(error: BaseException) -> bool:
-    """Return whether an error says that there is no answer, or that it can be had later."""
+    """Return whether an error says that the server did not answer, or asks to come back later."""
     import requests
     from mlflow.exceptions import MlflowException
 
@@ -153,8 +153,3 @@ def is_away(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return bool(_UNAVAILABLE.search(str(error))) or is_database_away(error)
-
-
-def is_locked(error: BaseException) -> bool:
-    """Return whether an error says that another process holds an SQLite database."""
-    return "database is locked" in str(error)

@@ -1,4 +1,4 @@
-"""Finished runs, found in MLflow: which data set each is on, which models are there."""
+"""Search MLflow for finished runs: by data set, and with a model that still exists."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracking.errors import one_line
 from tracking.ranking import Entry, best_first
-from tracking.store import check_location, quoted
+from tracking.store import check_location, none_if_missing, quoted
 from tracking.text import listed, printable
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from tracking.retries import RetryingClient
 
 
-# One page holds all runs of most sweeps, so that their number can be told; more are not counted.
+# Most sweeps fit on one page, which then gives their number; more runs are not counted.
 _PAGE = 100
 
-# Databases sort anew for each page, which takes longer than to read it.
+# Databases sort again for each page, and sorting takes longer than reading.
 _NEXT_PAGE = 1000
 
 _FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED'"
@@ -38,15 +38,22 @@ _REPEATS = "confirm"
 """The tag `stage` of a comparison's repeats."""
 
 _DATASETS = 20
-"""So many data sets of an experiment are known at most: each costs a search."""
+"""The data sets of an experiment that are searched at most: each costs a request."""
 
 _LEAST = "-1.7976931348623157e308"
-"""Below it is no number: a condition that every metric fulfils which is there and not NaN."""
+"""The lowest number: every metric that exists and is not NaN is at least this."""
+
+_CLAUSES = {
+    "dataset": "params.dataset = {}",
+    "digest": "params.dataset_digest LIKE {}",
+    "study": "tags.study = {}",
+    "loss": "params.loss = {}",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Which runs are chosen from. What is None or empty excludes none."""
+    """Which runs to choose from. None or "" excludes no run."""
 
     dataset: str | None = None
     """The name of a data set."""
@@ -63,36 +70,21 @@ class Filters:
         return " and ".join([*given, self.where] if self.where else given)
 
     def clause(self, *others: str) -> str:
-        """Return what MLflow is asked for: what holds for every choice, these, and `others`."""
-        keys = {
-            "dataset": "params.dataset = {}",
-            "digest": "params.dataset_digest LIKE {}",
-            "study": "tags.study = {}",
-            "loss": "params.loss = {}",
-        }
+        """Return the condition for MLflow: a finished run, these filters, and `others`."""
         given = self._given()
         if self.digest:
             given["digest"] += "%"
-        parts = [keys[key].format(quoted(value)) for key, value in given.items()]
-        # Last, and there is neither `or` nor a bracket: whatever it is, it can only exclude more.
+        parts = [_CLAUSES[key].format(quoted(value)) for key, value in given.items()]
+        # MLflow has no `or` and no brackets, so `where` can only exclude more runs.
         return " and ".join([_FINISHED, *parts, *others, *([self.where] if self.where else [])])
 
     def _given(self) -> dict[str, str]:
-        values = {
-            "dataset": self.dataset,
-            "digest": self.digest,
-            "study": self.study,
-            "loss": self.loss,
-        }
-        return {key: value for key, value in values.items() if value}
+        return {key: value for key in _CLAUSES if (value := getattr(self, key))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A data set, and the seed that splits it. Only accuracies of the same can be compared.
-
-    None is what a run does not say.
-    """
+    """A data set and the seed that splits it, None if unknown. Accuracies compare within one."""
 
     dataset: str | None
     digest: str | None
@@ -100,31 +92,26 @@ class Split:
 
     @classmethod
     def of(cls, run: Run) -> Split:
-        """Return the one that a run was validated on."""
-        params = run.data.params
-        return cls(
-            dataset=params.get("dataset"),
-            digest=params.get("dataset_digest"),
-            seed=params.get("seed"),
-        )
+        """Return the split that a run was validated on."""
+        get = run.data.params.get
+        return cls(dataset=get("dataset"), digest=get("dataset_digest"), seed=get("seed"))
 
     def clauses(self) -> list[str]:
-        """Return what MLflow is asked for to find the runs that were validated on it."""
+        """Return MLflow's conditions for the runs that were validated on it."""
         return [_is("params.dataset_digest", self.digest), _is("params.seed", self.seed)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Others:
-    """Finished runs that were passed over, as they were validated on other images."""
+    """Finished runs that are not compared, because they were validated on other images."""
 
     count: int
-    """How many there are, or were counted."""
     more: bool
-    """Whether there are more."""
+    """Whether there are more than `count`."""
     split: Split
-    """That of the newest one."""
+    """The split of the newest run."""
     is_same_data: bool
-    """Whether only the seed of the split is another."""
+    """Whether only the seed of the split differs."""
 
     def __str__(self) -> str:
         count = f"more than {self.count}" if self.more else f"{self.count}"
@@ -136,7 +123,7 @@ class Others:
         return f"{count} {runs} {data}{digest}"
 
     def flag(self, *, other_than: str | None) -> str:
-        """Return what to type for the newest of these, not on a data set of that name."""
+        """Return the flag that chooses these runs instead of those on the data set `other_than`."""
         dataset, digest = self.split.dataset, self.split.digest
         if self.is_same_data:
             return f'--where "{_is("params.seed", self.split.seed)}"'
@@ -146,10 +133,10 @@ class Others:
 
 
 def dataset_filter(client: mlflow.MlflowClient, experiment_id: str, dataset: str) -> dict[str, str]:
-    """Return which of `Filters` is meant by a data set's name, its folder's path, or its digest."""
+    """Return the field of `Filters` for a data set's name, its folder's path, or its digest."""
     is_path = os.sep in dataset or dataset in (".", "..")
     name = Path(dataset).resolve().name if is_path else dataset
-    if re.fullmatch("[0-9a-f]{8,}", name):  # a folder can be called so, too: 20260131
+    if re.fullmatch("[0-9a-f]{8,}", name):  # a folder may have such a name too, 20260131
         named = client.search_runs([experiment_id], _is("params.dataset", name), max_results=1)
         return {"dataset": name} if named else {"digest": name}
     return {"dataset": name}
@@ -157,7 +144,7 @@ def dataset_filter(client: mlflow.MlflowClient, experiment_id: str, dataset: str
 
 @dataclass(frozen=True)
 class FinishedRuns:
-    """The finished runs of an experiment that have the metric, and are not excluded."""
+    """The finished runs of an experiment that have the metric and pass the filters."""
 
     client: mlflow.MlflowClient
     experiment_id: str
@@ -178,7 +165,7 @@ class FinishedRuns:
         return sorted(found, key=lambda run: -int(run.info.start_time))
 
     def split_of_dataset(self, run: Run) -> Split:
-        """Return the split of a run's data set that the newest run is on which is no repeat."""
+        """Return the split of the newest run on a run's data set, repeats left out."""
         same_data = Split.of(run).clauses()[0]
         newest = [
             *self._newest(same_data, "tags.stage IS NULL"),
@@ -187,10 +174,9 @@ class FinishedRuns:
         return Split.of(max(newest, key=lambda run: int(run.info.start_time), default=run))
 
     def ranked(self, split: Split, top: int) -> tuple[list[Run], bool]:
-        """Return runs on a split, the best first, and whether others were not looked at.
+        """Return runs on a split, the best first, and whether there are more.
 
-        As many as are on a page, or as it takes for the first `top` to be in their order and to
-        have a model that is there.
+        Pages are read until the order of the first `top` is certain, and they have models.
         """
         is_there = cache(lambda run_id: _is_there(self.client, run_id))
         read: list[Run] = []
@@ -199,11 +185,15 @@ class FinishedRuns:
             ordered = [read[position] for position in best_first([self._entry(r) for r in read])]
             ranked: list[Run] = []
             for run in ordered:
-                # Asked of no more than it takes: a deleted model is still listed by its run.
+                # A run still lists a deleted model: ask, but only for the first `top`.
                 if len(ranked) >= top or is_there(_models(run)[-1]):
                     ranked.append(run)
-            # Those that are equal to the last one may go on on the next page.
-            if is_last or (len(ranked) >= top and not self._equal(ranked[top - 1], page[-1])):
+            # The next page may have runs that are equal to the last one.
+            if is_last or (
+                len(ranked) >= top
+                and ranked[top - 1].data.metrics[self.metric]
+                != page[-1].data.metrics.get(self.metric)
+            ):
                 break
         return ranked, not is_last
 
@@ -221,11 +211,9 @@ class FinishedRuns:
     def _counted(self, clauses: Sequence[str], *, same_data: bool) -> Iterator[Others]:
         page = self._search(clauses, _PAGE)
         if page:
+            split = Split.of(page[0])
             yield Others(
-                count=len(page),
-                more=bool(page.token),
-                split=Split.of(page[0]),
-                is_same_data=same_data,
+                count=len(page), more=bool(page.token), split=split, is_same_data=same_data
             )
 
     def _entry(self, run: Run) -> Entry:
@@ -237,16 +225,13 @@ class FinishedRuns:
             start=run.info.start_time,
         )
 
-    def _equal(self, run: Run, other: Run) -> bool:
-        return bool(run.data.metrics[self.metric] == other.data.metrics.get(self.metric))
-
     def _newest(self, *clauses: str) -> list[Run]:
-        """Return the run that was started last for which these hold, if there is one."""
+        """Return the run that started last among those that meet the conditions, if any."""
         return list(self._search(clauses, 1))
 
     def _pages(self, *clauses: str) -> Iterator[tuple[list[Run], bool]]:
-        """Yield the runs, the best first, page by page, each with whether it is the last."""
-        # A run whose metric is NaN, or that has none, comes last in either direction.
+        """Yield pages of runs, the best first, each with whether it is the last."""
+        # Databases put a metric that is NaN or missing last in either direction.
         direction = "ASC" if self.metric.endswith("loss") else "DESC"
         order = [f"metrics.`{self.metric}` {direction}", "attributes.start_time ASC"]
         size, token = _PAGE, None
@@ -277,18 +262,12 @@ def _is(key: str, value: str | None) -> str:
 def first_with_model(
     client: mlflow.MlflowClient | RetryingClient, run_ids: Iterable[str | None]
 ) -> str | None:
-    """Return the first of these runs that is there with its model: neither of them was deleted."""
-    from mlflow.exceptions import MlflowException
-
+    """Return the first of these runs that exists with its model: neither is deleted."""
     for run_id in filter(None, run_ids):
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                continue
-            raise
-        models = _models(run)
-        if run.info.lifecycle_stage == "active" and models and _is_there(client, models[-1]):
+        run = none_if_missing(partial(client.get_run, run_id))
+        if run is None or run.info.lifecycle_stage != "active":
+            continue
+        if (models := _models(run)) and _is_there(client, models[-1]):
             return run_id
     return None
 
@@ -303,12 +282,12 @@ def model_uri(run: Run) -> str:
 
 
 def described(run: Run) -> str:
-    """Return how people are told of a run: `run <name> (<id>)`."""
+    """Return a run as messages name it: `run <name> (<id>)`."""
     return f"run {printable(run.info.run_name)} ({run.info.run_id})"
 
 
 def find_experiment(client: mlflow.MlflowClient, name: str) -> str:
-    """Return the id of an experiment, or raise ValueError, with those that there are."""
+    """Return the id of an experiment, or raise ValueError with the names that exist."""
     found = client.get_experiment_by_name(name)
     if found is None:
         experiments = client.search_experiments(max_results=_PAGE)
@@ -324,7 +303,7 @@ def find_experiment(client: mlflow.MlflowClient, name: str) -> str:
 
 
 def check_where(client: mlflow.MlflowClient, experiment_id: str, where: str) -> None:
-    """Raise ValueError for a condition that MLflow can't read, and say what one looks like."""
+    """Raise ValueError, with an example, for a condition that MLflow can't read."""
     from mlflow.exceptions import MlflowException
 
     if not where:
@@ -342,19 +321,11 @@ def check_where(client: mlflow.MlflowClient, experiment_id: str, where: str) -> 
 
 
 def _is_there(client: mlflow.MlflowClient | RetryingClient, model_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_logged_model(model_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return True
+    return none_if_missing(lambda: client.get_logged_model(model_id)) is not None
 
 
 def _models(run: Run) -> list[str]:
-    """Return the ids of a run's models, the last one last."""
+    """Return the ids of a run's models, the newest last."""
     outputs = run.outputs.model_outputs if run.outputs else []
     return [output.model_id for output in sorted(outputs, key=lambda output: output.step)]
 
@@ -366,7 +337,7 @@ def _has(run: Run, metric: str) -> bool:
 def why_none(
     client: mlflow.MlflowClient, experiment_id: str, name: str, metric: str, filters: Filters
 ) -> str:
-    """Return in a line why no run can be chosen, and what there is instead."""
+    """Return in a line why no run can be chosen, and which runs exist."""
     found = client.search_runs([experiment_id], filters.clause(), max_results=_PAGE)
     known = {key for run in found if _models(run) for key in run.data.metrics}
     among = f" with {filters}" if str(filters) else ""
@@ -389,13 +360,17 @@ def why_none(
 
 
 def _what_there_is(runs: Sequence[Run]) -> str:
-    """Return what the runs are that filters have all excluded."""
-    losses = {run.data.params["loss"] for run in runs if "loss" in run.data.params}
-    studies = {run.data.tags["study"] for run in runs if "study" in run.data.tags}
-    datasets = {run.data.params["dataset"] for run in runs if "dataset" in run.data.params}
-    parts = [f"losses {listed(sorted(losses))}"] if losses else []
-    parts += [f"studies {listed(sorted(studies))}"] if studies else []
-    parts += [f"data sets {listed(sorted(datasets))}"] if datasets else []
+    """Return the losses, studies and data sets of runs that the filters excluded."""
+    values = {
+        "losses": {run.data.params.get("loss") for run in runs},
+        "studies": {run.data.tags.get("study") for run in runs},
+        "data sets": {run.data.params.get("dataset") for run in runs},
+    }
+    parts = [
+        f"{what} {listed(known)}"
+        for what, some in values.items()
+        if (known := sorted(filter(None, some)))
+    ]
     return f" has a model; those that have: {'; '.join(parts) or len(runs)}"
 
 

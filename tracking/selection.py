@@ -1,6 +1,6 @@
-"""The best finished run of an experiment, or one clear line on why there is none.
+"""Choose the best finished run of an experiment, or say in one line why there is none.
 
-`import tracking.selection` is quick: MLflow is imported by what needs it.
+`import tracking.selection` is quick: functions import MLflow when called.
 """
 
 from __future__ import annotations
@@ -24,46 +24,36 @@ from tracking.run_search import (
     model_uri,
     why_none,
 )
-from tracking.store import reading
+from tracking.store import DEFAULT_METRIC, default_experiment, reading
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-DEFAULT_METRIC = "val/accuracy"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The best run, and what it was chosen from."""
+    """The best run, and the runs that it was compared with."""
 
     ranked: tuple[Run, ...]
-    """Finished runs with a model and the metric, as far as they were looked at, the best first."""
+    """Finished runs with a model and the metric, the best first."""
     experiment: str
     metric: str
     filters: Filters
     more: bool
-    """Whether others were not looked at: they are no better."""
+    """Whether there are more runs, which are not better."""
     others: tuple[Others, ...] = ()
-    """Those that were validated on other images than these."""
+    """Runs that were validated on other images."""
 
     @property
     def run(self) -> Run:
         """The best run."""
         return self.ranked[0]
 
-    @property
-    def candidates(self) -> int:
-        """How many runs were looked at."""
-        return len(self.ranked)
-
     def __str__(self) -> str:
-        count = f"more than {self.candidates}" if self.more else f"{self.candidates}"
+        count = f"{'more than ' if self.more else ''}{len(self.ranked)}"
         runs = "run" if count == "1" else "runs"
-        among = (
-            f" with {filters}"
-            if (filters := str(replace(self.filters, dataset=None, digest=None)))
-            else ""
-        )
+        filters = str(replace(self.filters, dataset=None, digest=None))
+        among = f" with {filters}" if filters else ""
         split = Split.of(self.run)
         data = f" on {split.dataset!r}" if split.dataset else ""
         if data and any(others.is_same_data for others in self.others):
@@ -75,7 +65,7 @@ class Choice:
         )
 
     def notes(self) -> list[str]:
-        """Return what a user should know of it, a line each."""
+        """Return what a user should know about the choice, in one line each."""
         notes = []
         if self.others:
             name = Split.of(self.run).dataset
@@ -92,7 +82,7 @@ class Choice:
         return notes
 
     def _tie(self) -> str:
-        """Return how a tie was settled, if there was one."""
+        """Return why this run is before equal ones, "" if there are none."""
         value = self.run.data.metrics[self.metric]
         equal = [run for run in self.ranked if run.data.metrics[self.metric] == value]
         loss = self.run.data.params.get("loss")
@@ -111,14 +101,14 @@ class Choice:
 
 def _settled(runs: Sequence[Run]) -> str:
     """Return why the first of equal runs with the same loss is before the others."""
-    lowest, *others = [run.data.metrics.get("val/loss", math.nan) for run in runs]
-    if math.isnan(lowest) or all(loss == lowest for loss in others):
+    losses = [run.data.metrics.get("val/loss", math.nan) for run in runs]
+    lowest, num_lowest = losses[0], losses.count(losses[0])
+    if math.isnan(lowest) or num_lowest == len(losses):
         return "it was started first"
     text = f"its val/loss, {lowest:.4g}, is the lowest"
-    num_lowest = 1 + others.count(lowest)
-    return (
-        text if num_lowest == 1 else f"{text}, and of {num_lowest} with that, it was started first"
-    )
+    if num_lowest > 1:
+        text += f", and of {num_lowest} with that, it was started first"
+    return text
 
 
 def best_run(
@@ -130,17 +120,17 @@ def best_run(
     loss: str | None = None,
     where: str | None = None,
 ) -> Run:
-    """Return the best finished run of an experiment, one that has a model: see `choose`.
+    """Return the best finished run of an experiment that has a model: see `choose`.
 
-    It warns where there are runs on other data sets, which it was not compared with.
+    It warns if there are runs on other data sets, which can't be compared with this one.
     """
     choice = choose(experiment, metric=metric, dataset=dataset, study=study, loss=loss, where=where)
-    warn_of_others(choice)
+    _warn_of_others(choice)
     return choice.run
 
 
-def warn_of_others(choice: Choice) -> None:
-    """Warn a caller's caller of runs on other data sets, if there are any."""
+def _warn_of_others(choice: Choice) -> None:
+    """Warn the user of `best_run` or `load_best` if there are runs on other data sets."""
     others = [str(others) for others in choice.others if not others.is_same_data]
     if others:
         warnings.warn(
@@ -161,36 +151,31 @@ def choose(
     where: str | None = None,
     top: int = 1,
 ) -> Choice:
-    """Choose the best finished run of an experiment, among those that have a model.
+    """Choose the best finished run of an experiment that has a model.
 
-    Only runs that were validated on the same images are compared, that is, on the same data set
-    (`dataset_digest`), split by the same seed. Where the runs asked for are on several, it is
-    the data set of the run that was started last, and of its splits that of the run that was
-    started last, the repeats of a comparison left out: they are single ones, on other seeds.
+    Only runs validated on the same images are compared: the same data set (`dataset_digest`), split
+    by the same seed. If there are several data sets, it takes that of the run that started last.
+    If this data set has several splits, it takes that of the last run that is no repeat of a
+    comparison: each repeat has a seed of its own.
 
-    Best is the highest last value of the metric; the lowest, where its name ends in `loss`. Equal
-    ones are settled by `best_first`. Runs that were pruned, diverged, failed or are not over are
-    never chosen, nor is one whose metric is NaN, or whose model was deleted.
+    Best is the highest last value of the metric, the lowest if its name ends in `loss`.
+    `best_first` orders equal values. Runs that were pruned, diverged, failed or still run are never
+    chosen, nor runs whose metric is NaN or whose model was deleted.
 
     Args:
         experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
-        metric: what is best.
-        dataset: only runs on the data set of this name (a path's last part), or of the digest that
-            begins so, with 8 digits or more.
-        prefer: names and digests of data sets. Of the data sets that there are, the first of
-            these is chosen rather than the latest.
+        metric: the metric to compare.
+        dataset: only runs on this data set: its name, its folder, or 8 digits of its digest.
+        prefer: names and digests of data sets: the first with runs precedes the latest data set.
         study: only runs of the study with this name.
         loss: only runs with this loss.
-        where: only runs for which this holds, in MLflow's search syntax, say
-            `params.batch_size = '64' and metrics.learning_rate < 0.1`.
-        top: how many runs are ranked at least, if there are as many.
+        where: only runs that meet this condition in MLflow's search syntax.
+        top: the number of runs to rank at least, if there are as many.
 
     Raises:
-        ValueError: the store can't be opened, there is no such experiment, or no such run in it, or
+        ValueError: the store can't be opened, the experiment or such a run does not exist, or
             MLflow can't read `where`.
     """
-    from tracking.store import default_experiment
-
     filters = Filters(study=study, loss=loss, where=(where or "").strip())
     with reading() as client:
         name = default_experiment() if experiment is None else experiment
@@ -200,27 +185,23 @@ def choose(
             filters = replace(filters, **dataset_filter(client, experiment_id, dataset))
         runs = FinishedRuns(client, experiment_id, metric, filters)
         datasets = runs.of_each_dataset()
-        preferred = _preferred(datasets, prefer)
-        if preferred is not None:
+        if preferred := _preferred(datasets, prefer):
             filters = replace(filters, dataset=Split.of(preferred).dataset)
             datasets = [preferred]
         for newest in datasets:
             split = runs.split_of_dataset(newest)
             ranked, more = runs.ranked(split, top)
             if ranked:
+                others = tuple(runs.others(split, datasets))
                 return Choice(
-                    ranked=tuple(ranked),
-                    experiment=name,
-                    metric=metric,
-                    filters=filters,
-                    more=more,
-                    others=tuple(runs.others(split, datasets)),
-                )
+                    ranked=tuple(ranked), experiment=name, metric=metric, filters=filters,
+                    more=more, others=others,
+                )  # fmt: skip
         raise ValueError(why_none(client, experiment_id, name, metric, filters))
 
 
 def _preferred(datasets: Sequence[Run], prefer: Sequence[str]) -> Run | None:
-    """Return the first run, of one each of all data sets, of the first that is preferred."""
+    """Return the run on the first preferred data set, from one run of each data set."""
     for wanted in prefer:
         for run in datasets:
             if wanted in (Split.of(run).digest, Split.of(run).dataset):
@@ -239,27 +220,21 @@ def load_best(
 ) -> Predictor:
     """Load the model of the best finished run of an experiment.
 
-    It is of one data set, as only runs on the same images can be compared: without `dataset`, of
-    that of the run that was started last. It warns where there are runs on others.
-    `metadata["dataset"]` of what is returned says which it is.
+    Only runs on the same images can be compared. So the model is of one data set: of `dataset`,
+    else of that of the run that started last. The result's `metadata["dataset"]` names it. It
+    warns if there are runs on other data sets.
 
-    Args:
-        experiment: its name; None is that of `mlflow run` or the environment, else `cnn-sweep`.
-        metric: what is best.
-        dataset: only runs on this data set: its name, or the first 8 digits or more of its digest.
-        study: only runs of the study with this name.
-        loss: only runs with this loss.
-        where: only runs for which this holds: see `tracking.selection.choose`.
+    The arguments are those of `tracking.selection.choose`.
 
     Raises:
         ValueError: there is no such run, the store can't be opened, or the model can't be loaded.
     """
     choice = choose(experiment, metric=metric, dataset=dataset, study=study, loss=loss, where=where)
-    warn_of_others(choice)
+    _warn_of_others(choice)
     return load_model(model_uri(choice.run))
 
 
 def load_run(run_id: str) -> Predictor:
-    """Load the last model of a run. Raises ValueError if there is no such run, or no model."""
+    """Load the last model of a run, or raise ValueError."""
     with reading() as client:
         return load_model(model_uri(client.get_run(run_id)))

@@ -1,6 +1,6 @@
-"""MLflow's tracking store, opened: what it can't do is a ValueError of one line.
+"""MLflow's tracking store: its address is checked, and its errors are ValueErrors of one line.
 
-`import tracking.store` is quick: MLflow is imported by what asks it.
+`import tracking.store` is quick: functions import MLflow when called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from tracking.errors import is_refused_user, one_line, refusal, without_passwords
@@ -21,13 +21,14 @@ from tracking.files import open_own
 if TYPE_CHECKING:
     import mlflow
 
-# What a server gets that doesn't answer, unless the user says otherwise. MLflow's own bounds (7
-# retries, 120 seconds each) make a wrong address a matter of minutes.
+Result = TypeVar("Result")
+
+# Unless the user sets others: with MLflow's own, 7 retries of 120 s, a wrong address takes minutes.
 _BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 def tracking_uri() -> str:
-    """Return where runs are recorded, without importing MLflow for it."""
+    """Return the address that runs are recorded at. It does not import MLflow."""
     if "mlflow" in sys.modules:
         import mlflow
 
@@ -37,43 +38,35 @@ def tracking_uri() -> str:
 
 
 def default_store() -> dict[str, str]:
-    """Return the environment that names this folder's `mlflow.db`, unless another store is named.
+    """Return the environment that names this folder's `mlflow.db`, or {} if the user names a store.
 
-    MLflow's own default has the folder's name in it as in a web address, and makes a folder of that
-    name beside it. Where an address can't hold the name, it is the one relative to this folder.
+    MLflow's own default quotes the folder's name as in a web address, and creates a folder of the
+    quoted name. If the name needs quoting, the address is relative.
     """
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
     file = str(Path("mlflow.db").absolute())
-    return {"MLFLOW_TRACKING_URI": f"sqlite:///{'mlflow.db' if _is_odd(file) else file}"}
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{'mlflow.db' if _needs_quoting(file) else file}"}
 
 
-def _is_odd(path: str) -> bool:
-    """Return whether a path is written otherwise in an address, or means something else there.
-
-    MLflow makes a folder of the name as it is written there. A space it reads as one.
-    """
+def _needs_quoting(path: str) -> bool:
+    """Return whether an address writes a path in another way. MLflow takes spaces as they are."""
     return quote(path, safe="/ +") != path
 
 
 def default_location(experiment: str) -> str | None:
-    """Return where a new experiment's artifacts go, where MLflow's own way leads elsewhere.
+    """Return where a new experiment's artifacts go; None leaves the choice to MLflow.
 
-    It takes a folder's name for a web address, in which `%` and `#` stand for something else.
+    MLflow reads a folder's name as a web address, in which `%` and `#` mean something else.
     """
     folder = Path("mlruns").absolute()
-    if sqlite_file(tracking_uri()) is None or not _is_odd(str(folder)):
+    if sqlite_file(tracking_uri()) is None or not _needs_quoting(str(folder)):
         return None
     return f"{folder.as_uri()}/{quote(experiment, safe='')}"
 
 
 def check_location(experiment: str, location: str) -> None:
-    """Raise ValueError where a project was moved, and an experiment still names its old place.
-
-    Args:
-        experiment: its name.
-        location: where its artifacts are, as MLflow notes it once and for all.
-    """
+    """Raise ValueError if a project was moved: MLflow never changes the location of artifacts."""
     database = sqlite_file(tracking_uri())
     path = Path(unquote(location.removeprefix("file://")) if ":" in location else location)
     if database is None or not path.is_absolute() or path.parent.name != "mlruns":
@@ -92,24 +85,21 @@ def check_location(experiment: str, location: str) -> None:
 
 
 def check_tracking() -> None:
-    """Raise ValueError for an address that no runs can be recorded at; nothing is made or changed.
-
-    For a start that should be refused before anything is: MLflow itself takes a second to import.
-    """
+    """Raise ValueError for an address that no runs can be recorded at, before MLflow's import."""
     uri = tracking_uri()
     check_uri(uri)
     check_database(uri, must_exist=False)
 
 
 def check_uri(uri: str) -> None:
-    """Raise ValueError for what is no address of a tracking store, and say what one looks like."""
+    """Raise ValueError, with an example, for what is no address of a tracking store."""
     shown = without_passwords(uri)
     what = f"MLFLOW_TRACKING_URI is {shown!r}"
     scheme, colon, rest = uri.partition("://")
     if not colon:
         is_server = re.match(r"[\w.-]+:\d+", uri)
         if (":" in uri and not is_server) or uri == "databricks":
-            return  # a store that MLflow knows, or has something to say about
+            return  # MLflow knows it, or has a message of its own
         meant = f"http://{uri}" if is_server else f"sqlite:///{uri}"
         raise ValueError(f"{what}, no address of a tracking store: say {meant}")
     if scheme in ("http", "https"):
@@ -123,13 +113,13 @@ def check_uri(uri: str) -> None:
         )
     elif re.fullmatch(r"sqlite(\+\w+)?:///?((file)?:memory:.*|.*\bmode=memory\b.*|\?.*)?", uri):
         raise ValueError(
-            f"{what}, in memory: all runs would be gone with the process; say sqlite:///mlflow.db "
+            f"{what}, in memory: the runs would end with the process; say sqlite:///mlflow.db "
             "for a file"
         )
 
 
 def table_names(url: str) -> set[str]:
-    """Return the tables of a database; none where it is a file that isn't there."""
+    """Return the tables of a database; none if its file does not exist."""
     import sqlalchemy
 
     file = sqlite_file(url)
@@ -143,19 +133,18 @@ def table_names(url: str) -> set[str]:
 
 
 def reading() -> AbstractContextManager[mlflow.MlflowClient]:
-    """Open the tracking store to read from it; none is made where there is none.
+    """Open the tracking store, which must exist, to read from it.
 
     Raises:
-        ValueError: it can't be opened, or refused something that was asked in the `with` block.
+        ValueError: it can't be opened, or a request in the `with` block failed.
     """
     return _opened(must_exist=True)
 
 
 def opening() -> AbstractContextManager[mlflow.MlflowClient]:
-    """Open the tracking store, which is made where there is none; else like `reading`.
+    """Open the tracking store, and create it if it does not exist; else like `reading`.
 
-    The client serves beyond the block, with MLflow's own retries: a server that answered once is
-    waited for.
+    The client works after the block as well, then with MLflow's own retries.
     """
     return _opened(must_exist=False)
 
@@ -190,7 +179,7 @@ def _opened(*, must_exist: bool) -> Iterator[mlflow.MlflowClient]:
 
 
 def _make_tables(uri: str) -> None:
-    """Have MLflow make the tables of a database, and leave no connection open."""
+    """Let MLflow create the tables of a database, and leave no connection open."""
     import mlflow
 
     with environment({"MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool"}):
@@ -198,19 +187,17 @@ def _make_tables(uri: str) -> None:
 
 
 def make_whole(url: str, make: Callable[[str], None]) -> None:
-    """Make an SQLite file with its tables, if it isn't there: all of them, or no file.
+    """Create a missing SQLite file with all of its tables, or no file.
 
-    Tables are made in many steps, MLflow's in seconds; a process that is killed meanwhile would
-    leave a database that is refused from then on. So they are made in a draft beside the file,
-    which takes its place once it is whole. Of several processes one does it, and the others wait.
+    Creating the tables takes MLflow seconds. A process killed meanwhile would leave a database that
+    nothing opens. So a draft beside the file gets the tables, and then the name. Of several
+    processes, one does this and the others wait.
 
     Args:
-        url: of a database; where it is no SQLite file, there is nothing to do.
-        make: makes the tables of the database at the URL that it is handed, and leaves it closed.
+        url: of a database; if it is no SQLite file, nothing is done.
+        make: creates the tables of the database at a URL, and closes it.
 
-    Raises:
-        OSError: it can't be made there.
-        ValueError: what has the draft's name is no draft: see `tracking.files.check_own`.
+    Raises OSError if the file can't be created, and ValueError as `tracking.files.check_own` does.
     """
     file = sqlite_file(url)
     if file is None or file.exists():
@@ -223,22 +210,22 @@ def make_whole(url: str, make: Callable[[str], None]) -> None:
     with open_own(draft, is_shared=True) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         if not file.exists():
-            stream.truncate(0)  # what a process that was killed left of it
+            stream.truncate(0)  # a killed process may have left a part
             drafted = sqlalchemy.make_url(url).set(database=str(draft))
             try:
                 with _without_syncing():
                     make(drafted.render_as_string(hide_password=False))
                 os.fsync(stream.fileno())
             except BaseException:
-                stream.truncate(0)  # on a full disk, others need the room
+                stream.truncate(0)  # frees the space of a full disk
                 raise
             draft.rename(file)
-    draft.unlink(missing_ok=True)  # the file is there: whoever has made another draft finds that
+    draft.unlink(missing_ok=True)  # the file exists: a process with another draft sees that
 
 
 @contextmanager
 def _without_syncing() -> Iterator[None]:
-    """Have SQLite keep its journal in memory and not wait for the disk, as no draft needs it to."""
+    """Let SQLite keep its journal in memory and not wait for the disk: a draft needs neither."""
     import sqlalchemy
 
     def speed_up(connection: Any, _: object) -> None:
@@ -253,7 +240,7 @@ def _without_syncing() -> Iterator[None]:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of an SQLite database; None for another, one in memory, or none at all."""
+    """Return the file of an SQLite database; None for other databases, and for one in memory."""
     import sqlalchemy
 
     try:
@@ -267,16 +254,16 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def check_database(uri: str, *, must_exist: bool) -> None:
-    """Raise ValueError for a database that isn't there or can't be opened; others are passed over.
+    """Raise ValueError for a database that does not exist or can't be opened.
 
-    MLflow makes a database file that isn't there, with its folder, and tries for 100 seconds to
-    open what can't be opened.
+    MLflow itself would create a missing file with its folder, and retry for 100 seconds what can't
+    be opened.
     """
     import sqlalchemy
 
     try:
-        sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)  # its driver is there
-        if not _is_to_be_made(uri, must_exist=must_exist):
+        sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)  # raises without a driver
+        if not _can_be_created(uri, must_exist=must_exist):
             tables = table_names(uri)
             if "studies" in tables and "experiments" not in tables:
                 raise ValueError(
@@ -284,14 +271,14 @@ def check_database(uri: str, *, must_exist: bool) -> None:
                     "MLFLOW_TRACKING_URI has to name another"
                 )
     except sqlalchemy.exc.ArgumentError:
-        return  # no database: a server, or what MLflow itself has something to say about
+        return  # no database: a server, or an address for which MLflow has a message of its own
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         line = f"can't open the database {uri}: {one_line(getattr(error, 'orig', None) or error)}"
         raise refusal(line, error) from error
 
 
-def _is_to_be_made(url: str, *, must_exist: bool) -> bool:
-    """Return whether a database is a file that isn't there yet, but can be."""
+def _can_be_created(url: str, *, must_exist: bool) -> bool:
+    """Return whether a database is a file that does not exist yet and may be created."""
     found = sqlite_file(url)
     if found is None or found.exists():
         return False
@@ -324,25 +311,32 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-DEFAULT_EXPERIMENT = "cnn-sweep"
+DEFAULT_EXPERIMENT, DEFAULT_METRIC = "cnn-sweep", "val/accuracy"
 
 
 def default_experiment() -> str:
-    """Return the name of the experiment that is meant where none is named.
-
-    That is the one which `mlflow run` or the user's environment has chosen, else `cnn-sweep`.
-    """
+    """Return the experiment of `mlflow run` or of the user's environment, else `cnn-sweep`."""
     if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return str(_client().get_experiment(experiment_id).name)
+        import mlflow
+
+        return str(mlflow.MlflowClient().get_experiment(experiment_id).name)
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
-def _client() -> mlflow.MlflowClient:
-    return mlflow.MlflowClient()
+def none_if_missing(request: Callable[[], Result]) -> Result | None:
+    """Return what MLflow answers to a request, None if what it asks for does not exist."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return request()
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def quoted(value: str) -> str:
-    """Return a value as MLflow's search language takes it: it knows two quotes, and no escape."""
+    """Return a value in quotes for MLflow's search language, which has two quotes and no escape."""
     if "'" not in value:
         return f"'{value}'"
     if '"' not in value:

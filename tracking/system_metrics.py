@@ -1,4 +1,4 @@
-"""How busy a machine is while a run is open, under the names that MLflow's pages look for."""
+"""Use of the machine during a run, under the metric names that MLflow's pages show."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from tracking.runs import Run
 
 INTERVAL_SECONDS = 10.0
-"""As often as MLflow itself does, whose own monitor is a thread that writes when it likes."""
+"""MLflow's own interval. Its own monitor is a thread, whose writes we could not order."""
 
 PREFIX = "system/"
 
 
 class SystemMetrics:
-    """Use of processor, memory, disk, network and GPU, logged to a run now and then.
+    """Logs the use of processor, memory, disk, network and GPU to a run.
 
-    A run that is taken up again goes on with the next step.
+    A resumed run continues with the next step.
     """
 
     def __init__(self, run: Run) -> None:
@@ -28,7 +28,7 @@ class SystemMetrics:
         self.monitors: list[Any] = []
 
     def log_if_due(self) -> None:
-        """Log a sample if it is time for one; what was used is that since the sample before."""
+        """Log a sample if the interval is over: the use since the sample before."""
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + INTERVAL_SECONDS
@@ -37,7 +37,7 @@ class SystemMetrics:
             self.step = self.run.last_step(f"{PREFIX}cpu_utilization_percentage")
         metrics: dict[str, float] = {}
         for monitor in self.monitors:
-            with suppress(Exception):  # what can't be measured is no reason to end a sweep
+            with suppress(Exception):  # a failed measurement must not end a sweep
                 monitor.collect_metrics()
                 metrics |= monitor.aggregate_metrics()
             monitor.clear_metrics()
@@ -48,14 +48,13 @@ class SystemMetrics:
 
 
 def _monitors() -> list[Any]:
-    """Return MLflow's monitors of what is there; of GPUs, it takes the package nvidia-ml-py."""
+    """Return MLflow's monitors for this machine; GPUs need the package nvidia-ml-py."""
     from importlib import import_module
 
     monitors = []
     for name in ("CPU", "Disk", "Network", "GPU"):
         module: Any = import_module(f"mlflow.system_metrics.metrics.{name.lower()}_monitor")
-        # Without a GPU an ImportError, or whatever NVIDIA's library raises; without a network
-        # device an AttributeError.
+        # Without a GPU, an ImportError or an error of NVIDIA's; without network, AttributeError.
         with suppress(Exception):
             monitors.append(getattr(module, f"{name}Monitor")())
     return monitors

@@ -1,4 +1,4 @@
-"""Texts of others (file names, class names, runs' names) as they can be shown without harm."""
+"""Foreign texts (file names, class names, names of runs), made safe to show."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A spreadsheet takes a cell that starts so for a formula (OWASP, CSV injection): full-width signs,
-# too, where Japanese is written. The apostrophe is among them so that what is put before can be
-# told from what was there.
+# A spreadsheet runs a cell that starts so as a formula (OWASP, CSV injection); with Japanese input,
+# full-width signs too. A leading apostrophe is escaped as well, so that reading can undo it.
 _FORMULA = "^[=+\\-@＝＋－＠\t\r\n']"
 
-# In a figure, and in a list of names.
+# Characters of a name in a figure, and in a list of names.
 _LONGEST_NAME, _LONGEST_LISTED = 24, 80
 
 
 def printable(text: str) -> str:
-    """Return a text with an escape for each sign that a terminal may obey, or that can't be seen.
+    """Return a text with an escape for each character that a terminal may obey or not show.
 
-    These are line ends, ESC and other control characters, signs that turn the direction of what
-    follows (U+202E, say), separators but the space, and the bytes of a file name that are no UTF-8.
+    These are line ends, control characters (ESC), marks that reverse the direction of the text
+    (U+202E), separators except the space, and bytes of a file name that are not UTF-8.
     """
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
@@ -30,36 +29,32 @@ def printable(text: str) -> str:
 
 
 def shortened(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Return a class name as it fits a figure: on one line, and without its middle if it's long."""
+    """Return a name on one line of at most `longest` characters: the middle is left out."""
     text = printable(name)
     half = longest // 2
     return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Return names in quotes, as many as a line takes: some of them at most."""
-    shown: list[str] = []
-    more = 0
-    for name in names:
-        if len(shown) < limit:
-            shown.append(repr(shortened(name, _LONGEST_LISTED)))
-        else:
-            more += 1
-    return (", ".join(shown) or "nothing") + (f" and {more} more" if more else "")
+    """Return up to `limit` names in quotes, and how many more there are."""
+    every = list(names)
+    shown = ", ".join(repr(shortened(name, _LONGEST_LISTED)) for name in every[:limit])
+    more = len(every) - limit
+    return (shown or "nothing") + (f" and {more} more" if more > 0 else "")
 
 
 def escaped(text: str) -> str:
-    """Return a text that is no Markdown and no HTML, on one line."""
+    """Return a text on one line, with Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", printable(text))
 
 
 def escape_formula(text: str) -> str:
-    """Return a text that a spreadsheet takes for no formula: an apostrophe is put before one."""
+    """Return a text that no spreadsheet runs: an apostrophe precedes a formula."""
     return f"'{text}" if re.match(_FORMULA, text) else text
 
 
 def escape_formulas(texts: pa.Array | pa.ChunkedArray) -> Any:
-    """Return texts, each as `escape_formula` does it: Arrow's way, for millions of them."""
+    """Return texts escaped as by `escape_formula`, in Arrow: fast enough for millions."""
     from pyarrow import compute
 
     risky = compute.match_substring_regex(texts, _FORMULA)

@@ -1,74 +1,72 @@
-"""What can be said of a comparison, in numbers and in words, and where it would not hold."""
+"""The assessment of a comparison: numbers, statements and caveats."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
 
 from experiments.comparison.caveats import Caveat, find_caveats
 from experiments.comparison.results import Results
 from experiments.comparison.statements import make_statements
-from experiments.comparison.tables import compare, summarise
+from experiments.comparison.tables import pairwise_tests, summarise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Assessment:
-    """What can be said of a comparison. Accuracies and their differences are shares, 0 to 1."""
+    """Numbers, statements and caveats. Accuracies and their differences are shares, 0 to 1."""
 
     winner: str | None
-    """The loss of the highest mean validation accuracy; None if none has a complete repeat."""
+    """The loss with the highest mean validation accuracy; None without a complete repeat."""
     table: pd.DataFrame
-    """A row a loss, the winner first: `loss`, `learning_rate` and `batch_size` of its best setting,
-    `repeats` that are over, of which `diverged`, `failed`, and `n` measured on the test split;
-    `val_accuracy`, the mean that orders the rows: a diverged repeat counts as what it came to (0
-    if that is unknown), a failed one not at all. Of each of `MEASURES`, `…_mean`, `…_sd` (n ≥ 2),
+    """A row a loss, the winner first: `loss`, `learning_rate` and `batch_size` of its best
+    configuration, finished `repeats`, how many of them `diverged` or `failed`, and `n` tested ones.
+    `val_accuracy` is the mean that orders the rows: a diverged repeat counts with its last accuracy
+    (0 if unknown), a failed one not at all. Each of `MEASURES` has `…_mean`, `…_sd` (n ≥ 2),
     `…_low` and `…_high` (95 % interval of the mean; NaN if n < 2 or all values are equal)."""
     pairs: pd.DataFrame
-    """A row for each pair of losses: `first`, the one with the higher validation accuracy, `loss`,
-    the other, and over the `n` seeds that both have
+    """A row for each pair of losses: `first` has the higher validation accuracy, `loss` the lower.
+    Over the `n` seeds that both have:
 
     - `difference`, the mean of first − loss, with `sd`, `low` and `high` (95 % interval),
     - `p` of the paired t-test (two-sided; 1 if all differences are equal), and `p_holm`, corrected,
-    - `verdict`: what `loss` is: worse or better (p_holm ≤ 0.05), undecided, or (n < 2) not
-      compared,
-    - `ahead`, in how many repeats first was better, and `ties`, in how many they were equal,
-    - `probability` that first is better in a new repeat, a tie being half of it, with
-      `probability_low` and `probability_high` (Bouthillier et al. 2021, "Accounting for Variance in
-      Machine Learning Benchmarks", who ask for 0.75; Clopper-Pearson's exact interval, widened by
-      counting ties as lost and as won),
-    - `repeats_needed` to find half a point with a chance of 80 %, if the spread is `sd`, and
-      `repeats_needed_low` and `…_high`, if it is at the ends of its 95 % interval; 10,000 is at
-      least as many. It is at the level that Holm's first step has for the undecided pairs."""
+    - `verdict` on `loss`: worse or better (p_holm ≤ 0.05), undecided, or (n < 2) not compared,
+    - `ahead` and `ties`, the repeats in which first was better, or both were equal,
+    - `probability` that first is better in a new repeat; a tie counts half. `probability_low` and
+      `probability_high` are Clopper-Pearson's exact interval, with ties as lost and as won
+      (Bouthillier et al. 2021, "Accounting for Variance in Machine Learning Benchmarks", demand
+      0.75),
+    - `repeats_needed` to find half a point with probability 80 %, given `sd`;
+      `repeats_needed_low` and `…_high` are for the ends of the sd's 95 % interval. 10,000 means at
+      least as many. The level is that of Holm's first step for the undecided pairs."""
     statements: tuple[str, ...]
-    """In words, losses in backticks; the first two are the answer."""
+    """Sentences, losses in backticks; the first two are the answer."""
     warnings: tuple[Caveat, ...]
-    """Where the answer would not hold."""
+    """Reasons why the answer may not hold."""
+
+    @property
+    def answer(self) -> str:
+        """Return the first two statements."""
+        return " ".join(self.statements[:2])
+
+    @property
+    def caveat_list(self) -> str:
+        """Return the warnings as a list in Markdown, each after a line end."""
+        return "".join(f"\n- {caveat.text}" for caveat in self.warnings)
 
     @property
     def differences(self) -> pd.DataFrame:
         """Return the rows of `pairs` that have the winner as their first."""
         return self.pairs[self.pairs["first"] == self.winner].reset_index(drop=True)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it: tables as lists of rows, NaN as None."""
-        return {
-            "winner": self.winner,
-            "statements": list(self.statements),
-            "warnings": [asdict(caveat) for caveat in self.warnings],
-            "table": _rows(self.table),
-            "pairs": _rows(self.pairs),
-        }
-
 
 def assess(results: Results) -> Assessment:
-    """Return what can be said of a comparison, as far as it has come."""
+    """Assess a comparison, finished or not."""
     repeats = results.repeats.sort_values(["loss", "seed"])
     table = summarise(results, repeats)
     ranked = table.loc[table["val_accuracy"].notna(), "loss"]
     accuracy = repeats.pivot(index="seed", columns="loss", values="test_accuracy")  # noqa: PD010
-    pairs = compare(accuracy.reindex(columns=ranked))
+    pairs = pairwise_tests(accuracy.reindex(columns=ranked))
     return Assessment(
         winner=None if ranked.empty else ranked.iloc[0],
         table=table,
@@ -76,10 +74,3 @@ def assess(results: Results) -> Assessment:
         statements=make_statements(results, table, pairs),
         warnings=find_caveats(results, table),
     )
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {str(name): None if pd.isna(value) else value for name, value in row.items()}
-        for row in table.astype(object).to_dict("records")
-    ]

@@ -1,29 +1,32 @@
-"""What a comparison is told, and the events of its stages."""
+"""The plan of a comparison, and the events of its stages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnn.data import Dataset
 from experiments.study.events import SweepEvent
 from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
 
+if TYPE_CHECKING:
+    from experiments.comparison.assessment import Assessment
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a comparison is told.
+    """The settings of a comparison.
 
     Raises:
         ValueError: something is out of its range.
     """
 
     settings: Settings
-    """Of the search for one loss, but with all of the losses."""
+    """The settings of the search, with all losses."""
     repeats: int
-    """How often the best setting of each loss is trained again."""
+    """How often the best configuration of each loss is trained again."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -33,15 +36,15 @@ class Plan:
 
     @property
     def seeds(self) -> range:
-        """The seeds of the repeats: the next ones after that of the search."""
+        """The seeds of the repeats, which follow that of the search."""
         return range(self.settings.seed + 1, self.settings.seed + 1 + self.repeats)
 
-    def identity(self, data: Dataset) -> dict[str, Any]:
-        """Return what makes two comparisons the same: all that they depend on but the repeats."""
-        return self.settings.identity(data) | {"trials": self.settings.trials}
+    def fingerprint(self, data: Dataset) -> dict[str, Any]:
+        """Return what makes two comparisons the same: all settings but the repeats."""
+        return self.settings.fingerprint(data) | {"trials": self.settings.trials}
 
     def search(self, name: str, loss: str) -> Settings:
-        """Return the settings of the search for a loss' best setting."""
+        """Return the settings of the search for a loss' best configuration."""
         return replace(
             self.settings,
             search={**self.settings.search, "loss": Choices((loss,))},
@@ -50,7 +53,7 @@ class Plan:
         )
 
     def confirmation(self, name: str, winners: Sequence[Mapping[str, Any]]) -> Settings:
-        """Return the settings of the repeats: the winners with each seed, seed by seed."""
+        """Return the settings of the repeats: all winners with the first seed, then the next."""
         losses = tuple(winner["loss"] for winner in winners)
         configurations = [{**each, "seed": seed} for seed in self.seeds for each in winners]
         return replace(
@@ -69,12 +72,12 @@ class StageStarted:
 
     title: str
     settings: Settings | None
-    """Of its sweep, if it is one."""
+    """Of its sweep; None if the stage is no sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTested:
-    """A confirmed model was shown the test split."""
+    """A confirmed model has predicted the test split."""
 
     loss: str
     seed: int
@@ -83,14 +86,16 @@ class ModelTested:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonEnded:
-    """Nothing runs any more, and all is recorded."""
+    """The comparison is over, and everything is recorded."""
 
     name: str
     outcome: str
-    """As that of a sweep."""
+    """complete, interrupted or failed."""
     reason: str
     experiment_id: str
     parent_run_id: str
+    assessment: Assessment | None
+    """None unless the outcome is complete."""
 
 
 Event = StageStarted | ModelTested | SweepEvent | ComparisonEnded

@@ -1,4 +1,4 @@
-"""What a comparison of losses came to: all that its statistics and its report are made of."""
+"""The results of a comparison of losses, which its statistics and its report read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -25,54 +25,38 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 TRIAL_COLUMNS = (
-    "loss",
-    "trial",
-    "outcome",
-    "learning_rate",
-    "batch_size",
-    "epochs",
-    "val_accuracy",
-    "val_loss",
-    "seconds",
-    "images_per_second",
-    "run_id",
+    *("loss", "trial", "outcome", "learning_rate", "batch_size", "epochs", "val_accuracy"),
+    *("val_loss", "seconds", "images_per_second", "run_id"),
 )
 REPEAT_COLUMNS = (
-    "loss",
-    "trial",
-    "seed",
-    "outcome",
-    "learning_rate",
-    "batch_size",
-    "val_accuracy",
-    "test_accuracy",
-    "test_nll",
-    "test_brier",
-    "test_ece",
-    "test_evaluations",
-    "seconds",
-    "images_per_second",
-    "run_id",
+    *("loss", "trial", "seed", "outcome", "learning_rate", "batch_size", "val_accuracy"),
+    *("test_accuracy", "test_nll", "test_brier", "test_ece", "test_evaluations"),
+    *("seconds", "images_per_second", "run_id"),
 )
-CURVE_COLUMNS = (
-    "stage",
-    "loss",
-    "trial",
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-)
+CURVE_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+CURVE_COLUMNS = ("stage", "loss", "trial", "epoch", *CURVE_METRICS)
+METRICS = {
+    "train_loss": "train/loss",
+    "train_accuracy": "train/accuracy",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "seconds": "time/epoch_seconds",
+    "images_per_second": "time/images_per_second",
+    "test_accuracy": "test/accuracy",
+    "test_nll": "test/nll",
+    "test_brier": "test/brier",
+    "test_ece": "test/ece",
+}
+"""The metrics of a trial's run, by their names here."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
-    """The results of a comparison, as far as it has come."""
+    """The results of a comparison, finished or not."""
 
     name: str
     plan: Mapping[str, Any]
-    """What it was told: dataset, dataset_digest, losses, learning_rate_min, learning_rate_max,
+    """Its settings: dataset, dataset_digest, losses, learning_rate_min, learning_rate_max,
     batch_sizes, trials (of each loss), epochs, repeats, seed, sampler, optimizer, schedule, device,
     precision; and given_test, whether the test split is the same for every seed."""
     classes: tuple[str, ...]
@@ -80,32 +64,30 @@ class Results:
     sizes: Mapping[str, int]
     """Images of each split: train, validation, test."""
     trials: pd.DataFrame
-    """A row for each trial of the search that is over: `TRIAL_COLUMNS`. Accuracies are shares, 0 to
-    1, of the last epoch; `outcome` is complete, diverged or failed (nothing is pruned); `seconds`
-    and `images_per_second` are of training and validation, the mean over its epochs of the
-    latter."""
+    """A row for each finished trial of the search: `TRIAL_COLUMNS`. Accuracies are shares, 0 to 1,
+    of the last epoch. `outcome` is complete, diverged or failed; nothing is pruned. `seconds` is
+    the time of training and validation, `images_per_second` the mean over the epochs."""
     repeats: pd.DataFrame
-    """A row for each repeat of a loss' best setting that is over: `REPEAT_COLUMNS`. Repeats of
+    """A row for each finished repeat of a loss' best configuration: `REPEAT_COLUMNS`. Repeats of
     different losses with the same seed are paired: they share the split and the order of images.
-    `test_…` is NaN until the test split was looked at, and stays so where there is no model, as the
-    training diverged or failed. `test_nll` takes probabilities below 1e-6 as 1e-6."""
+    `test_…` is NaN before the test, and where the training diverged or failed and left no model.
+    `test_nll` takes probabilities below 1e-6 as 1e-6."""
     curves: pd.DataFrame
-    """A row for each epoch of each of these trainings: `CURVE_COLUMNS`; `stage` is search or
-    confirm, and `trial` the number in it (the search counts for each loss anew)."""
+    """A row for each epoch of each of these trainings: `CURVE_COLUMNS`. `stage` is search or
+    confirm, `trial` the trial's number in the loss' search or in the confirmation."""
     confusions: Mapping[str, npt.NDArray[np.int64]]
-    """Of each loss, (K, K) test images over all repeats: rows are true, columns predicted."""
+    """Of each loss, (K, K) counts of test images over all repeats: rows true, columns predicted."""
     studies: Mapping[str, Study]
     """The Optuna study of each loss' search."""
     provenance: Mapping[str, str]
-    """How it was made, to be shown as it is: commit, versions, hardware, command, run, experiment,
-    started, ended (ISO 8601, UTC)."""
+    """Texts: commit, versions, hardware, command, run, experiment, started and ended (in UTC)."""
 
 
 def load_results(name: str, storage: str) -> Results:
-    """Return what a comparison has come to so far.
+    """Return the results of a comparison, finished or not.
 
     Raises:
-        ValueError: there is none of this name in the storage, or it can't be read.
+        ValueError: the storage has no comparison of this name, or can't be read.
     """
     file = sqlite_file(storage)
     if file is not None and not file.exists():
@@ -128,12 +110,9 @@ def load_results(name: str, storage: str) -> Results:
         }
         confirmed = _study(f"{name}/confirm", opened)
         histories = _Histories(client)
-        trials = [
-            histories.row(trial) for study in studies.values() for trial in finished_trials(study)
-        ]
-        repeats = [
-            histories.row(trial) for trial in (finished_trials(confirmed) if confirmed else [])
-        ]
+        trials = [histories.row(each) for of in studies.values() for each in finished_trials(of)]
+        confirmed_trials = finished_trials(confirmed) if confirmed else []
+        repeats = [histories.row(each) for each in confirmed_trials]
         curves = [
             *(curve for row in trials for curve in histories.curve("search", row)),
             *(curve for row in repeats for curve in histories.curve("confirm", row)),
@@ -156,30 +135,17 @@ def load_results(name: str, storage: str) -> Results:
 
 
 class _Histories:
-    """The metrics of trials' runs, each asked for once."""
-
-    _NAMES: ClassVar = {
-        "train_loss": "train/loss",
-        "train_accuracy": "train/accuracy",
-        "val_loss": "val/loss",
-        "val_accuracy": "val/accuracy",
-        "seconds": "time/epoch_seconds",
-        "images_per_second": "time/images_per_second",
-        "test_accuracy": "test/accuracy",
-        "test_nll": "test/nll",
-        "test_brier": "test/brier",
-        "test_ece": "test/ece",
-    }
+    """The metrics of trials' runs; each run is read once."""
 
     def __init__(self, client: mlflow.MlflowClient) -> None:
         self.client = client
         self.of: dict[str, dict[str, dict[int, float]]] = {}
 
     def row(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return what there is to say of a trial that is over."""
+        """Return the row of a finished trial."""
         run_id = trial.user_attrs.get("run_id", "")
         metrics = self._read(run_id)
-        # What Optuna knows of it, too, is there though somebody has deleted the run.
+        # Optuna still has these if the user has deleted the run.
         values = trial.intermediate_values
         kept = {
             "val_accuracy": values[max(values)] if values else math.nan,
@@ -196,37 +162,32 @@ class _Histories:
             "test_evaluations": len(metrics["test_accuracy"]),
             "run_id": run_id,
         }
-        for name in ("val_accuracy", "val_loss", *(n for n in self._NAMES if n.startswith("test"))):
+        for name in ("val_accuracy", "val_loss", *(n for n in METRICS if n.startswith("test"))):
             known = metrics[name]
             row[name] = known[max(known)] if known else kept.get(name, math.nan)
         return row
 
     def curve(self, stage: str, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the epochs of a trial whose `row` this is."""
+        """Yield the rows of a trial's epochs."""
         metrics = self.of[row["run_id"]]
         for epoch in sorted(metrics["val_accuracy"]):
-            values = {name: metrics[name].get(epoch, math.nan) for name in CURVE_COLUMNS[4:]}
-            yield {
-                "stage": stage,
-                "loss": row["loss"],
-                "trial": row["trial"],
-                "epoch": epoch,
-                **values,
-            }
+            values = {name: metrics[name].get(epoch, math.nan) for name in CURVE_METRICS}
+            identity = {"stage": stage, "loss": row["loss"], "trial": row["trial"]}
+            yield {**identity, "epoch": epoch, **values}
 
     def _read(self, run_id: str) -> dict[str, dict[int, float]]:
         from mlflow.exceptions import MlflowException
 
-        there: Container[str] = ()
-        with suppress(MlflowException):  # a run that somebody has deleted for good
-            there = self.client.get_run(run_id).data.metrics
+        recorded: Container[str] = ()
+        with suppress(MlflowException):  # the run was deleted permanently
+            recorded = self.client.get_run(run_id).data.metrics
         self.of[run_id] = {
             short: {
                 entry.step: entry.value for entry in self.client.get_metric_history(run_id, key)
             }
-            if key in there
+            if key in recorded
             else {}
-            for short, key in self._NAMES.items()
+            for short, key in METRICS.items()
         }
         return self.of[run_id]
 
@@ -247,7 +208,7 @@ def _confusions(
 
 
 def _provenance(record: Study) -> dict[str, str]:
-    """Return how it was made: what each of its processes said, the same things once."""
+    """Return what the comparison's processes recorded about themselves, without repetition."""
     starts: list[dict[str, str]] = record.user_attrs.get("starts", [])
     keys = ("command", "commit", "versions", "hardware", "experiment")
     made = {key: "; ".join(dict.fromkeys(start[key] for start in starts)) for key in keys}

@@ -1,8 +1,8 @@
 """A comparison of losses: search, confirmation on fresh seeds, and then, once, the test split.
 
-Each stage is a sweep, or follows from what sweeps have recorded: a comparison that was cut off goes
-on where it was. What was decided between them (the winners) is kept in an Optuna study of the
-comparison's own name, which has no trials.
+Each stage is a sweep, or reads what sweeps have recorded, so a comparison that was stopped resumes
+where it was. The winners and other decisions are attributes of an Optuna study of the comparison's
+own name, which has no trials.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import optuna
 from optuna import Study
 
 from cnn.data import Dataset
@@ -26,35 +25,28 @@ from experiments.comparison.plan import ComparisonEnded, Event, ModelTested, Pla
 from experiments.comparison.results import Results, load_results
 from experiments.comparison.testing import last_round, test_model
 from experiments.engine.base import WorkerPool
-from experiments.interrupts import InterruptionError, Interrupts
+from experiments.interrupts import Interrupts
 from experiments.study.controller import sweep
 from experiments.study.events import SweepEnded
-from experiments.study.identity import check_same
-from experiments.study.opening import open_study
-from experiments.study.recorder import log_data
+from experiments.study.opening import open_checked, open_checked_storage, open_study
+from experiments.study.recorder import log_data, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
-    cause_of,
-    check_storage,
-    check_study_name,
-    existing_name,
-    load_or_create,
-    open_storage,
+    outcome_of,
     recording_errors,
     set_once,
-    storage_errors,
-    storage_retries,
+    start_errors,
     study_lock,
 )
 from experiments.study.trial_cache import TrialCache
 from experiments.study.trials import finished_trials, trials_table
-from tracking.errors import is_transient, one_line, refusal, without_passwords
+from tracking.errors import is_transient, without_passwords
 from tracking.store import check_tracking
 
 if TYPE_CHECKING:
+    from experiments.comparison.assessment import Assessment
     from tracking.runs import Run
     from tracking.tracker import Tracker
-
 
 _PACKAGES = ("torch", "optuna", "mlflow", "numpy", "scipy")
 
@@ -67,44 +59,40 @@ def compare(
     *,
     open_data: Callable[[int], Dataset],
     retest: bool = False,
-    finish: Callable[[Results, Run], None] = lambda _results, _run: None,
+    publish: Callable[[Results, Assessment, Run], None] = lambda *_: None,
 ) -> Generator[Event]:
     """Bring a comparison to its end, and yield what happens.
 
-    Args:
-        plan: what to do.
-        data: the data set, split with the search's seed.
-        pool: the workers, which have opened the same data.
-        interrupts: asked several times a second, as `sweep` does.
-        open_data: returns the data set, split with another seed.
-        retest: show the models the test split again, though it was done before.
-        finish: is handed the results, and the comparison's run, once there are all of them.
+    `data` is split with the search's seed; `open_data` returns it split with another. The workers
+    of `pool` have opened it. `retest` tests models again that have seen the test split. `publish`
+    takes the complete results, their assessment, and the comparison's run.
 
     Raises:
-        ValueError: something can't be used, as with `sweep`; or there are models that would be the
-            second ones to see the test split, without `retest`.
+        ValueError: something can't be used, as with `sweep`; or a second set of models would see
+            the test split, without `retest`.
     """
     with ExitStack() as stack:
         check_tracking()
-        record, storage = _open_record(plan, data, interrupts, retest=retest)
+        storage = open_checked_storage(plan.settings, interrupts)
+        record = _open_record(plan, data, storage, retest=retest)
         name = record.study_name
         stack.enter_context(study_lock(plan.settings.storage, name))
+        open_data = lru_cache(maxsize=1)(open_data)
         running = _Comparison(plan, data, pool, interrupts, record, storage, open_data, retest)
         stack.callback(running.close)
-        try:
+        with start_errors():
             parent = running.connect()
-        except InterruptionError:
-            raise  # before it is asked what the others are: MLflow may be half imported
-        except recording_errors() as error:
-            raise refusal(one_line(cause_of(error)), error) from error
+        assessment = None
         try:
             yield from running.stages()
             if running.outcome == "complete":
-                finish(load_results(name, plan.settings.storage), parent)
+                from experiments.comparison.assessment import assess  # statsmodels takes a second
+
+                results = load_results(name, plan.settings.storage)
+                assessment = assess(results)
+                publish(results, assessment, parent)
         except recording_errors() as error:
-            # What waiting does not mend is not told as what the same command continues.
-            running.outcome = "interrupted" if is_transient(error) else "failed"
-            running.reason = one_line(cause_of(error))
+            running.outcome, running.reason = outcome_of(error)
         running.close()
         yield ComparisonEnded(
             name=name,
@@ -112,42 +100,36 @@ def compare(
             reason=running.reason,
             experiment_id=running.tracker.experiment_id,
             parent_run_id=parent.run_id,
+            assessment=assessment if running.outcome == "complete" else None,
         )
 
 
+@dataclass
 class _Comparison:
     """The stages, one after the other."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        data: Dataset,
-        pool: WorkerPool,
-        interrupts: Interrupts,
-        record: Study,
-        storage: TrialCache,
-        open_data: Callable[[int], Dataset],
-        retest: bool,
-    ) -> None:
-        self.plan, self.data, self.pool, self.interrupts = plan, data, pool, interrupts
-        self.record, self.storage, self.retest = record, storage, retest
-        self.name = record.study_name
-        self.open_data = lru_cache(maxsize=1)(open_data)
-        self.outcome, self.reason = "interrupted", ""
-        self.closed = False
-        self.tracker: Tracker
-        self.parent: Run | None = None
+    plan: Plan
+    data: Dataset
+    pool: WorkerPool
+    interrupts: Interrupts
+    record: Study
+    storage: TrialCache
+    open_data: Callable[[int], Dataset]
+    retest: bool
+    outcome: str = "interrupted"
+    reason: str = ""
+    closed: bool = False
+    parent: Run | None = None
+    tracker: Tracker = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return self.record.study_name
 
     def connect(self) -> Run:
-        """Open the run that all others hang under."""
+        """Open the run that is the parent of all others."""
         with self.interrupts.at_once():
-            from tracking.retries import RetryPolicy
-            from tracking.tracker import Tracker
-
-            retries = RetryPolicy(
-                seconds=self.plan.settings.tracking_timeout, should_stop=self.interrupts
-            )
-            self.tracker = Tracker.open(self.plan.settings.experiment, retries=retries)
+            self.tracker = open_tracker(self.plan.settings, self.interrupts)
         tags = {
             "comparison": self.name,
             "comparison_id": self.record.user_attrs["id"],
@@ -161,12 +143,12 @@ class _Comparison:
         log_data(parent, self.data)
         set_once(self.record, "made_with", self.plan.settings.made_with(self.data))
         self.record.set_user_attr(
-            "starts", [*self.record.user_attrs.get("starts", []), self._start()]
+            "starts", [*self.record.user_attrs.get("starts", []), self._provenance()]
         )
         return parent
 
-    def _start(self) -> dict[str, str]:
-        """Return what there is to know of this process, for those who want to do it again."""
+    def _provenance(self) -> dict[str, str]:
+        """Return what it takes to reproduce what this process does."""
         tags = self.tracker.context_tags
         words = ["python", "-m", "experiments.compare", *sys.argv[1:]]
         return {
@@ -181,12 +163,12 @@ class _Comparison:
     def stages(self) -> Iterator[Event]:
         losses = self.plan.settings.losses
         for number, loss in enumerate(losses, 1):
-            title = f"search for the best setting of {loss} ({number} of {len(losses)})"
+            title = f"search for the best configuration of {loss} ({number} of {len(losses)})"
             if not (yield from self._sweep(title, self.plan.search(self.name, loss))):
                 return
         winners = self._winners()
         if not winners:
-            self.outcome, self.reason = "failed", "no loss has a trial that is complete"
+            self.outcome, self.reason = "failed", "no loss has a complete trial"
             return
         confirmation = self.plan.confirmation(self.name, winners)
         title = f"confirmation on {self.plan.repeats} fresh seeds"
@@ -211,9 +193,9 @@ class _Comparison:
             self.pool,
             self.interrupts,
             under=self.parent.run_id,
-            storage=self.storage,  # which is waited for between stages, too
+            storage=self.storage,
         )
-        with closing(stage) as events:  # with this generator, and not when Python gets to it
+        with closing(stage) as events:  # the sweep closes its runs when this generator is closed
             for event in events:
                 yield event
                 if isinstance(event, SweepEnded):
@@ -225,7 +207,7 @@ class _Comparison:
         return False
 
     def _winners(self) -> list[dict[str, Any]]:
-        """Return the best setting of each loss that has one, fixed the first time it is asked."""
+        """Return the best configuration of each loss that has one, the same at each call."""
         found: list[dict[str, Any]] = []
         for loss in self.plan.settings.losses:
             study = open_study(self.plan.search(self.name, loss), self.data, storage=self.storage)
@@ -235,7 +217,7 @@ class _Comparison:
         return winners
 
     def _test(self, confirmation: Settings) -> Iterator[ModelTested]:
-        """Show the test split to each confirmed model: once, or once more in a new round."""
+        """Test each confirmed model once, or once more in a new round."""
         rounds: list[dict[str, str]] = list(self.record.user_attrs.get("test_rounds", []))
         if not rounds or ("ended" in rounds[-1] and self.retest):
             rounds.append({"started": _now()})
@@ -250,12 +232,12 @@ class _Comparison:
                 return
             run = self.tracker.find_run(trial.user_attrs["run_id"])
             if run is None or last_round(run) >= len(rounds):
-                continue  # deleted by the user, or seen to before this process was started
+                continue  # the user deleted it, or an earlier process tested it
             loss, seed = trial.params["loss"], trial.params["seed"]
             try:
                 accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
             except errors as error:
-                # Deleted in between: as if it had been before. The other models are shown the test.
+                # If the user has deleted it meanwhile, the others are tested all the same.
                 if is_transient(error) or self.tracker.find_run(run.run_id) is not None:
                     raise
                 continue
@@ -268,48 +250,36 @@ class _Comparison:
         if self.closed:
             return
         self.closed = True
-        if self.parent is None:
-            return
-        with suppress(*recording_errors()):
-            self.parent.end(self.outcome, reason=self.reason)
+        if self.parent is not None:
+            with suppress(*recording_errors()):
+                self.parent.end(self.outcome, reason=self.reason)
 
 
-def _open_record(
-    plan: Plan, data: Dataset, should_stop: Callable[[], bool], *, retest: bool
-) -> tuple[Study, TrialCache]:
-    """Open the study that holds what is decided, or make it, and return it with its storage.
+def _open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool) -> Study:
+    """Open the study that holds the decisions, or make it.
 
     Raises:
-        ValueError: it was made with another plan; or its models have seen the test split, there are
-            to be more of them, and `retest` is not asked for.
+        ValueError: it has another plan; or its models have seen the test split, and the plan adds
+            repeats without `retest`.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings = plan.settings
-    check_storage(settings.storage)
-    identity, made = plan.identity(data), settings.made_with(data)
-    retries = storage_retries(settings.tracking_timeout, should_stop)
-    with storage_errors(settings.storage):
-        storage = open_storage(settings.storage, retries)
-        prefix = f"compare-{data.name}"
-        name = settings.study or existing_name(storage, prefix, identity, made)
-        check_study_name(name)
-        record = load_or_create(study_name=name, storage=storage)
-        if "plan" not in record.user_attrs:
-            if record.get_trials(deepcopy=False):
-                raise ValueError(f"study {name!r} is of a sweep: choose another --study")
-            set_once(record, "id", uuid.uuid4().hex)
-            set_once(record, "data", _data_facts(data))
-            set_once(record, "plan", identity)
-    before = (record.user_attrs["plan"], identity), (record.user_attrs.get("made_with"), made)
-    check_same(f"comparison {name!r}", *before)
+    record = open_checked(
+        "comparison",
+        plan.settings,
+        data,
+        storage,
+        prefix=f"compare-{data.name}",
+        key="plan",
+        fingerprint=plan.fingerprint(data),
+        attributes={"data": _data_facts(data)},
+    )
     rounds = record.user_attrs.get("test_rounds", [{}])
     repeats = record.user_attrs.get("repeats", plan.repeats)
     if plan.repeats > repeats and "ended" in rounds[-1] and not retest:
         raise ValueError(
-            f"the test split was looked at after {repeats} repeats: with --repeats {plan.repeats} "
-            "it would be looked at again, which takes --retest, and is recorded"
+            f"the models saw the test split after {repeats} repeats: with --repeats {plan.repeats} "
+            "they would see it again, which needs --retest, and is recorded"
         )
-    return record, storage
+    return record
 
 
 def _data_facts(data: Dataset) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the statistics of a comparison say, in words that say no more."""
+"""The statements of a comparison: sentences that say what its statistics show, and no more."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 
 from experiments.comparison.results import Results
-from experiments.comparison.tables import LEVEL, MAX_REPEATS, POWER, RELEVANT
+from experiments.comparison.tables import ALPHA, MAX_REPEATS, MIN_EFFECT, POWER
 
 Row = Mapping[Hashable, Any]
 """Of a table of `experiments.comparison.tables`."""
 
-INTERVAL = f"{100 * (1 - LEVEL):g} % interval"
-NO_ANSWER = "Which loss is better can't be said"
+INTERVAL = f"{100 * (1 - ALPHA):g} % interval"
+NO_ANSWER = "The results don't say which loss is better"
 
 
 def make_statements(results: Results, table: pd.DataFrame, pairs: pd.DataFrame) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def make_statements(results: Results, table: pd.DataFrame, pairs: pd.DataFrame) 
         answer = [
             f"`{winner['loss']}` has the highest validation accuracy, "
             f"{percent(winner['val_accuracy'])}.",
-            f"{NO_ANSWER}: the test split was not looked at yet.",
+            f"{NO_ANSWER}: no model has seen the test split yet.",
         ]
     else:
         rows: Sequence[Row] = pairs.to_dict("records")
@@ -49,7 +49,7 @@ def points(difference: float) -> str:
 
 
 def _answer(winner: Row, others: Sequence[Row], *, is_alone: bool) -> list[str]:
-    """Return which loss is best, in two sentences, and what else there is to say of that."""
+    """Return the two sentences that say which loss is best, and the details."""
     name, measured = f"`{winner['loss']}`", _measured(winner)
     worse, undecided = (
         [f"`{other['loss']}`" for other in others if other["verdict"] == verdict]
@@ -61,7 +61,7 @@ def _answer(winner: Row, others: Sequence[Row], *, is_alone: bool) -> list[str]:
     if not (better or worse or undecided):
         return [
             f"{name} has the highest validation accuracy and {measured}.",
-            f"{NO_ANSWER}: that takes two repeats of each with the same seeds.",
+            f"{NO_ANSWER}: this needs two repeats of each with the same seeds.",
         ]
     first = f"{name} has the highest validation accuracy and {measured}, but "
     if better:
@@ -77,13 +77,13 @@ def _answer(winner: Row, others: Sequence[Row], *, is_alone: bool) -> list[str]:
 
 
 def _with_repeats(other: Row, winner: Row) -> str:
-    """Return a loss' name, and in how many repeats it could be compared, if not in all."""
+    """Return a loss' name, with the number of compared repeats if it is not all."""
     count = f" (in the {other['n']} of {winner['n']} repeats that it completed)"
     return f"`{other['loss']}`{count if other['n'] < winner['n'] else ''}"
 
 
 def _measured(row: Row) -> str:
-    n, mean = row["n"], f"labels {percent(row['accuracy_mean'])} of the test images right"
+    n, mean = row["n"], f"gets {percent(row['accuracy_mean'])} of the test images right"
     if n == 1:
         return f"{mean} in its one repeat"
     if math.isnan(row["accuracy_low"]):
@@ -116,19 +116,21 @@ def _p(value: float) -> str:
 
 
 def _needed(others: Sequence[Row]) -> list[str]:
-    """Return how many repeats would show a relevant difference from those that are undecided."""
+    """Return how many repeats would show a difference of `MIN_EFFECT` from undecided losses."""
     undecided = [other for other in others if other["verdict"] == "undecided"]
     if not undecided:
         return []
-    spread = [other for other in undecided if not math.isnan(other["repeats_needed"])]
-    if not spread:
-        return ["All repeats differ by the same, so how many would decide it can't be said."]
-    most = max(spread, key=lambda other: float(other["repeats_needed"]))
+    varied = [other for other in undecided if not math.isnan(other["repeats_needed"])]
+    if not varied:
+        return ["All repeats differ by the same amount, so the repeats needed are unknown."]
+    most = max(varied, key=lambda other: float(other["repeats_needed"]))
     count, low, high = (_count(most[f"repeats_needed{end}"]) for end in ("", "_low", "_high"))
-    show = f"show a difference of {100 * RELEVANT:g} points with a chance of {100 * POWER:g} %."
+    show = f"show a difference of {100 * MIN_EFFECT:g} points with a chance of {100 * POWER:g} %."
     if most["repeats_needed"] == MAX_REPEATS:
         return [f"It would take {count} repeats to {show}"]
-    return [f"About {count} repeats ({low} to {high}, as far as the spread is known) would {show}"]
+    return [
+        f"About {count} repeats ({low} to {high}, given the spread's 95 % interval) would {show}"
+    ]
 
 
 def _count(repeats: float) -> str:
@@ -136,7 +138,7 @@ def _count(repeats: float) -> str:
 
 
 def _incomplete(losses: Sequence[Row]) -> list[str]:
-    """Return which losses are not as good as their means say, or have none."""
+    """Return which losses have repeats that diverged, failed or are missing."""
     statements = []
     for row in losses:
         name, repeats = f"`{row['loss']}`", row["repeats"]
@@ -159,38 +161,37 @@ def _not_compared(others: Sequence[Row]) -> list[str]:
     if not names or len(names) == len(others):
         return []
     verb = "shares" if len(names) == 1 else "share"
-    return [f"{_list(names, 'and')} {verb} fewer than two seeds with it, and can't be compared."]
+    return [f"{_list(names, 'and')} {verb} fewer than two seeds with it: there is no test."]
 
 
 def _method(pairs: Sequence[Row]) -> list[str]:
-    """Return what p and the intervals are."""
+    """Return the meaning of p and of the intervals."""
     tested = sum(pair["verdict"] != "not compared" for pair in pairs)
     if not tested:
         return []
     corrected = "" if tested == 1 else f", corrected by Holm's method for {tested} pairs of losses"
     return [
-        f"Better is said at the {100 * LEVEL:g} % level: p is of the t-test of paired repeats"
-        f"{corrected}.",
-        "Each interval is for one loss or one pair alone; the winner's are too high if others are "
-        "as good, as the same trainings chose it.",
+        f"Better means p ≤ {ALPHA:g} in the t-test of paired repeats{corrected}.",
+        "Each interval is for one loss or one pair alone. The winner's are too high if other "
+        "losses are as good, because the same trainings chose it.",
     ]
 
 
 def _scope(results: Results, winner: Row) -> list[str]:
-    """Return what would vary if it were all done again."""
+    """Return what the statements hold for."""
     given, images = results.plan.get("given_test"), results.sizes["test"]
     if winner["n"] == 1:
         return []
     if given is None:
-        return ["All of this is over repeated trainings, not over other images."]
+        return ["The statements hold for new trainings, not for other images."]
     if given:
         return [
-            f"All repeats label the same {images:,} test images: this is over the luck of "
-            "training, not over other images."
+            f"All repeats have the same {images:,} test images: the statements hold for new "
+            "trainings, not for other images."
         ]
     return [
-        f"Each repeat draws its own {images:,} test images from the same data: this is over "
-        "splits and the luck of training, not over other data."
+        f"Each repeat draws its own {images:,} test images from the same data: the statements "
+        "hold for new splits and trainings, not for other data."
     ]
 
 

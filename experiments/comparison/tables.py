@@ -1,24 +1,20 @@
-"""The tables of a comparison: what each loss came to, and how each pair of them differs.
+"""The tables of a comparison: the result of each loss, and the difference of each pair.
 
-Chosen by measuring (`python -m benchmarks.planted` does most of it again):
+`python -m benchmarks.planted` measures what led to these choices:
 
-- The winner is the loss of the highest mean validation accuracy over its repeats; the test split is
-  not asked. That alone does not make its lead on the test split unbiased: a training that had luck
-  is good on both splits, so who is ahead in validation by luck is ahead in the test, too. So
-  p-values are corrected over all pairs of losses, not only those with the winner. Then equal losses
-  are told apart in at most 5 % of studies, whatever chose the winner; with six equal losses, the
-  pairs with the winner alone gave up to 10 %.
+- The winner is the loss with the highest mean validation accuracy over its repeats. Its lead on the
+  test split is still biased, because a lucky training is good on both splits. So p-values are
+  corrected over all pairs of losses. Then equal losses differ significantly in at most 5 % of
+  studies; with six equal losses and a correction over the winner's pairs alone, it was up to 10 %.
 - Intervals and p-values are Student's t, of means and of paired differences. At n = 5 a percentile
-  or BCa bootstrap covers 84 % and not 95 %: no mean of numbers drawn from n lies outside of them,
-  and 2 of 2ⁿ times all are on one side of the true mean, if they are symmetric. The studentized
-  bootstrap covers as t does, and is a third wider at n = 5. Of strongly skewed values (−1) t covers
-  at least 93.5 %, of their differences, which are what decides, 95 %.
-- Neither permutations of signs nor ranks find anything at n = 5: two of 2⁵ are the most extreme.
-- An interval is for one loss, or one difference, alone. That of a winner among equals is too high:
-  of six, it covered in 89 to 95 % of studies.
-- All of it is over new repeats: new luck in training and, unless the test split is given, new
-  splits of the same images. It is not over other images (Nadeau and Bengio 2003, "Inference for the
-  Generalization Error").
+  or BCa bootstrap covers 84 % instead of 95 %. The studentized bootstrap covers as t does, and is a
+  third wider. For strongly skewed values (−1) t covers at least 93.5 %, for their differences 95 %.
+- At n = 5, tests of signs or ranks can't reach p = 0.05: two of 2⁵ permutations are extreme.
+- An interval is for one loss, or one difference, alone. The winner's is too high among equal
+  losses: with six, it covered in 89 to 95 % of studies.
+- The statements are about new repeats: new trainings and, unless the test split is given, new
+  splits of the same images. They are not about other images (Nadeau and Bengio 2003, "Inference for
+  the Generalization Error").
 """
 
 from __future__ import annotations
@@ -41,21 +37,21 @@ from experiments.study.ranking import best_first
 
 Floats = npt.NDArray[np.float64]
 
-LEVEL = 0.05
-"""Of an interval, what it misses; of the tests of all pairs together, how often one errs."""
-RELEVANT = 0.005
-"""The difference of accuracies that is to be found: half a point."""
+ALPHA = 0.05
+"""The share of intervals that miss the true value, and of studies in which a test errs."""
+MIN_EFFECT = 0.005
+"""The difference of accuracies that `repeats_needed` is about: half a point."""
 POWER = 0.8
-"""How often it is to be found."""
+"""The probability to find it."""
 MAX_REPEATS = 10_000
-"""As many are as good as never."""
+"""The upper bound of `repeats_needed`."""
 MEASURES = {
     "accuracy": (0.0, 1.0),
     "nll": (0.0, math.inf),
     "brier": (0.0, 2.0),
     "ece": (0.0, 1.0),
 }
-"""What is measured on the test split, and its least and greatest value."""
+"""The metrics of the test split, with their lowest and highest values."""
 
 OUTCOMES = ("complete", "diverged", "failed")
 TABLE_COLUMNS = [
@@ -69,7 +65,7 @@ PAIR_COLUMNS = [
 ]
 
 
-def compare(accuracy: pd.DataFrame) -> pd.DataFrame:
+def pairwise_tests(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Return `Assessment.pairs` of accuracies: a row a seed, a column a loss, the best first."""
     pairs = pd.DataFrame(
         [
@@ -85,8 +81,8 @@ def compare(accuracy: pd.DataFrame) -> pd.DataFrame:
         _verdict(difference, p)
         for difference, p in zip(pairs["difference"], pairs["p_holm"], strict=True)
     ]
-    level = LEVEL / max(1, (pairs["verdict"] == "undecided").sum())
-    for name, quantile in (("", None), ("_low", 1 - LEVEL / 2), ("_high", LEVEL / 2)):
+    level = ALPHA / max(1, (pairs["verdict"] == "undecided").sum())
+    for name, quantile in (("", None), ("_low", 1 - ALPHA / 2), ("_high", ALPHA / 2)):
         pairs[f"repeats_needed{name}"] = [
             repeats_needed(_spread(sd, n, quantile), level)
             for sd, n in zip(pairs["sd"], pairs["n"], strict=True)
@@ -98,22 +94,22 @@ def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
     """Return the 95 % interval of the mean of values (…, n), n ≥ 2 and not all of them equal."""
     values = np.asarray(values, np.float64)
     low, high = stats.t.interval(
-        1 - LEVEL, values.shape[-1] - 1, loc=values.mean(-1), scale=stats.sem(values, axis=-1)
+        1 - ALPHA, values.shape[-1] - 1, loc=values.mean(-1), scale=stats.sem(values, axis=-1)
     )
     return low, high
 
 
 def repeats_needed(sd: float, level: float) -> float:
-    """Return how many repeats find `RELEVANT` with `POWER`, if differences spread by sd.
+    """Return how many repeats find `MIN_EFFECT` with `POWER`; sd is that of differences.
 
     NaN if sd is 0 or NaN.
     """
     if not sd > 0:
         return math.nan
-    power = TTestPower().power  # one side: to find it is to find which is better
+    power = TTestPower().power  # one-sided, because the test must find which is better
 
     def at(n: int) -> float:
-        return float(power(RELEVANT / sd, n, level / 2, alternative="larger"))
+        return float(power(MIN_EFFECT / sd, n, level / 2, alternative="larger"))
 
     return 2 + bisect_left(range(2, MAX_REPEATS), POWER, key=at)
 
@@ -137,7 +133,7 @@ def _loss(loss: str, trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, A
     complete = by_outcome["complete"]
     row: dict[str, Any] = {
         "loss": loss,
-        **_setting(trials, repeats),
+        **_best_configuration(trials, repeats),
         "repeats": len(repeats),
         "diverged": len(by_outcome["diverged"]),
         "failed": len(by_outcome["failed"]),
@@ -152,8 +148,8 @@ def _loss(loss: str, trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, A
     return row
 
 
-def _setting(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, Any]:
-    """Return the setting that is repeated, else that of the best trial, else nothing."""
+def _best_configuration(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, Any]:
+    """Return the configuration of the repeats, else of the best trial, else nothing."""
     best = best_first(trials[trials["outcome"] == "complete"])
     for row in (repeats if len(repeats) else best).head(1).to_dict("records"):
         return {name: row[name] for name in ("learning_rate", "batch_size")}
@@ -161,7 +157,7 @@ def _setting(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, Any]:
 
 
 def _summary(values: Floats, bounds: tuple[float, float] = (-1.0, 1.0)) -> dict[str, float]:
-    """Return mean, sd, low and high, as far as there are."""
+    """Return mean, sd, low and high; NaN if n is too small."""
     if not len(values):
         return dict.fromkeys(("mean", "sd", "low", "high"), math.nan)
     summary = {"mean": float(values.mean()), "sd": math.nan, "low": math.nan, "high": math.nan}
@@ -174,7 +170,7 @@ def _summary(values: Floats, bounds: tuple[float, float] = (-1.0, 1.0)) -> dict[
 
 
 def _difference(differences: pd.Series[float]) -> dict[str, Any]:
-    """Return what a pair's differences come to, as far as there are."""
+    """Return a pair's row; columns that n is too small for are missing."""
     values = _exact(differences)
     n = len(values)
     summary = _summary(values)
@@ -183,20 +179,20 @@ def _difference(differences: pd.Series[float]) -> dict[str, Any]:
     row |= {"ahead": ahead, "ties": ties}
     if n:
         row["probability"] = (ahead + ties / 2) / n
-        row["probability_low"], _ = proportion_confint(ahead, n, LEVEL, method="beta")
-        _, row["probability_high"] = proportion_confint(ahead + ties, n, LEVEL, method="beta")
+        row["probability_low"], _ = proportion_confint(ahead, n, ALPHA, method="beta")
+        _, row["probability_high"] = proportion_confint(ahead + ties, n, ALPHA, method="beta")
     if n > 1:
         row["p"] = float(stats.ttest_1samp(values, 0).pvalue) if np.ptp(values) else 1.0
     return row
 
 
 def _exact(values: pd.Series[float]) -> Floats:
-    """Return those that are not NaN, rounded to far less than an image: then equal ones are."""
+    """Drop NaN, and round to far less than an image, so that equal accuracies compare equal."""
     return np.round(values.dropna().to_numpy(np.float64), 9)
 
 
 def _spread(sd: float, n: int, quantile: float | None) -> float:
-    """Return an end of the interval of a standard deviation; without a quantile, itself."""
+    """Return an end of the interval of a standard deviation, or sd itself without a quantile."""
     if quantile is None or n < 2:
         return sd
     return float(sd * math.sqrt((n - 1) / stats.chi2.ppf(quantile, n - 1)))
@@ -205,6 +201,6 @@ def _spread(sd: float, n: int, quantile: float | None) -> float:
 def _verdict(difference: float, p_holm: float) -> str:
     if math.isnan(p_holm):
         return "not compared"
-    if p_holm > LEVEL:
+    if p_holm > ALPHA:
         return "undecided"
     return "worse" if difference > 0 else "better"

@@ -1,4 +1,4 @@
-"""The test split: a stored model is shown it once, and what it answered is recorded."""
+"""The test split: a stored model predicts it once, and its metrics are recorded."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 LEAST_PROBABILITY = 1e-6
-"""What a smaller one counts as in the negative log-likelihood, which would be infinite at 0."""
+"""The lower bound in the negative log-likelihood, which would be infinite at 0."""
 
 CONFUSION_FILE = "test/confusion.json"
 
 ROUND_TAG = "test_round"
-"""Of a confirmed run: in which round its model was last shown the test split."""
+"""The round in which a confirmed run's model last saw the test split."""
 
 
 def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
-    """Show a run's model the test split, record what it makes of it, and return its accuracy."""
-    from tracking.evaluation.metrics import Counter
+    """Predict the test split with a run's model, record its metrics, and return its accuracy."""
+    from tracking.evaluation.metrics import MetricsAccumulator
     from tracking.selection import load_run
 
     model = load_run(run.run_id)
     labels = data.test.labels.numpy()
     probabilities = model.probabilities(data.test.images.numpy())
-    counter = Counter(model.classes)
-    counter.add(labels, probabilities)
-    measures = counter.measures()
+    counts = MetricsAccumulator(model.classes)
+    counts.add(labels, probabilities)
+    measures = counts.measures()
     of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     metrics = {
         "test/accuracy": measures.accuracy[0],
@@ -42,7 +42,7 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
     }
     confusion = {"classes": list(model.classes), "images": measures.confusion.tolist()}
     run.log_text(json.dumps(confusion), CONFUSION_FILE)
-    # Last, and all at once: where there are metrics, the rest is there, and the round is noted.
+    # Last and in one call: a run with metrics also has the file and the round.
     run.log_metrics(
         metrics,
         step=test_round,
@@ -54,5 +54,5 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
 
 
 def last_round(run: Run) -> int:
-    """Return in which round a run's model was last shown the test split, 0 for never."""
+    """Return the round in which a run's model last saw the test split, 0 for never."""
     return int(run.client.get_run(run.run_id).data.tags.get(ROUND_TAG, 0))

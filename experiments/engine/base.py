@@ -1,4 +1,4 @@
-"""What all workers have in common for those who use them: a pool, and the events of its jobs."""
+"""The interface of all workers: a pool, and the events of its jobs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded:
-    """An epoch of a job is over."""
+    """An epoch of a job ended."""
 
     job: int
-    number: int
-    """1 is the first."""
+    number: int  # 1 is the first
     metrics: dict[str, float]
     diverged: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded:
-    """A job is over, because it reached its last epoch, diverged, or was stopped."""
+    """A job ended: it reached its last epoch, diverged, or was stopped."""
 
     job: int
-    weights: dict[str, np.ndarray[Any, Any]]
-    """The network's `state_dict`, float32."""
+    weights: dict[str, np.ndarray[Any, Any]]  # the network's `state_dict`, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,45 +39,41 @@ class JobFailed:
     """A job raised an exception, or its worker died."""
 
     job: int
-    error: str
-    """In one line."""
-    details: str
-    """The traceback, if there is one."""
+    error: str  # in one line
+    details: str  # the traceback, if there is one
 
     @classmethod
-    def by(cls, error: Exception, job: int) -> JobFailed:
-        """Return that a job raised what is being handled: whatever it is, it goes to its run."""
+    def from_error(cls, error: Exception, job: int) -> JobFailed:
+        """Return the event for the exception that is being handled."""
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return cls(job=job, error=message, details=traceback.format_exc())
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobMoved:
-    """A job lost its worker, by no fault of its own: it goes on, on the next that is idle."""
+    """A job lost its worker. It resumes on the next idle worker."""
 
     job: int
-    reason: str
-    """In one line."""
+    reason: str  # in one line
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointLost:
-    """A job has no checkpoint, by no fault of its own: it is trained for all that."""
+    """A job has no usable checkpoint. It is trained without."""
 
     job: int
-    reason: str
-    """In one line."""
+    reason: str  # in one line
 
     @classmethod
     def unusable(cls, error: CheckpointError, job: int) -> CheckpointLost:
-        """Return that the one that there is can't be used."""
+        """Return the event for a checkpoint that can't be used."""
         reason = f"its checkpoint can't be used ({error}): it starts again from its first epoch"
         return cls(job=job, reason=reason)
 
     @classmethod
-    def unkept(cls, error: OSError, job: int) -> CheckpointLost:
-        """Return that none can be kept; a full disk is no reason to lose the job, too."""
-        reason = f"its checkpoint can't be kept ({error}): cut off, it would start again"
+    def unwritten(cls, error: OSError, job: int) -> CheckpointLost:
+        """Return the event for a checkpoint that can't be written; the job goes on without."""
+        reason = f"its checkpoint can't be written ({error}): if interrupted, it would start again"
         return cls(job=job, reason=reason)
 
 
@@ -87,26 +81,26 @@ Event = EpochEnded | JobEnded | JobFailed | JobMoved | CheckpointLost
 
 
 class WorkerPool(Protocol):
-    """Workers, each with one job at a time, wherever they are."""
+    """Workers, each with one job at a time."""
 
     def open(self, data: Dataset, data_dir: Path) -> None:
-        """Have the workers open the data, an entry of `cnn.data`'s cache in a folder."""
+        """Make the workers open the data: an entry of the cache in `data_dir`."""
 
     def hardware(self) -> str:
-        """Return what the workers run on, as far as it matters for speed and results."""
+        """Return the hardware of the workers, as text."""
 
     @property
     def num_idle(self) -> int:
-        """How many workers have nothing to do."""
+        """The number of idle workers."""
 
     def submit(self, job: int, config: TrainConfig) -> None:
-        """Hand out a job: to an idle worker, or, of a job that failed, to the one that is next."""
+        """Give a job to an idle worker. A job that failed may be submitted again."""
 
     def stop(self, job: int) -> None:
-        """Have a job stop after the epoch under way; what is still told of it is of no interest."""
+        """Stop a job after its current epoch. Its later events can be ignored."""
 
     def forget(self, config: TrainConfig) -> None:
-        """Remove the checkpoint of a training that is over."""
+        """Remove the checkpoint of a training that ended."""
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        """Return the next events, or nothing after `timeout` seconds."""

@@ -1,7 +1,7 @@
-"""Checkpoints: what a training that was cut off goes on from, once it is known to be whole.
+"""Checkpoints: a training that was interrupted resumes from its checkpoint.
 
-A checkpoint says which training and which code it is of, and has a digest over all of its bytes. It
-is read without running code of it. One that does not fit is none: the training begins again.
+A checkpoint names its training and its code, and has a digest of its bytes. Reading it runs no code
+from it. If it does not fit, the training starts again.
 """
 
 from __future__ import annotations
@@ -16,51 +16,47 @@ import secrets
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_STORED, ZipFile
 
-import cnn
+from cnn.source import source_digest
 
 if TYPE_CHECKING:
     from cnn.config import TrainConfig
-    from cnn.training import Checkpoint
+    from cnn.stepper import Checkpoint
 
-DRAFT = ".draft"
-"""The suffix of a checkpoint that is being written."""
-MAX_BYTES = 2 * 2**30
-"""Of a file that is read as a checkpoint."""
+DRAFT = ".draft"  # the suffix of a checkpoint while it is written
+MAX_BYTES = 2 * 2**30  # larger files are not read as checkpoints
 
 _MARK = b"checkpoint 1"
 _OURS = re.compile(r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage")
-"""What a pickle of ours names. PyTorch's `weights_only` lets others through, of any size."""
+"""The names in our pickles. PyTorch's `weights_only` allows others, of any size."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be used; in one line."""
+    """The reason why a checkpoint can't be used, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """Where the checkpoints of trainings on a data set are kept.
+    """The files of checkpoints of trainings on a data set.
 
-    Each under a digest of all that the training depends on: whoever trains the same goes on from
-    it, and ends with the same.
+    The name of each is a digest of all that the training depends on. So the same training resumes
+    from it, and gives the same result.
     """
 
-    digest: str
-    """Of the data set."""
+    digest: str  # of the data set
     data_dir: Path
 
     def file(self, config: TrainConfig) -> Path:
-        """Return where that of a training is."""
+        """Return the file of a training's checkpoint."""
         return self.data_dir / "checkpoints" / f"{key_of(self.digest, config)}.pt"
 
     def read(self, config: TrainConfig) -> bytes | None:
-        """Return that of a training, if there is one: empty, if it can't be read."""
-        # What stands there may be a link or a pipe, which would not answer.
+        """Return a training's checkpoint: None if there is none, empty if it can't be read."""
+        # The file may be a link, or a pipe that would block.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with os.fdopen(os.open(self.file(config), flags), "rb") as stream:
@@ -73,13 +69,13 @@ class Checkpoints:
             return b""
 
     def write(self, config: TrainConfig, content: bytes) -> None:
-        """Keep that of a training, whole or not at all.
+        """Write a training's checkpoint, completely or not at all.
 
         Raises:
-            OSError: it can't be kept.
+            OSError: it can't be written.
         """
         file = self.file(config)
-        # A name that nobody can foresee, to put a link in its place.
+        # The name is random, so that nobody can put a link in its place.
         draft = file.with_name(f"{file.stem}.{secrets.token_hex(8)}{DRAFT}")
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -92,37 +88,21 @@ class Checkpoints:
             raise
 
     def remove(self, config: TrainConfig) -> None:
-        """Remove that of a training that is over, and what was left of drafts of it."""
+        """Remove the checkpoint of a training that ended, and its drafts."""
         file = self.file(config)
         for each in (file, *file.parent.glob(f"{file.stem}*{DRAFT}")):
-            with suppress(OSError):  # what stays takes room, and does no harm
+            with suppress(OSError):  # a file that stays does no harm
                 each.unlink()
 
 
 def key_of(digest: str, config: TrainConfig) -> str:
-    """Return what a training on the data set of a digest is known by."""
+    """Return the key of a training on the data set with this digest."""
     depends_on = [digest, version("torch"), config.as_params()]
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@cache
-def _code() -> str:
-    """Return a digest of the code that trains: of another network, a checkpoint is none."""
-    digest = hashlib.sha256()
-    for folder in cnn.__path__:
-        for file in sorted(Path(folder).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
-
-
 def pack(past: list[dict[str, float]], checkpoint: Checkpoint, key: str) -> bytes:
-    """Return a checkpoint as it is kept.
-
-    Args:
-        past: the metrics of its epochs.
-        checkpoint: what to go on from.
-        key: that of the training.
-    """
+    """Return a checkpoint as bytes, with the metrics of its past epochs and its training's key."""
     import torch
 
     archive = io.BytesIO()
@@ -134,20 +114,14 @@ def pack(past: list[dict[str, float]], checkpoint: Checkpoint, key: str) -> byte
 def unpack(
     content: bytes, key: str, config: TrainConfig, num_classes: int
 ) -> tuple[list[dict[str, float]], Checkpoint]:
-    """Return the metrics of the epochs in a checkpoint, and it.
+    """Return the metrics of the epochs in a checkpoint, and the checkpoint.
 
-    Those made before they had a header, ZIP archives alone, are taken by their own checksums.
-
-    Args:
-        content: what `pack` returned once, or what has become of it.
-        key: that of the training.
-        config: the training.
-        num_classes: of its data set.
+    Old checkpoints have no header. They are checked by the checksums of their ZIP archive.
 
     Raises:
-        CheckpointError: it is damaged, or of another training.
+        CheckpointError: it is damaged, or belongs to another training.
     """
-    from cnn.training import Checkpoint
+    from cnn.stepper import Checkpoint
 
     if content.startswith(_MARK):
         header, _, content = content.partition(b"\n")
@@ -161,14 +135,14 @@ def unpack(
         _check_fit(parts, config, num_classes)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever it is that a file has PyTorch or a ZIP reader say
+    except Exception as error:  # PyTorch and the ZIP reader may raise anything
         raise CheckpointError(f"{type(error).__name__} as it was read") from error
     past = parts.pop("past")
     return past, Checkpoint(**parts)
 
 
 def _about(key: str) -> bytes:
-    return b" ".join([_MARK, key.encode(), _code().encode()])
+    return b" ".join([_MARK, key.encode(), source_digest().encode()])
 
 
 def _digest(about: bytes, content: bytes) -> bytes:
@@ -178,7 +152,7 @@ def _digest(about: bytes, content: bytes) -> bytes:
 
 
 def _load(content: bytes) -> dict[str, Any]:
-    """Return what is in an archive of `torch.save`, if it takes no more than its size to load."""
+    """Return the content of an archive of `torch.save`. Loading it takes no more than its size."""
     import torch
 
     with ZipFile(io.BytesIO(content)) as archive:
@@ -203,7 +177,6 @@ def _check_names(pickle: bytes) -> None:
 
 
 def _check_fit(parts: dict[str, Any], config: TrainConfig, num_classes: int) -> None:
-    """Raise whatever it is if a checkpoint's parts are not those of a training."""
     from cnn.networks import build_cnn
     from cnn.optimizers import OPTIMIZERS
 

@@ -1,7 +1,6 @@
-"""What a worker does, wherever it runs: it trains a job, and what comes of it are events.
+"""What every worker does: it trains a job and yields events.
 
-Workers know neither Optuna nor MLflow. A training is repeated bit for bit, and goes on from a
-checkpoint as if it had never been cut off.
+Workers know neither Optuna nor MLflow. Training is repeatable bit for bit, also from a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ if TYPE_CHECKING:
     from cnn.data import Dataset
 
 ALLOCATOR = {
-    # glibc gives freed tensors of some MB back to the system at once, and half of the time at batch
-    # size 256 went to page faults: keep them. 32 MiB is the most that it takes.
+    # glibc returns freed tensors to the system at once. Half of the time at batch size 256 went to
+    # page faults. So keep them; 32 MiB is the largest value that it accepts.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 
 
-def environment(num_threads: int) -> dict[str, str]:
-    """Return what the environment of a worker needs before it starts, beside what is there."""
+def worker_variables(num_threads: int) -> dict[str, str]:
+    """Return the environment variables that a worker needs before it starts."""
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads)) | ALLOCATOR
 
 
 def set_arithmetic(num_threads: int) -> None:
-    """Set how the thread that calls this trains, which is what all workers have in common."""
+    """Set up the arithmetic of the calling thread, the same for all workers."""
     import torch
 
     torch.set_num_threads(num_threads)
@@ -46,19 +45,19 @@ def train_job(
     keep: Callable[[bytes], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[EpochEnded | JobEnded | CheckpointLost]:
-    """Train, from a checkpoint on if there is one, and yield what comes of it.
+    """Train, from a checkpoint if there is one, and yield the events.
 
-    Epochs that are in the checkpoint are told again, with the metrics that they had: how many of
-    them the main process came to hear of, it knows.
+    The events of the checkpoint's epochs come again, with their metrics: the main process may not
+    have seen all of them.
 
     Args:
-        job: its number, which is that of its events.
+        job: the number in its events.
         config: what to train.
-        data: on what.
-        checkpoint: what `keep` was handed last, if this training was cut off. One that is not as
-            it was then is none.
-        keep: is handed a checkpoint before an epoch is told. It may raise OSError.
-        should_stop: is asked after each epoch.
+        data: the data set.
+        checkpoint: the last one passed to `keep`, if this training was interrupted. A damaged one
+            is reported and ignored.
+        keep: called with each checkpoint, before the event of its epoch. It may raise OSError.
+        should_stop: called after each epoch.
     """
     from cnn.training import train
 
@@ -73,15 +72,15 @@ def train_job(
     for number, metrics in enumerate(past, 1):
         yield EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
     state = None if start is None else start.model
-    for epoch in train(config, data, after=start):
+    for epoch in train(config, data, resume_from=start):
         state = epoch.model.state_dict()
         past.append(epoch.metrics())
         if not epoch.diverged:
             try:
                 keep(pack(past, epoch.checkpoint(), key))
             except OSError as error:
-                if is_kept:  # once is enough
-                    yield CheckpointLost.unkept(error, job)
+                if is_kept:  # report it once
+                    yield CheckpointLost.unwritten(error, job)
                 is_kept = False
         yield EpochEnded(job=job, number=epoch.number, metrics=past[-1], diverged=epoch.diverged)
         if should_stop():

@@ -1,4 +1,4 @@
-"""From a command line to workers, on this machine or on a Ray cluster."""
+"""Workers from the options of a command line, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ RAY_DEFAULTS = {
     "min_workers": 1,
     "ray_timeout": 60,
 }
-"""The flags that need `--engine ray`, and what they are without."""
+"""The flags that need `--engine ray`, with their defaults."""
 
 
 @contextmanager
 def on_this_machine(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str | None]]:
-    """Open workers on this machine: hand them out, how many they are, and their device."""
+    """Open workers on this machine; yield them, their number and their device."""
     from experiments.engine.processes import ProcessPool, visible_gpus
 
     for name, default in RAY_DEFAULTS.items():
         if getattr(options, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is for --engine ray")
-    # `cuda` is one GPU to each worker; whoever says `cuda:1` means that one.
+    # `cuda` gives each worker one GPU; `cuda:1` means that one.
     gpus = visible_gpus() if options.device in ("auto", "cuda") else []
     num_workers = _num_workers(options.workers, options.device, len(gpus))
     with ProcessPool(num_workers, num_threads=_num_threads(num_workers), gpus=gpus) as pool:
@@ -53,10 +53,10 @@ def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str |
         raise ValueError("--engine ray needs Ray: pip install '.[ray]'") from error
     if options.device not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"with --engine ray, --device is auto, cpu or cuda, not {options.device!r}: which GPU "
-            "a worker has, Ray decides"
+            f"with --engine ray, --device is auto, cpu or cuda, not {options.device!r}: Ray "
+            "chooses each worker's GPU"
         )
-    if options.ray_address == "":  # a variable that is not set: no wish for a cluster of our own
+    if options.ray_address == "":  # an unset variable must not start a cluster of our own
         raise ValueError("--ray-address is empty: it takes auto, ray://HOST:10001 or HOST:6379")
     workers, min_workers, gpus = options.workers, options.min_workers, options.gpus_per_worker
     _check_positive("--workers", workers)
@@ -74,13 +74,10 @@ def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str |
         ):
             needs = replace(needs, gpus=1)
         pool = RayPool(
-            needs,
-            num_workers=workers,
-            min_workers=min_workers,
-            timeout=options.ray_timeout,
+            needs, num_workers=workers, min_workers=min_workers, timeout=options.ray_timeout
         )
         if options.ray_address is None and pool.room() < min_workers:
-            raise ValueError(pool.no_room())  # nobody joins a cluster of our own
+            raise ValueError(pool.no_room())  # no node joins a cluster of our own
         device = "cpu" if options.device == "cpu" or not needs.gpus else "cuda"
         yield pool, workers or max(1, pool.room()), device
 
@@ -95,10 +92,10 @@ def _num_workers(asked: int | None, device: str, num_gpus: int) -> int:
 
 
 def _num_threads(num_workers: int) -> int:
-    """Return how many threads a worker has: one, unless the user says otherwise.
+    """Return the number of threads per worker: OMP_NUM_THREADS, or 1, within the cores.
 
-    Threads of several workers, or sweeps, that share a core wait for each other most of the time.
-    So OMP_NUM_THREADS, which many machines set for all programs, is not taken beyond the cores.
+    Threads that share a core wait for each other most of the time. Many machines set
+    OMP_NUM_THREADS for all programs, so it is limited.
     """
     asked = (os.environ.get("OMP_NUM_THREADS") or "1").partition(",")[0].strip()
     if not (asked.isdecimal() and int(asked) >= 1):

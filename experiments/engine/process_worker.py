@@ -1,8 +1,8 @@
-"""A worker process: it trains what comes over a pipe, and sends back events.
+"""A worker process: it trains the jobs that it receives over a pipe, and sends events back.
 
-`processes.py` starts it as `python -m experiments.engine.process_worker FD`, not by a fork: its
-environment (threads, allocator) has to be set before it starts, and PyTorch's threads do not
-survive a fork. It ends with the main process, however that ends: a thread waits on the pipe.
+`processes.py` starts it as `python -m experiments.engine.process_worker FD`, without a fork: its
+environment (threads, allocator) must be set before it starts, and PyTorch's threads do not survive
+a fork. A thread waits on the pipe, so that the worker ends with the main process.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReference:
-    """Where a worker finds the data set: an entry of `cnn.data`'s cache.
+    """Where a worker finds the data set: in the cache of `cnn.data`.
 
-    The seed of a training is that of its split, too: another seed is another draw of all.
+    The seed of a training is also the seed of its split.
     """
 
     digest: str
     data_dir: Path
-    checked: FileStates | None = None
-    """See `cnn.data.open_cached`."""
+    checked: FileStates | None = None  # see `cnn.data.open_cached`
 
     def open(self, seed: int) -> Dataset:
         """Return the data set, split with a seed."""
@@ -47,27 +46,27 @@ class DataReference:
         return open_cached(self.digest, self.data_dir, seed, checked=self.checked)
 
     def checkpoints(self) -> Checkpoints:
-        """Return where the checkpoints of trainings on it are kept."""
+        """Return the checkpoints of trainings on it."""
         return Checkpoints(digest=self.digest, data_dir=self.data_dir)
 
 
 def _listen(connection: Connection, inbox: queue.SimpleQueue[Any], stopped: set[int]) -> None:
-    """Take in messages at once, so that a stop is heard during an epoch, and an end at any time."""
+    """Receive messages during training: a stop, or the end of the main process."""
     while True:
         try:
             message = connection.recv()
         except (EOFError, OSError):
-            os._exit(1)  # the main process is gone: nobody waits for what is under way
+            os._exit(1)  # the main process is gone
         if isinstance(message, int):
             stopped.add(message)
             continue
         if isinstance(message, tuple):
-            stopped.discard(message[0])  # a job that was stopped can be handed out again
+            stopped.discard(message[0])  # a stopped job can be submitted again
         inbox.put(message)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Be a worker: train what comes over the connection, until that closes."""
+    """Train the jobs from the connection until it closes."""
     connection = Connection(int(argv[0]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     reference: DataReference = inbox.get()
     opened = lru_cache(maxsize=1)(reference.open)
     checkpoints = reference.checkpoints()
-    opened(0)  # a worker that can't ends here, at no trial's cost
+    opened(0)  # an error here ends the worker and costs no trial
     while True:
         job, config = inbox.get()
         try:
@@ -94,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
             ):
                 connection.send(event)
         except Exception as error:
-            connection.send(JobFailed.by(error, job))
+            connection.send(JobFailed.from_error(error, job))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Processes of this machine that train what they are handed.
+"""Worker processes of this machine, in a `ProcessPool` of the main process.
 
-The main process has a `ProcessPool` of them. A worker starts once, opens the data (memory-mapped,
-so that all share it), and trains one job after another; what comes of it arrives as events. What
-runs in it is `process_worker.py`.
+A worker starts once, opens the data (memory-mapped, shared by all), and trains one job after
+another. Its results are events. `process_worker.py` runs in it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.engine.base import Event, JobEnded, JobFailed
-from experiments.engine.job import environment
+from experiments.engine.job import worker_variables
 from experiments.engine.process_worker import DataReference
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cnn.data import Dataset
 
 MAX_IDLE_DEATHS = 3
-"""Workers that die without a job are replaced so often: it is no trial's fault, but no accident."""
+"""Idle workers that died are replaced this many times; more deaths are no accident."""
 
 NOT_FOR_WORKERS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
@@ -37,10 +36,10 @@ class ProcessPool:
     """Worker processes of this machine, each with one job at a time.
 
     Args:
-        num_workers: how many processes.
-        num_threads: how many threads each has for its arithmetic.
-        gpus: what `visible_gpus` returns, for each worker to see one of them alone, in turns; none:
-            each sees what this process does.
+        num_workers: number of processes.
+        num_threads: of each worker's arithmetic.
+        gpus: from `visible_gpus`. Each worker sees one of them, in turns; without any, each sees
+            what this process sees.
     """
 
     def __init__(self, num_workers: int, *, num_threads: int = 1, gpus: Sequence[str] = ()) -> None:
@@ -52,7 +51,7 @@ class ProcessPool:
         self._workers = [_Worker(num_threads, gpu) for gpu in seen]
 
     def open(self, data: Dataset, data_dir: Path) -> None:
-        """Tell the workers which data to open; they do so while the caller goes on."""
+        """Send the workers the data to open; they open it in the background."""
         self._data = DataReference(
             digest=data.digest, data_dir=data_dir.resolve(), checked=data.checked
         )
@@ -60,38 +59,38 @@ class ProcessPool:
             worker.send(self._data)
 
     def hardware(self) -> str:
-        """Return what this machine is."""
+        """Return the hardware of this machine."""
         from cnn.devices import machine
 
         return machine()
 
     @property
     def num_idle(self) -> int:
-        """How many workers have nothing to do."""
+        """The number of idle workers."""
         return sum(worker.job is None for worker in self._workers)
 
     def submit(self, job: int, config: TrainConfig) -> None:
-        """Hand a job to an idle worker."""
+        """Give a job to an idle worker."""
         worker = next(worker for worker in self._workers if worker.job is None)
         if worker.process.poll() is not None:
-            # It died while it had nothing to do: no failure of the job that comes next.
+            # It died while idle, so the next job has not failed.
             worker = self._replace(worker, f"the worker process {worker.wait()}")
         worker.job = job
         worker.send((job, config))
 
     def stop(self, job: int) -> None:
-        """Have a job stop after the epoch under way; its `JobEnded` still comes."""
+        """Stop a job after its current epoch. Its `JobEnded` still comes."""
         for worker in self._workers:
             if worker.job == job:
                 worker.send(job)
 
     def forget(self, config: TrainConfig) -> None:
-        """Remove the checkpoint of a training that is over."""
+        """Remove the checkpoint of a training that ended."""
         assert self._data is not None
         self._data.checkpoints().remove(config)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        """Return the next events, or nothing after `timeout` seconds."""
         by_connection = {worker.connection: worker for worker in self._workers}
         events: list[Event] = []
         for connection in wait(list(by_connection), timeout):
@@ -102,14 +101,14 @@ class ProcessPool:
     def _receive(self, worker: _Worker) -> Iterator[Event]:
         try:
             event: Event = worker.connection.recv()
-        except (EOFError, OSError):  # the latter, where it died within a message
+        except (EOFError, OSError):  # OSError if it died within a message
             error = f"the worker process {worker.wait()}"
             self._replace(worker, error)
             if worker.job is not None:
                 yield JobFailed(job=worker.job, error=error, details="")
             return
         if isinstance(event, JobFailed):
-            # Whatever it is that raised, what comes next is not to be trained in the same process.
+            # After any error, the next job gets a new process.
             worker.close()
             self._replace(worker, event.error)
         elif isinstance(event, JobEnded):
@@ -119,16 +118,16 @@ class ProcessPool:
     def _replace(self, dead: _Worker, error: str) -> _Worker:
         self._num_idle_deaths += dead.job is None
         if self._num_idle_deaths > MAX_IDLE_DEATHS:
-            raise RuntimeError(f"{error} without a job, {self._num_idle_deaths} times by now")
+            raise RuntimeError(f"{error} without a job, {self._num_idle_deaths} times")
         fresh = _Worker(self._num_threads, dead.gpu)
         fresh.send(self._data)
         self._workers[self._workers.index(dead)] = fresh
         return fresh
 
     def close(self) -> None:
-        """End all workers at once, whatever they do."""
+        """Kill all workers."""
         for worker in self._workers:
-            worker.process.kill()  # all, before the first is waited for
+            worker.process.kill()  # all, before waiting for the first
         for worker in self._workers:
             worker.close()
 
@@ -140,14 +139,14 @@ class ProcessPool:
 
 
 class _Worker:
-    """The main process' end of a worker."""
+    """The main process' side of a worker."""
 
     def __init__(self, num_threads: int, gpu: str | None) -> None:
         self.gpu = gpu
         self.job: int | None = None
         self.connection, theirs = Pipe()
         variables = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
-        variables |= environment(num_threads)
+        variables |= worker_variables(num_threads)
         if gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = gpu
         with theirs:
@@ -157,22 +156,21 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 env=variables,
                 cwd=Path(__file__).parents[2],
-                # Ctrl-C at the terminal is for the main process: it decides what becomes of jobs.
+                # Ctrl-C at the terminal goes to the main process only, which stops the jobs.
                 start_new_session=True,
             )
 
     def send(self, message: object) -> None:
-        # A worker that has died is found by `wait`, which reads what it left first.
+        # `wait` finds a worker that died, and first reads its last messages.
         with suppress(ConnectionError):
             self.connection.send(message)
 
     def close(self) -> None:
-        """End the process at once."""
         self.process.kill()
         self.wait()
 
     def wait(self) -> str:
-        """Wait for the process, which has ended or is about to, and say how it ended."""
+        """Wait for the end of the process, and return how it ended."""
         self.connection.close()
         code = self.process.wait()
         if code < 0:
@@ -181,10 +179,10 @@ class _Worker:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs of this process that are there, as CUDA_VISIBLE_DEVICES names them.
+    """Return the GPUs that this process can use, as CUDA_VISIBLE_DEVICES names them.
 
-    CUDA takes names from the left, up to the first that is none of a GPU's: those are as many as
-    PyTorch counts. (CUDA C++ programming guide, "CUDA environment variables".)
+    CUDA reads the names from the left, up to the first that is not a GPU. PyTorch counts those.
+    (CUDA C++ programming guide, "CUDA environment variables".)
     """
     if not _has_cuda():  # PyTorch takes a second to import
         return []
@@ -196,13 +194,12 @@ def visible_gpus() -> list[str]:
         return [str(number) for number in range(count)]
     names = [name.strip() for name in named.split(",")]
     if count and names[0].startswith("MIG-"):
-        # Of the parts of a GPU a process uses and counts the first: each worker has its own.
+        # A process uses and counts only the first MIG part: each worker gets its own.
         return list(itertools.takewhile(lambda name: name.startswith("MIG-"), names))
     return names[:count]
 
 
 def _has_cuda() -> bool:
-    """Return whether a driver of CUDA's is installed."""
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1")
         return True

@@ -1,4 +1,4 @@
-"""A Ray cluster: joined or started, and what it has."""
+"""A Ray cluster: the connection to it, and its resources."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from cnn.devices import num_cores
 
 CONNECT_SECONDS = 5.0
 
-TOKENS = "RAY_AUTH_MODE, token or disabled, and the token have to be those of its nodes"
+TOKENS = "RAY_AUTH_MODE, token or disabled, and the token must be those of its nodes"
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster]:
-    """Be connected to a cluster, or to one of our own on this machine, which ends with the block.
+    """Connect to a cluster, or start our own on this machine, which ends with the block.
 
     Args:
-        address: `auto`, `ray://HOST:PORT`, `HOST:PORT`, or None for one of our own.
+        address: `auto`, `ray://HOST:PORT`, `HOST:PORT`, or None for our own.
 
     Raises:
-        ValueError: there is none, or it can't be used, in one line.
+        ValueError: there is no such cluster, or it can't be used, in one line.
     """
     _check_reachable(address)
     own: dict[str, Any] = {"num_cpus": num_cores(), "include_dashboard": False}
@@ -48,7 +48,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
             with _stderr_in(log):
                 ray.init(
                     address or "local",
-                    # What a node has installed of ours, or of another version, is not what is used.
+                    # Nodes use our code, not a version that they have installed.
                     runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
                     logging_level=logging.ERROR,
                     log_to_driver=False,
@@ -59,10 +59,10 @@ def connected(address: str | None) -> Iterator[Cluster]:
             if address is None:
                 raise ValueError(f"Ray can't be started: {one_line(error)}{where}") from error
             line = f"no Ray cluster can be used at --ray-address {address}: {one_line(error)}"
-            # A ValueError is of the address itself.
+            # A ValueError is about the address itself.
             hint = "" if isinstance(error, ValueError) else f" ({TOKENS})"
             raise ValueError(f"{line}{hint}{where}") from error
-        except SystemExit as error:  # what Ray's handler makes of a SIGTERM
+        except SystemExit as error:  # from Ray's handler of SIGTERM
             raise KeyboardInterrupt from error
         finally:
             for number, handler in handlers.items():  # Ray's own would abort this process
@@ -78,9 +78,9 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
 @contextmanager
 def _log() -> Iterator[IO[bytes]]:
-    """Open a file for what Ray has to say, which is dozens of lines, and remove it if it is empty.
+    """Open a temporary file for Ray's dozens of messages, and remove it if it is empty.
 
-    It stays in the folder for temporary files.
+    A file with messages stays.
     """
     with NamedTemporaryFile(prefix="ray-", suffix=".log", delete=False, buffering=0) as log:
         try:
@@ -91,14 +91,14 @@ def _log() -> Iterator[IO[bytes]]:
 
 
 def _where(log: IO[bytes]) -> str:
-    """Return where Ray's own lines are, to go on with a line of ours, if there are any."""
+    """Return a hint at Ray's own messages, if there are any, to end a message of ours."""
     return f": see {log.name}" if os.fstat(log.fileno()).st_size else ""
 
 
 @contextmanager
 def _stderr_in(log: IO[bytes]) -> Iterator[None]:
-    """Have what this process writes to standard error, Ray's C++ included, go to a file."""
-    if sys.__stderr__ is None:  # it was closed, and its number may be another file's by now
+    """Redirect the standard error of this process, with Ray's C++, to a file."""
+    if sys.__stderr__ is None:  # it was closed, and its number may be another file's now
         yield
         return
     kept = os.dup(2)
@@ -112,7 +112,7 @@ def _stderr_in(log: IO[bytes]) -> Iterator[None]:
 
 @contextmanager
 def _messages_in(log: IO[bytes]) -> Iterator[None]:
-    """Have what Ray tells of its nodes go to a file: a thread of its own would print it to ours."""
+    """Redirect Ray's messages from its nodes, which a thread would print, to a file."""
     printed = private.print_to_stdstream
 
     def write(data: Mapping[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001
@@ -126,10 +126,10 @@ def _messages_in(log: IO[bytes]) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Raise ValueError at once if nobody listens; Ray itself would ask for minutes."""
+    """Raise ValueError at once if nobody listens; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        return  # `auto`, or a form that Ray may know
+        return  # `auto`, or another form that Ray may know
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -138,17 +138,17 @@ def _check_reachable(address: str | None) -> None:
 
 
 class Cluster:
-    """The cluster that this process is connected to, as it is now."""
+    """The current state of the cluster that this process is connected to."""
 
     @property
     def nodes(self) -> list[Mapping[str, float]]:
-        """What each node has."""
+        """The resources of each node."""
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return [node["Resources"] for node in nodes if node["Alive"]]
 
     @property
     def gpus(self) -> float:
-        """How many GPUs all nodes have together."""
+        """The number of GPUs of all nodes."""
         return sum(node.get("GPU", 0.0) for node in self.nodes)
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class Cluster:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error of Ray says, in one line."""
+    """Return the message of a Ray error, in one line."""
     if isinstance(error, RayTaskError):
         error = error.cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Workers on a Ray cluster. Where they run, and what becomes of nodes, is Ray's work.
+"""Workers on a Ray cluster. Ray places them and watches the nodes.
 
-`RayPool` is to its caller what `ProcessPool` is. It goes without streaming, which Ray's client
-(`ray://`) has not: two calls of a worker are under way at a time, an epoch each.
+`RayPool` has the interface of `ProcessPool`. Ray's client (`ray://`) can't stream, so each call of
+a worker trains one epoch, and two calls are pending at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from cnn.devices import machine
 from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
 from experiments.engine.checkpoints import Checkpoints
-from experiments.engine.job import environment
+from experiments.engine.job import worker_variables
 from experiments.engine.ray_cluster import TOKENS, Cluster, one_line
 from experiments.engine.ray_worker import DatasetMeta, Step, WorkerInfo, actor_class, versions
 from tracking.errors import TransientError
@@ -31,17 +31,14 @@ if TYPE_CHECKING:
     from cnn.config import TrainConfig
     from cnn.data import Dataset
 
-STEPS_AHEAD = 2
-"""Calls under way of a worker that trains."""
-GROW_SECONDS = 5.0
-"""How often it is looked whether the cluster has room for more workers."""
-MAX_DEATHS = 3
-"""Workers that never came to work, in a row: more are no accident."""
+STEPS_AHEAD = 2  # pending calls of a worker that trains
+GROW_SECONDS = 5.0  # seconds between checks whether the cluster has room for more workers
+MAX_DEATHS = 3  # workers that died in a row before they were ready; more deaths are no accident
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a worker takes of a node. Fractions are allowed."""
+    """The resources of a worker. Fractions are allowed."""
 
     cpus: float
     gpus: float
@@ -51,7 +48,7 @@ class Needs:
             raise ValueError(f"--cpus-per-worker must be > 0, not {self.cpus:g}")
         if not 0 <= self.gpus < 1e6 or (self.gpus > 1 and self.gpus % 1):
             raise ValueError(
-                f"--gpus-per-worker must be a fraction of one, or whole ones: not {self.gpus:g}"
+                f"--gpus-per-worker must be a fraction of 1, or an integer, not {self.gpus:g}"
             )
 
     def __str__(self) -> str:
@@ -59,10 +56,10 @@ class Needs:
         return f"{self.cpus:g} CPUs{gpus}"
 
     def fit(self, resources: Mapping[str, float]) -> int:
-        """Return how many workers have room on a node."""
+        """Return how many workers fit on a node."""
         room = [resources.get("CPU", 0.0) / self.cpus]
         if self.gpus:
-            # Fractions of a GPU are of the same one.
+            # A worker's fraction must come from one GPU.
             whole = resources.get("GPU", 0.0)
             room.append(whole // self.gpus if self.gpus >= 1 else whole * (1 // self.gpus))
         return int(min(room) + 1e-9)
@@ -72,28 +69,21 @@ class Needs:
 class _Job:
     number: int
     config: TrainConfig
-    progress: int = 0
-    """Epochs that were told."""
-    lost_at: int = -1
-    """Its progress when a worker was lost with it."""
-    is_kept: bool = True
-    """Whether its checkpoints could be, so far."""
+    progress: int = 0  # the last epoch that was reported
+    lost_at: int = -1  # its progress when its last worker was lost
+    is_kept: bool = True  # whether all of its checkpoints were written
 
 
 @dataclass(eq=False)
 class _Worker:
-    """The driver's end of a worker."""
+    """The driver's side of a worker."""
 
     actor: Any
-    calls: list[Any]
-    """What it was asked for, and has not answered yet."""
-    place: WorkerInfo | None = None
-    """Where it is, once it has opened the data."""
-    is_ready: bool = False
-    """Whether it has, in the versions that this process has."""
+    calls: list[Any]  # calls without an answer yet
+    info: WorkerInfo | None = None  # where it is; None until it has opened the data
+    is_ready: bool = False  # whether it opened the data and has the same versions as this process
     job: _Job | None = None
-    turn: int = 0
-    """Of its job: what is left of an earlier one is of no interest."""
+    turn: int = 0  # the number of its job's turn; answers of earlier turns are ignored
 
     @property
     def is_idle(self) -> bool:
@@ -103,17 +93,15 @@ class _Worker:
 class RayPool:
     """Workers on the cluster that this process is connected to.
 
-    A node that disappears takes its workers with it: their jobs go on, each from the last
-    checkpoint that it sent, on the next worker that is idle. A job with which workers are lost
-    twice without an epoch in between has failed.
+    When a node is lost, the jobs of its workers resume on other workers, from the last checkpoint
+    that was sent. A job that loses two workers without an epoch in between has failed.
 
     Args:
-        needs: what a worker takes.
-        num_workers: how many there are to be, while the cluster has room; None: as many as it has
-            room for.
-        min_workers: how many `open` waits for.
-        timeout: for how many seconds it does.
-        checkpoint_seconds: how long a worker trains at least between two checkpoints that it sends.
+        needs: the resources of a worker.
+        num_workers: the number of workers; None: as many as fit on the cluster.
+        min_workers: the number of workers that `open` waits for.
+        timeout: how long it waits, in seconds.
+        checkpoint_seconds: minimum training time between two checkpoints that a worker sends.
     """
 
     def __init__(
@@ -135,30 +123,30 @@ class RayPool:
         self._refusals: dict[str, str] = {}
         self._next_look = 0.0
         self._checkpoints: Checkpoints
-        self._about: DatasetMeta
+        self._meta: DatasetMeta
         self._images: Any
         threads = max(1, int(needs.cpus))
-        self._how = (threads, checkpoint_seconds)
+        self._actor_args = (threads, checkpoint_seconds)
         self._new_actor = actor_class().options(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
             max_restarts=0,
-            runtime_env={"env_vars": environment(threads)},
+            runtime_env={"env_vars": worker_variables(threads)},
         )
 
     def open(self, data: Dataset, data_dir: Path) -> None:
-        """Start the workers, and wait for the first of them.
+        """Start the workers, and wait for `min_workers` of them.
 
-        The images are put into Ray's store once, and travel once to each node.
+        The images go into Ray's store once, and to each node once.
 
         Raises:
-            ValueError: no node of the cluster has room for a worker, the store none for the data,
-                or nodes have other versions.
-            TransientError: too few workers came.
+            ValueError: no node has room for a worker, the store has no room for the data, or nodes
+                have other versions.
+            TransientError: too few workers started in time.
         """
         pool = data.train.all_images.numpy()
         self._checkpoints = Checkpoints(digest=data.digest, data_dir=data_dir.resolve())
-        self._about = DatasetMeta(
+        self._meta = DatasetMeta(
             name=data.name,
             source=data.source,
             digest=data.digest,
@@ -183,7 +171,7 @@ class RayPool:
             if not said and self._timeout and not self.room():
                 said = True
                 print(
-                    f"note: {self.no_room()}; waiting {self._timeout:g} s for one that has",
+                    f"note: {self.no_room()}; waiting {self._timeout:g} s for more nodes",
                     file=sys.stderr,
                 )
             if self._refusals and not ready:
@@ -192,21 +180,21 @@ class RayPool:
                 if not self.room():
                     raise ValueError(self.no_room())
                 raise TransientError(
-                    f"{ready} of --min-workers {self._min_workers} workers began within "
+                    f"{ready} of --min-workers {self._min_workers} workers started within "
                     f"{self._timeout:g} s; {self.no_room()}"
                 )
             self.wait(0.2)
 
     def hardware(self) -> str:
-        """Return what the cluster has, and what the machine of this process is."""
+        """Return the hardware of the cluster and of this machine."""
         return f"Ray {ray.__version__}: {Cluster()}; driver: {machine()}"
 
     def room(self) -> int:
-        """Return how many workers the cluster has room for, if nobody else is there."""
+        """Return how many workers fit on the cluster if nobody else uses it."""
         return sum(self._needs.fit(node) for node in Cluster().nodes)
 
     def no_room(self) -> str:
-        """Return what to say where that is none."""
+        """Return the message for too little room."""
         return (
             f"there is room for {self.room()} of {self._min_workers} workers of {self._needs}: the "
             f"cluster has {Cluster()}"
@@ -214,18 +202,18 @@ class RayPool:
 
     @property
     def num_idle(self) -> int:
-        """How many workers have nothing to do."""
+        """The number of idle workers."""
         return max(0, sum(worker.is_idle for worker in self._workers) - len(self._queue))
 
     def submit(self, job: int, config: TrainConfig) -> None:
-        """Hand out a job; one that failed waits for the next worker."""
+        """Give a job to an idle worker, or queue it."""
         earlier = self._jobs.get(job)
         self._jobs[job] = _Job(job, config, lost_at=earlier.lost_at if earlier else -1)
         self._queue.append(self._jobs[job])
         self._dispatch()
 
     def stop(self, job: int) -> None:
-        """Have a job stop after the epoch under way. Nothing more is told of it."""
+        """Stop a job after its current epoch. It has no more events."""
         stopped = self._jobs.pop(job, None)
         if stopped is None:
             return
@@ -236,13 +224,13 @@ class RayPool:
                 worker.actor.stop.remote(worker.turn)
 
     def forget(self, config: TrainConfig) -> None:
-        """Remove the checkpoint of a training that is over."""
+        """Remove the checkpoint of a training that ended."""
         self._checkpoints.remove(config)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        """Return the next events, or nothing after `timeout` seconds."""
         self._grow()
-        # In order: the answer to a later call may be here first, as a model's weights take longer.
+        # In order: a model's weights take longer, so later answers may arrive first.
         by_ref = {worker.calls[0]: worker for worker in self._workers if worker.calls}
         if not by_ref:
             time.sleep(timeout)
@@ -260,14 +248,14 @@ class RayPool:
         try:
             answer: WorkerInfo | Step | None = ray.get(worker.calls.pop(0))
         except RayError as error:
-            return self._lose(worker, error)
+            return self._handle_loss(worker, error)
         if isinstance(answer, WorkerInfo):
-            self._welcome(worker, answer)
+            self._register(worker, answer)
         elif isinstance(answer, Step):
-            return self._take(worker, answer)
+            return self._handle_step(worker, answer)
         return []
 
-    def _take(self, worker: _Worker, step: Step) -> Sequence[Event]:
+    def _handle_step(self, worker: _Worker, step: Step) -> Sequence[Event]:
         job, event = worker.job, step.event
         assert job is not None
         if step.is_over:
@@ -277,52 +265,51 @@ class RayPool:
             worker.calls.append(worker.actor.step.remote(worker.turn))
         if event is None or self._jobs.get(job.number) is not job:  # it was stopped
             return []
-        events = self._keep(job, step.checkpoint)
+        events = self._write_checkpoint(job, step.checkpoint)
         if isinstance(event, EpochEnded):
             job.progress = event.number
         elif isinstance(event, JobEnded):
             del self._jobs[job.number]
-            # As they come they are read-only, which PyTorch does not like.
+            # They arrive read-only, and PyTorch warns of that.
             weights = {name: values.copy() for name, values in event.weights.items()}
             event = replace(event, weights=weights)
         elif isinstance(event, JobFailed):
-            # Whatever it is that raised, what comes next is not to be trained in the same process.
+            # After any error, the next job gets a new process.
             self._remove(worker)
         return [*events, event]
 
-    def _keep(self, job: _Job, checkpoint: bytes | None) -> Sequence[Event]:
+    def _write_checkpoint(self, job: _Job, checkpoint: bytes | None) -> Sequence[Event]:
         if checkpoint is None:
             return []
         try:
             self._checkpoints.write(job.config, checkpoint)
         except OSError as error:
-            was_kept, job.is_kept = job.is_kept, False  # once is enough
-            return [CheckpointLost.unkept(error, job.number)] if was_kept else []
+            was_kept, job.is_kept = job.is_kept, False  # report it once
+            return [CheckpointLost.unwritten(error, job.number)] if was_kept else []
         return []
 
-    def _welcome(self, worker: _Worker, place: WorkerInfo) -> None:
-        """Take note of a worker that is ready, though it may be none that can be used.
+    def _register(self, worker: _Worker, info: WorkerInfo) -> None:
+        """Register a worker that answered. One with other versions stays unused.
 
-        Such a one is kept, so that Ray puts no other in its place.
+        It is not removed, because Ray would start another one on the same node.
         """
         self._deaths = 0
         needed = versions()
-        worker.place, worker.is_ready = place, place.versions == needed
+        worker.info, worker.is_ready = info, info.versions == needed
         if not worker.is_ready:
             theirs, ours = (
                 ", ".join(f"{name} {version}" for name, version in each.items())
-                for each in (place.versions, needed)
+                for each in (info.versions, needed)
             )
-            self._refusals[place.node] = f"node {place.address} has {theirs}, not {ours}"
+            self._refusals[info.node] = f"node {info.address} has {theirs}, not {ours}"
 
-    def _lose(self, worker: _Worker, error: RayError) -> Sequence[Event]:
-        """Take note of a worker that is gone, and let its job go on elsewhere."""
-        where = f"on node {worker.place.address} " if worker.place else ""
+    def _handle_loss(self, worker: _Worker, error: RayError) -> Sequence[Event]:
+        where = f"on node {worker.info.address} " if worker.info else ""
         reason = f"the worker {where}was lost: {one_line(error)}"
         self._remove(worker)
         job = worker.job
         if job is None:
-            self._deaths += worker.place is None
+            self._deaths += worker.info is None
             if self._deaths > MAX_DEATHS:
                 raise TransientError(f"{reason}, {self._deaths} times in a row ({TOKENS})")
             return []
@@ -341,7 +328,6 @@ class RayPool:
             ray.kill(worker.actor)
 
     def _dispatch(self) -> None:
-        """Give idle workers the jobs that wait for one."""
         idle = [worker for worker in self._workers if worker.is_idle]
         while self._queue and idle:
             worker, job = idle.pop(), self._queue.popleft()
@@ -354,14 +340,13 @@ class RayPool:
             ]
 
     def _grow(self) -> None:
-        """Ask for the workers that are still to come.
+        """Request the workers that are missing.
 
-        Where their number is given, all are asked for, whether or not there is room: that is what
-        has a cluster of a cloud or of Kubernetes start more nodes.
+        A given number is requested even without room: that makes a cloud or Kubernetes start nodes.
         """
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + GROW_SECONDS
         for _ in range(len(self._workers), self._num_workers or self.room()):
-            actor = self._new_actor.remote(*self._how)
-            self._workers.append(_Worker(actor, [actor.open.remote(self._about, self._images)]))
+            actor = self._new_actor.remote(*self._actor_args)
+            self._workers.append(_Worker(actor, [actor.open.remote(self._meta, self._images)]))

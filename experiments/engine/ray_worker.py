@@ -1,4 +1,4 @@
-"""A worker on a Ray cluster: what runs in its process. It needs Ray, PyTorch and `cnn`."""
+"""A worker process on a Ray cluster. It needs Ray, PyTorch and `cnn`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetMeta:
-    """A data set as it travels, but for its images, which are an object of Ray's store."""
+    """A data set without its images, which are an object in Ray's store."""
 
     name: str
     source: str
@@ -43,29 +43,27 @@ class DatasetMeta:
             images=images, labels=self.labels, classes=self.classes, given_test=self.given_test
         )
         with warnings.catch_warnings():
-            # Ray's store is read-only, and shared by all workers of a node; nobody writes to it.
+            # Ray's store is read-only and shared by all workers of a node; nobody writes to it.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return split_pool(pool, self.digest, seed, name=self.name, source=self.source)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """Where a worker is, and with what it trains."""
+    """The node and the versions of a worker."""
 
-    node: str
-    """Its id."""
+    node: str  # its id
     address: str
     versions: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What came of a step of a job: of an epoch, mostly."""
+    """The result of a step of a job, usually an epoch."""
 
     event: Event | None = None
     checkpoint: bytes | None = None
-    is_over: bool = True
-    """Nothing more comes of the job."""
+    is_over: bool = True  # whether it is the last step of the job
 
 
 def versions() -> dict[str, str]:
@@ -76,14 +74,14 @@ def versions() -> dict[str, str]:
 
 
 class RayWorker:
-    """Trains one job at a time, an epoch a call, so that the driver hears of each.
+    """Trains one job at a time, an epoch per call, so that the driver sees each epoch.
 
-    Two calls of `step` are under way at a time: a driver that is busy keeps no worker waiting.
-    `stop` does not wait for them, for it has a thread of its own.
+    Two calls of `step` are pending at a time, so that no worker waits for a busy driver. `stop`
+    has its own thread and does not wait for them.
 
     Args:
         num_threads: of its arithmetic.
-        checkpoint_seconds: how long it trains at least between two checkpoints that it sends.
+        checkpoint_seconds: minimum training time between two checkpoints that it sends.
     """
 
     def __init__(self, num_threads: int, checkpoint_seconds: float) -> None:
@@ -92,15 +90,15 @@ class RayWorker:
         self._steps: Iterator[Step] = iter(())
 
     def open(self, about: DatasetMeta, images: npt.NDArray[np.uint8]) -> WorkerInfo:
-        """Open the data set, and say where that is.
+        """Open the data set, and return the worker's node and versions.
 
         Args:
-            about: all of it but its images.
-            images: (M, 32, 32, 3), mapped from Ray's store.
+            about: the data set without its images.
+            images: (M, 32, 32, 3), memory-mapped from Ray's store.
         """
         self._opened = lru_cache(maxsize=1)(lambda seed: about.split(images, seed))
         self._opened(0)
-        import cnn.training  # noqa: F401 - so that the first job does not wait for it
+        import cnn.training  # noqa: F401 - saves the first job the import
 
         context = ray.get_runtime_context()
         return WorkerInfo(
@@ -110,20 +108,20 @@ class RayWorker:
         )
 
     def begin(self, turn: int, job: int, config: TrainConfig, checkpoint: bytes | None) -> None:
-        """Begin a job: calls of `step` with this turn are steps of it."""
-        set_arithmetic(self._num_threads)  # of a thread, and this is the one that trains
+        """Begin a job. Calls of `step` with this turn are its steps."""
+        set_arithmetic(self._num_threads)  # it applies to the thread, and this one trains
         self._turn = turn
         self._steps = self._train(job, config, checkpoint)
 
     def step(self, turn: int) -> Step:
-        """Go on with the job of a turn, and return what came of it."""
+        """Take the next step of the turn's job, and return its result."""
         if turn != self._turn or turn <= self._stopped:
             return Step()
         return next(self._steps, Step())
 
     @ray.method(concurrency_group="control")
     def stop(self, turn: int) -> None:
-        """Let the epoch under way be the last of the job of a turn."""
+        """Stop the turn's job after its current epoch."""
         self._stopped = turn
 
     def _train(self, job: int, config: TrainConfig, checkpoint: bytes | None) -> Iterator[Step]:
@@ -139,10 +137,10 @@ class RayWorker:
                 kept.clear()
                 yield Step(event=event, checkpoint=latest, is_over=isinstance(event, JobEnded))
         except Exception as error:
-            yield Step(event=JobFailed.by(error, job))
+            yield Step(event=JobFailed.from_error(error, job))
 
 
 def actor_class() -> Any:
-    """Return the class as an actor of Ray's."""
+    """Return the class as a Ray actor."""
     remote: Any = ray.remote  # its stubs know no groups
     return remote(concurrency_groups={"control": 1})(RayWorker)

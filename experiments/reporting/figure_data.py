@@ -1,4 +1,4 @@
-"""Tables that the figures of a comparison's report show; each is written as CSV beside them."""
+"""The tables behind the figures of a comparison's report; each is also a CSV file."""
 
 from __future__ import annotations
 
@@ -23,28 +23,25 @@ def losses_of(results: Results) -> list[str]:
 
 
 def best_settings(results: Results) -> pd.DataFrame:
-    """Return the row of `results.trials` with the best setting of each loss that has one.
+    """Return the row of `results.trials` with each loss' best configuration, if it has one.
 
-    The best is the first complete trial of `best_first`: the one whose setting is confirmed.
+    The best is the first complete trial of `best_first`, the one that is confirmed.
     """
     complete = results.trials[results.trials["outcome"] == "complete"]
     ordered = best_first(complete.dropna(subset="val_accuracy"))
     return ordered.drop_duplicates("loss").set_index("loss", drop=False)
 
 
-# Accuracy against budget
-
-
 def draws_are_independent(results: Results) -> bool:
-    """Return whether the settings were drawn so that expected validation performance is defined."""
+    """Return whether the draws were independent, which expected validation performance needs."""
     return bool(results.plan["sampler"] == "random")
 
 
 def expected_best(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the expected maximum of k = 1, …, n draws, estimated without bias from n of them.
 
-    That is the mean of the maximum over all subsets of k draws (Tang et al. 2020, "Showing Your
-    Work Doesn't Always Work"), where Dodge et al. 2019 draw with replacement, which is too low.
+    It is the mean of the maximum over all subsets of k draws (Tang et al. 2020, "Showing Your Work
+    Doesn't Always Work"). Dodge et al. 2019 draw with replacement, which gives too low values.
 
     Args:
         values: (n,) independent draws.
@@ -63,10 +60,10 @@ def expected_best(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDAr
 
 
 def budget(results: Results) -> pd.DataFrame:
-    """Return `loss`, `trials` and the expected best `val_accuracy` of so many trials.
+    """Return `loss`, `trials` and the expected best `val_accuracy` of that many trials.
 
-    Diverged trials count with the accuracy that they had; failed ones, which have none, don't.
-    There are no rows if the trials are no independent draws.
+    Diverged trials count with their last accuracy; failed ones have none. There are no rows unless
+    the draws were independent.
     """
     rows = []
     if draws_are_independent(results):
@@ -79,15 +76,12 @@ def budget(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["loss", "trials", "val_accuracy"])
 
 
-# Learning curves
-
-
 def learning_curves(results: Results) -> pd.DataFrame:
-    """Return means and ranges over the trainings of each loss' best setting, epoch by epoch.
+    """Return means and ranges over the trainings of each loss' best configuration, epoch by epoch.
 
-    Those are its repeats on fresh seeds, or, as long as there are none, the one training of the
-    search: `stage` says which. Of several, those that came to the last epoch: a mean of which some
-    drop out on the way would be a curve that no training has. `trainings` is how many they are.
+    These are its repeats on fresh seeds (`stage` is confirm), or the search's one training if there
+    are no repeats. Trainings that ended before the last epoch are left out, so that each mean is
+    over the same ones; `trainings` counts them.
     """
     parts: list[pd.DataFrame] = []
     best = best_settings(results)
@@ -113,9 +107,6 @@ def learning_curves(results: Results) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# The search
-
-
 ALL_LOSSES = "all losses"
 
 
@@ -134,7 +125,7 @@ def importances(results: Results) -> pd.DataFrame:
 
 
 def study_importances(study: optuna.Study) -> dict[str, float]:
-    """Return how much each parameter of a study that varied matters; nothing if that is unknown."""
+    """Return the importance of each parameter that varied; empty if it is unknown."""
     import optuna
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -145,7 +136,7 @@ def study_importances(study: optuna.Study) -> dict[str, float]:
 
 
 def varied_parameters(study: optuna.Study) -> list[str]:
-    """Return the parameters of which a study has tried more than one value."""
+    """Return the parameters with more than one value in a study."""
     import optuna
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -157,9 +148,9 @@ def varied_parameters(study: optuna.Study) -> list[str]:
 
 
 def joint_study(results: Results) -> optuna.Study:
-    """Return one study of the finished trials of all losses, with the loss as a parameter.
+    """Return one study of the complete trials of all losses, with the loss as a parameter.
 
-    Its values are escaped, as Plotly reads some HTML.
+    The names of losses are escaped, because Plotly reads some HTML.
     """
     import optuna
     from optuna.distributions import CategoricalDistribution
@@ -182,13 +173,10 @@ def joint_study(results: Results) -> optuna.Study:
     return joint
 
 
-# Confusions, time
-
-
 def confusions(results: Results) -> pd.DataFrame:
     """Return `loss`, `true`, `predicted`, `images` and their `share` of the true class.
 
-    Pairs without images are left out: of K classes there are K² pairs.
+    Of the K² pairs of classes, those without images are left out.
     """
     parts = []
     classes = np.array(results.classes, dtype=object)
@@ -214,7 +202,7 @@ def confusions(results: Results) -> pd.DataFrame:
 
 
 def most_confused(counts: npt.NDArray[np.int64], number: int) -> list[tuple[int, int]]:
-    """Return the pairs of a true class and another, predicted one that are the most frequent."""
+    """Return the most frequent pairs of a true and another, predicted class."""
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:number]
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
@@ -222,10 +210,9 @@ def most_confused(counts: npt.NDArray[np.int64], number: int) -> list[tuple[int,
 
 
 def speed(results: Results) -> pd.DataFrame:
-    """Return the time that trainings took, for each loss and batch size.
+    """Return the time of trainings, for each loss and batch size, search and repeats together.
 
-    `seconds` is the mean of a training, `seconds_in_all` the sum of all, `images_per_second` the
-    median. Search and repeats are taken together.
+    `seconds` is the mean of a training, `seconds_in_all` the sum, `images_per_second` the median.
     """
     columns = ["loss", "batch_size", "seconds", "images_per_second"]
     frames = [frame[columns] for frame in (results.trials, results.repeats) if len(frame)]

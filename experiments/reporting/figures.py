@@ -1,28 +1,25 @@
-"""What the figures of a comparison's report show.
-
-Those that answer its question are small ones, one a loss; Optuna's own plots are interactive.
-"""
+"""The figures of a comparison's report that are small multiples, a panel for each loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from experiments.comparison.results import Results
 from experiments.reporting.figure_data import best_settings, budget, learning_curves, losses_of
-from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallFigures
+from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallMultiples
 from tracking.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which is too
-# faint on white, and black, which is not seen in the dark. A marker or a dash goes with each.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without yellow (too faint on
+# white) and black (invisible in dark mode). Each has a marker or a dash.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -33,10 +30,17 @@ _BLUE = (0.0, 0x72 / 255, 0xB2 / 255)
 """The first of the colours."""
 
 
-class LearningRates(SmallFigures):
+class LearningRates(SmallMultiples):
     """Accuracy against learning rate, a marker a batch size; hollow where training diverged."""
 
-    has_key = True
+    name = "learning_rates"
+    data = "trials"
+    title = "Accuracy against learning rate"
+    caption = (
+        "Validation accuracy of the last epoch, for each loss and batch size; one point is one "
+        "training. All losses have the same axes, over the whole range of the search."
+    )
+    has_legend = True
 
     def __init__(self, results: Results) -> None:
         self.plan = results.plan
@@ -47,27 +51,16 @@ class LearningRates(SmallFigures):
         self._limits = _limits(self.trials["val_accuracy"])
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
-        """Draw the figure of a loss."""
+        """Draw the panel of a loss."""
         trials = self.trials[self.trials["loss"] == loss].sort_values("learning_rate")
         for size, color, marker in self._looks():
             of_size = trials[trials["batch_size"] == size]
-            is_whole = of_size["outcome"] == "complete"
-            for rows, line, face, edge, width in (
-                (of_size[is_whole], "-", color, palette.ink, 0.6),
-                (of_size[~is_whole], "none", "none", color, 1.4),
+            is_complete = of_size["outcome"] == "complete"
+            for rows, look in (
+                (of_size[is_complete], _filled(color, palette)),
+                (of_size[~is_complete], _hollow(color)),
             ):
-                axes.plot(
-                    rows["learning_rate"],
-                    rows["val_accuracy"],
-                    color=color,
-                    linestyle=line,
-                    linewidth=1,
-                    marker=marker,
-                    markersize=7,
-                    markerfacecolor=face,
-                    markeredgecolor=edge,
-                    markeredgewidth=width,
-                )
+                axes.plot(rows["learning_rate"], rows["val_accuracy"], marker=marker, **look)
         low, high = self.plan["learning_rate_min"], self.plan["learning_rate_max"]
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
@@ -78,7 +71,7 @@ class LearningRates(SmallFigures):
         _accuracy_axis(axes, self._limits)
 
     def describe(self, loss: str) -> str:
-        """Return what is to be seen in it, in words."""
+        """Describe the panel of a loss in words."""
         outcomes = self.all_trials.loc[self.all_trials["loss"] == loss, "outcome"]
         counts = outcomes.value_counts()
         words = [f"{counts[what]} {what}" for what in ("diverged", "failed") if what in counts]
@@ -91,36 +84,16 @@ class LearningRates(SmallFigures):
             f"{row['learning_rate']:.3g}, batch size {row['batch_size']:.0f}"
         )
 
-    def key(self, palette: Palette) -> list[Line2D]:
-        """Return what the markers are."""
+    def legend(self, palette: Palette) -> list[Line2D]:
+        """Return an entry for each batch size, and one for trials that diverged."""
         from matplotlib.lines import Line2D
 
-        entries = [
-            Line2D(
-                [],
-                [],
-                color=color,
-                linewidth=1,
-                marker=marker,
-                markersize=7,
-                markeredgecolor=palette.ink,
-                markeredgewidth=0.6,
-                label=f"batch size {size}",
-            )
+        sizes = [
+            Line2D([], [], marker=marker, label=f"batch size {size}", **_filled(color, palette))
             for size, color, marker in self._looks()
         ]
-        hollow = Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker="o",
-            markersize=7,
-            markerfacecolor="none",
-            markeredgecolor=palette.ink,
-            markeredgewidth=1.4,
-            label="hollow: diverged",
-        )
-        return [*entries, hollow]
+        hollow = Line2D([], [], marker="o", label="hollow: diverged", **_hollow(palette.ink))
+        return [*sizes, hollow]
 
     def _looks(self) -> list[tuple[int, str, str]]:
         """Return the batch sizes, each with its colour and marker."""
@@ -131,8 +104,27 @@ class LearningRates(SmallFigures):
         ]
 
 
-class Budget(SmallFigures):
+def _filled(color: str, palette: Palette) -> dict[str, Any]:
+    edge = {"markersize": 7, "markeredgecolor": palette.ink, "markeredgewidth": 0.6}
+    return {"color": color, "linewidth": 1, **edge}
+
+
+def _hollow(color: str) -> dict[str, Any]:
+    edge = {"markersize": 7, "markeredgecolor": color, "markeredgewidth": 1.4}
+    return {"linestyle": "none", "markerfacecolor": "none", **edge}
+
+
+class Budget(SmallMultiples):
     """Expected best accuracy against the number of trials."""
+
+    name = data = "budget"
+    title = "Accuracy against budget"
+    caption = (
+        "The expected best validation accuracy of a number of trials with random configurations "
+        "(expected validation performance, Dodge et al. 2019, with the unbiased estimator of Tang "
+        "et al. 2020): thick the loss, thin the others. Diverged trials count with their last "
+        "accuracy. The right end is the best of all trials, which is too high."
+    )
 
     def __init__(self, results: Results) -> None:
         self.table = budget(results)
@@ -140,13 +132,13 @@ class Budget(SmallFigures):
         self._limits = _limits(self.table["val_accuracy"])
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
-        """Draw the figure of a loss: its own curve, and those of the others behind."""
+        """Draw the panel of a loss: its own curve, with those of the others behind it."""
         _draw_among_others(axes, self.table, "trials", loss, palette)
         _count_axis(axes, self.table["trials"].max(), "trials")
         _accuracy_axis(axes, self._limits)
 
     def describe(self, loss: str) -> str:
-        """Return what is to be seen in it, in words."""
+        """Describe the panel of a loss in words."""
         rows = self.table[self.table["loss"] == loss]
         if rows.empty:
             return "no trial has an accuracy"
@@ -157,8 +149,16 @@ class Budget(SmallFigures):
         return f"{text}, {percent(last['val_accuracy'])} of the best of {last['trials']}"
 
 
-class LearningCurves(SmallFigures):
-    """Accuracies against epochs, at the best setting, with a band over the seeds."""
+class LearningCurves(SmallMultiples):
+    """Accuracies against epochs, at the best configuration, with a band over the seeds."""
+
+    name = data = "learning_curves"
+    title = "Learning curves"
+    caption = (
+        "Validation accuracy of each loss at its best configuration, epoch by epoch: thick the "
+        "mean, the band from the lowest to the highest seed, dashed the mean training accuracy, "
+        "thin the means of the other losses."
+    )
 
     def __init__(self, results: Results) -> None:
         self.table = learning_curves(results)
@@ -169,7 +169,7 @@ class LearningCurves(SmallFigures):
         self._limits = _limits(self.table[shown].to_numpy(float).ravel())
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
-        """Draw the figure of a loss: its own curves, and the means of the others behind."""
+        """Draw the panel of a loss: its own curves, with the means of the others behind them."""
         rows = self.table[self.table["loss"] == loss]
         low, high = rows["val_accuracy_low"], rows["val_accuracy_high"]
         axes.fill_between(rows["epoch"], low, high, color=palette.accent, alpha=0.3, linewidth=0)
@@ -181,28 +181,34 @@ class LearningCurves(SmallFigures):
         _accuracy_axis(axes, self._limits)
 
     def describe(self, loss: str) -> str:
-        """Return what is to be seen in it, in words."""
+        """Describe the panel of a loss in words."""
         rows = self.table[self.table["loss"] == loss]
         if rows.empty:
-            return "no training of a setting that was chosen"
+            return "no training of the best configuration"
         last = rows.iloc[-1]
         if last["stage"] == "search":
-            of = "of one training, of the search"
+            of = "of one training of the search"
         else:
             of = f"in the mean of {_counted(last['trainings'], 'seed')}"
             if last["trainings"] < self.repeats[loss]:
-                of += f" of {self.repeats[loss]} (the others ended before)"
+                of += f" of {self.repeats[loss]} (the others ended early)"
         return (
             f"{percent(last['val_accuracy'])} after {_counted(last['epoch'], 'epoch')} {of}; "
             f"in training {percent(last['train_accuracy'])}"
         )
 
 
-class Confusions(SmallFigures):
-    """Confusion matrices, each row in percent of its true class' images."""
+class Confusions(SmallMultiples):
+    """Confusion matrices; each row is in percent of its true class' images."""
 
+    name = data = "confusions"
+    title = "Confusion matrices"
+    caption = (
+        "The predictions for each true class, in percent of its test images, over all repeats; "
+        "shaded by the square root, so that a confusion of a few percent is visible."
+    )
     height = 340
-    # With how many classes the cells have numbers, and the axes names.
+    # With more classes, cells have no numbers, and axes no names.
     most_numbers: ClassVar[int] = 12
     most_names: ClassVar[int] = 30
     longest_name: ClassVar[int] = 16
@@ -217,11 +223,11 @@ class Confusions(SmallFigures):
         self.margins = (margin, margin)
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
-        """Draw the figure of a loss."""
+        """Draw the panel of a loss."""
         counts = self.counts[loss]
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        # By the square root, so that a confusion of some percent is seen. What is transparent has
-        # the colour of the page.
+        # The square root makes a confusion of a few percent visible. Transparent cells have the
+        # page's colour.
         shades = np.empty((*shares.shape, 4))
         shades[..., :3], shades[..., 3] = _BLUE, np.sqrt(shares)
         axes.imshow(shades, interpolation="none", aspect="auto")
@@ -232,23 +238,23 @@ class Confusions(SmallFigures):
                 text = axes.text(predicted, true, f"{100 * share:.0f}", color=color, fontsize=9)
                 text.set(ha="center", va="center")
         places, size = range(len(self.names)), FONT_SIZE - 2 if has_numbers else 7
-        # As they are: a name may have dollar signs, between which Matplotlib reads mathematics.
+        # Matplotlib would read mathematics between dollar signs in a name.
         axes.set_xticks(places, self.names, rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(places, self.names, fontsize=size, parse_math=False)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
 
     def describe(self, loss: str) -> str:
-        """Return what is to be seen in it, in words."""
+        """Describe the panel of a loss in words."""
         if loss not in self.counts:
-            return "no model of it was shown the test split"
+            return "none of its models has seen the test split"
         counts = self.counts[loss]
         right = percent(np.trace(counts) / counts.sum())
         return f"{right} of {counts.sum():,} images right, over all repeats"
 
 
 def _present(results: Results, losses: Iterable[str]) -> list[str]:
-    """Return those of some losses that are compared, in the order of the plan."""
+    """Return those of the losses that are compared, in the order of the plan."""
     there = set(losses)
     return [loss for loss in losses_of(results) if loss in there]
 
@@ -285,7 +291,7 @@ def _count_axis(axes: Axes, last: int, label: str) -> None:
 
 
 def _limits(shares: Iterable[float]) -> tuple[float, float]:
-    """Return the limits of an axis that all the small figures have."""
+    """Return the limits of the axis that all panels share."""
     values = pd.Series(list(shares), dtype=float).dropna()
     if values.empty:
         return 0.0, 1.0
@@ -295,7 +301,7 @@ def _limits(shares: Iterable[float]) -> tuple[float, float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Return the powers of ten in a range, or its ends, if there are less than two."""
+    """Return the powers of ten in a range, or its ends if there are fewer than two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     powers = [float(f"1e{exponent}") for exponent in range(first, last + 1)]
     return powers if len(powers) > 1 else [low, high]
@@ -306,5 +312,5 @@ def _counted(number: int, what: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a reader reads it."""
+    """Return a share in percent, with one decimal."""
     return f"{100 * share:.1f} %"

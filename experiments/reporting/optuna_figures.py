@@ -1,4 +1,4 @@
-"""Optuna's own figures of the searches."""
+"""Optuna's own, interactive figures of the searches."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def optuna_figures(results: Results) -> dict[str, go.Figure]:
     """Return Optuna's plots of the search: history, importances, parallel coordinates.
 
-    One is left out if there is nothing to be drawn. Their texts and lines have the colours that the
-    page gives them.
+    A plot without data is left out. The page sets the colours of texts and lines.
     """
     from optuna import visualization
 
@@ -68,11 +67,9 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
 
 
 def _name_traces(history: go.Figure, losses: Sequence[str]) -> None:
-    """Have a loss' trials and its best so far be one entry of the legend, with a look of its own.
+    """Make a loss' trials and its best so far one entry of the legend, with a style of its own.
 
-    Args:
-        history: three traces for each study: trials, best so far, infeasible trials (none).
-        losses: of the studies.
+    `history` has three traces for each loss: trials, best so far, infeasible trials (none).
     """
     for number, loss in enumerate(losses):
         color = COLORS[number % len(COLORS)]
@@ -93,12 +90,11 @@ def _name_traces(history: go.Figure, losses: Sequence[str]) -> None:
 
 
 def _shade_lines(parallel: go.Figure) -> None:
-    """Have better trials be stronger lines: of Optuna's blues, some are lost on paper or screen.
+    """Draw better trials as stronger lines; some of Optuna's blues are too faint.
 
-    Args:
-        parallel: a trace for each trial, the objective first, from 0 to 1; the last is a key.
+    `parallel` has a trace for each trial, with the objective (0 to 1) first, and a colour bar.
     """
-    *trials, key = parallel.data
+    *trials, color_bar = parallel.data
     for trial in trials:
         trial.update(line_color=COLORS[0], opacity=0.15 + 0.85 * trial.y[0])
-    key.marker.showscale = False
+    color_bar.marker.showscale = False

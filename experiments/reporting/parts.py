@@ -1,4 +1,4 @@
-"""What a report consists of, whatever it is rendered to: sections of tables, figures and texts."""
+"""The parts of a report, for every format: sections of tables, figures and texts."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.reporting.small_multiples import Panel, SmallFigures
+from experiments.reporting.small_multiples import Panel, SmallMultiples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as it is shown."""
+    """A table of texts."""
 
     caption: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
-    """Texts; the first of a row is what the row is about."""
+    """Texts; the first of a row names it."""
     data: str = ""
-    """Of which of `TABLES` it is."""
+    """The entry of `TABLES` with its data."""
     kind: str = "table"
-    """Or facts: each row a word and a text."""
+    """table, or facts: each row is a word and a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Small figures, one a loss."""
+    """Small multiples, a panel for each loss."""
 
-    name: str
-    """Of `FIGURES`."""
-    caption: str
-    small: SmallFigures
+    multiples: SmallMultiples
     panels: Sequence[Panel]
-    data: str
     kind: str = "gallery"
 
 
@@ -45,7 +41,7 @@ class Plot:
     name: str
     caption: str
     figure: Mapping[str, Any]
-    """As Plotly's script takes it."""
+    """For Plotly's script."""
     data: str
     kind: str = "plot"
 
@@ -71,11 +67,11 @@ class Report:
     warnings: Sequence[str]
     sections: Sequence[Section]
     tables: Mapping[str, pd.DataFrame]
-    """Each of `TABLES`."""
+    """By the names of `TABLES`."""
 
 
 def interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> str:
-    """Return the mean of a measure, with its interval if there is one."""
+    """Return the mean of a metric, with its interval if there is one."""
     mean = row.get(f"{name}_mean", row.get(name))
     low, high = factor * row[f"{name}_low"], factor * row[f"{name}_high"]
     text = number(factor * mean, digits)
@@ -83,13 +79,13 @@ def interval(row: Mapping[Any, Any], name: str, factor: float, digits: str) -> s
 
 
 def lead(pair: Mapping[Any, Any]) -> str:
-    """Return how many points the first of a pair is ahead, with the interval if there is one."""
+    """Return the lead of the first of a pair in points, with the interval if there is one."""
     ends = {f"difference_{end}": pair[end] for end in ("low", "high")}
     return interval({"difference": pair["difference"], **ends}, "difference", 100, "+.2f")
 
 
 def number(value: Any, digits: str) -> str:
-    """Return a number as it is shown, if there is one."""
+    """Return a number as text, and a dash for NaN."""
     return "–" if pd.isna(value) else f"{value:{digits}}".replace("-", "−")
 
 

@@ -1,10 +1,11 @@
-"""The report of a comparison as a page, as Markdown, and as tables and figures beside both."""
+"""The report of a comparison as a page and as Markdown, with CSV and PNG files."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ from markupsafe import Markup
 
 from experiments.reporting.parts import Gallery, Report
 from experiments.reporting.sections import FIGURES, TABLES
-from experiments.reporting.small_multiples import SmallFigures, key, sheet
+from experiments.reporting.small_multiples import SmallMultiples, draw_legend, draw_png
 from tracking.files import open_folder, writing
-from tracking.prediction.formats import Csv
+from tracking.prediction.formats import to_csv
 from tracking.text import escaped, printable
 
 if TYPE_CHECKING:
@@ -33,17 +34,17 @@ FILES = (
     "report.md",
     "report.html",
 )
-"""All that a report may have. Each is whole by itself; the page comes last."""
+"""All files that a report may have, in the order in which they are replaced."""
 
 _EMBEDDED_BYTES = 500_000
-"""Of a table that is part of the page; a larger one is beside it only."""
+"""The page includes the data of tables up to this size."""
 
 
 def contents(report: Report) -> dict[str, bytes]:
     """Return those of `FILES` that a report has."""
     tables = {f"data/{name}.csv": csv(table) for name, table in report.tables.items()}
     pictures = {
-        f"figures/{item.name}.png": sheet(item.small)
+        f"figures/{item.multiples.name}.png": draw_png(item.multiples)
         for section in report.sections
         for item in section.items
         if isinstance(item, Gallery)
@@ -53,26 +54,26 @@ def contents(report: Report) -> dict[str, bytes]:
 
 
 def csv(table: pd.DataFrame) -> bytes:
-    """Return a table as CSV of which a spreadsheet takes no text for a formula."""
+    """Return a table as CSV in which a spreadsheet finds no formula."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     fields = [
         field.with_type(pa.string()) if field.type in _TEXTS else field for field in arrow.schema
     ]
     arrow = arrow.replace_schema_metadata().cast(pa.schema(fields))
-    return Csv().begin(arrow.schema) + Csv().rows(arrow)
+    return to_csv(arrow)
 
 
 _TEXTS = (pa.large_string(), pa.string_view(), pa.null())
 
 
 def html(report: Report) -> str:
-    """Return a page that needs nothing but itself: it forbids itself to load anything."""
+    """Return a page that loads nothing, and whose policy forbids it to."""
     from plotly.offline import get_plotlyjs
 
     data = {name: _embedded(table) for name, table in report.tables.items()}
     environment = _environment(autoescape=True)
-    environment.filters |= {"codes": _codes_in_html, "printable": printable, "key": _key}
-    # Line ends as the browser sees them, whose digest of a script it is that counts.
+    environment.filters |= {"codes": _codes_in_html, "printable": printable, "legend": _legend}
+    # The browser computes a script's digest with these line ends.
     scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), _source("report.js"))]
     assert not any("</script" in text.lower() or "<!--" in text for text in scripts)
     has_plots = any(item.kind == "plot" for part in report.sections for item in part.items)
@@ -93,12 +94,12 @@ def markdown(report: Report) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _key(small: SmallFigures) -> Markup:
-    return Markup(key(small))  # noqa: S704 - Matplotlib escapes what is in it
+def _legend(multiples: SmallMultiples) -> Markup:
+    return Markup(draw_legend(multiples))  # noqa: S704 - Matplotlib escapes its content
 
 
 class _Verbatim(str):
-    """A text that goes into Markdown as it is."""
+    """A text that is Markdown already."""
 
 
 def _finalized(value: Any) -> str:
@@ -106,29 +107,25 @@ def _finalized(value: Any) -> str:
 
 
 def _codes_in_html(text: str) -> Markup:
-    """Return a text with what is between backticks as code."""
-    parts = _CODE.split(printable(text))
+    """Return a text whose parts between backticks are code."""
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if is_code else part
-        for part, is_code in zip(parts, cycle((False, True)))
+        for part, is_code in _codes(text)
     )
 
 
 def _codes_in_markdown(text: str) -> str:
-    parts = _CODE.split(printable(text))
-    return _Verbatim(
-        "".join(
-            f"`{part}`" if is_code else escaped(part)
-            for part, is_code in zip(parts, cycle((False, True)))
-        )
-    )
+    parts = (f"`{part}`" if is_code else escaped(part) for part, is_code in _codes(text))
+    return _Verbatim("".join(parts))
 
 
-_CODE = re.compile(r"`([^`]+)`")
+def _codes(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a text, and whether each was between backticks."""
+    yield from zip(re.split(r"`([^`]+)`", printable(text)), cycle((False, True)))
 
 
 def _environment(**options: Any) -> jinja2.Environment:
-    return jinja2.Environment(  # noqa: S701 - the page has autoescape, Markdown its own
+    return jinja2.Environment(  # noqa: S701 - the page has autoescape, Markdown `_finalized`
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -154,11 +151,11 @@ def _embedded(table: pd.DataFrame) -> str:
 def write_report(results: Results, assessment: Assessment, folder: Path) -> None:
     """Write report.html, report.md, and the data and figures of both, to a folder.
 
-    The same results give the same bytes. If there is no folder yet, it is there with all files or
-    not at all; in one that is there, each file is replaced as a whole, and others stay.
+    The same results give the same bytes. A new folder appears with all files or not at all. In an
+    existing one, each file is replaced as a whole, and other files stay.
 
     Raises:
-        TransientError: the disk said no.
+        TransientError: the disk is full or read-only.
     """
     from experiments.reporting.sections import make
 

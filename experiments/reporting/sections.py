@@ -1,11 +1,12 @@
-"""What is in the report of a comparison: texts, tables and figures, section by section."""
+"""The content of a comparison's report: texts, tables and figures, section by section."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -23,46 +24,38 @@ from experiments.reporting.parts import (
     number,
     plain,
 )
-from experiments.reporting.small_multiples import SmallFigures, panels
+from experiments.reporting.small_multiples import SmallMultiples, draw_panels
 
 if TYPE_CHECKING:
     from experiments.comparison.assessment import Assessment
 
 FIGURES = ("learning_rates", "budget", "learning_curves", "confusions")
-TABLES = (
-    "table",
-    "pairs",
-    "best_settings",
-    "trials",
-    "repeats",
-    "curves",
-    "budget",
-    "learning_curves",
-    "importances",
-    "confusions",
-    "speed",
-)
+TABLES: Mapping[str, Callable[[Results, Assessment], pd.DataFrame]] = {
+    "table": lambda _, assessment: assessment.table,
+    "pairs": lambda _, assessment: assessment.pairs,
+    "best_settings": lambda results, _: figure_data.best_settings(results).reset_index(drop=True),
+    "trials": lambda results, _: results.trials,
+    "repeats": lambda results, _: results.repeats,
+    "curves": lambda results, _: results.curves,
+    "budget": lambda results, _: figure_data.budget(results),
+    "learning_curves": lambda results, _: figure_data.learning_curves(results),
+    "importances": lambda results, _: figure_data.importances(results),
+    "confusions": lambda results, _: figure_data.confusions(results),
+    "speed": lambda results, _: figure_data.speed(results),
+}
+"""The CSV files of a report."""
+
+Columns = Mapping[str, Callable[[Mapping[Any, Any]], str]]
+"""Of a table: the head of each column, and the text of a row in it."""
 
 _CONFUSIONS_SHOWN = 3
 """Of each loss."""
+_UNTESTED = "No model has seen the test split yet."
 
 
 def make(results: Results, assessment: Assessment) -> Report:
-    """Return the report of results, as far as they have come."""
-    tables = {
-        "table": assessment.table,
-        "pairs": assessment.pairs,
-        "best_settings": figure_data.best_settings(results).reset_index(drop=True),
-        "trials": results.trials,
-        "repeats": results.repeats,
-        "curves": results.curves,
-        "budget": figure_data.budget(results),
-        "learning_curves": figure_data.learning_curves(results),
-        "importances": figure_data.importances(results),
-        "confusions": figure_data.confusions(results),
-        "speed": figure_data.speed(results),
-    }
-    assert tuple(tables) == TABLES
+    """Return the report of results, finished or not."""
+    tables = {name: table(results, assessment) for name, table in TABLES.items()}
     return Report(
         name=results.name,
         answer=assessment.statements[:2],
@@ -70,9 +63,9 @@ def make(results: Results, assessment: Assessment) -> Report:
         warnings=[caveat.text for caveat in assessment.warnings],
         sections=(
             _result(results, assessment, tables),
-            _learning_rates(results),
+            _gallery(results, figures.LearningRates(results)),
             _budget(results),
-            _learning_curves(results),
+            _gallery(results, figures.LearningCurves(results)),
             _search(results, tables),
             _confusions(results),
             _speed(tables),
@@ -85,29 +78,33 @@ def make(results: Results, assessment: Assessment) -> Report:
 def _missing(results: Results) -> list[str]:
     """Return what the results don't have yet, a sentence each."""
     losses = figure_data.losses_of(results)
-    sentences = []
+    planned, repeats = results.plan["trials"], results.plan["repeats"]
     over = results.trials["loss"].value_counts()
-    planned = results.plan["trials"]
-    behind = [f"{loss} ({over.get(loss, 0)})" for loss in losses if over.get(loss, 0) < planned]
-    if behind:
-        sentences.append(f"The search is not over: of {planned} trials, {', '.join(behind)}.")
     best = figure_data.best_settings(results)
+    sentences = []
+    if behind := [
+        f"{loss} ({over.get(loss, 0)})" for loss in losses if over.get(loss, 0) < planned
+    ]:
+        sentences.append(
+            f"The search is not over. Losses with fewer than {planned} trials: {', '.join(behind)}."
+        )
     without = [loss for loss in losses if over.get(loss, 0) >= planned and loss not in best.index]
     if without:
-        sentences.append(f"No trial of {', '.join(without)} completed: there is no best setting.")
-    repeats = results.plan["repeats"]
+        sentences.append(
+            f"No trial of {', '.join(without)} completed: there is no best configuration."
+        )
     if results.repeats.empty:
         sentences.append(
-            "No setting is confirmed yet: there are no repeats on fresh seeds, and accuracies are "
-            "those that the settings were chosen by, so they look better than they are."
+            "No configuration is confirmed yet: there are no repeats on fresh seeds. The "
+            "accuracies are those that chose the configurations, so they are too high."
         )
         return sentences
     done = results.repeats["loss"].value_counts()
     short = [f"{loss} ({done.get(loss, 0)})" for loss in best.index if done.get(loss, 0) < repeats]
     if short:
-        sentences.append(f"Of {repeats} repeats, some are not there: {', '.join(short)}.")
+        sentences.append(f"Losses with fewer than {repeats} repeats: {', '.join(short)}.")
     if not results.repeats["test_accuracy"].notna().any():
-        sentences.append("The test split was not looked at yet.")
+        sentences.append(_UNTESTED)
     return sentences
 
 
@@ -123,157 +120,80 @@ def _result(
 
 
 def _ranking(results: Results, table: pd.DataFrame) -> Table:
-    rows = [
-        [
-            row["loss"],
-            str(row["n"]),
-            interval(row, "accuracy", 100, ".2f"),
-            number(100 * row["accuracy_sd"], ".2f"),
-            *(interval(row, measure, 1, ".3f") for measure in ("nll", "brier", "ece")),
-            number(100 * row["val_accuracy"], ".2f"),
-            str(row["diverged"]),
-            str(row["failed"]),
-        ]
-        for row in table.to_dict("records")
-    ]
-    return Table(
-        caption=f"Each loss at its best setting, over n repeats with fresh seeds: means, in "
-        f"brackets with their 95 % interval, on {results.sizes['test']:,} test images; sorted by "
-        "validation accuracy",
-        heads=(
-            "loss",
-            "n",
-            "accuracy, %",
-            "sd",
-            "negative log-likelihood",
-            "Brier score",
-            "calibration error",
-            "validation accuracy, %",
-            "diverged",
-            "failed",
-        ),
-        rows=rows,
-        data="table",
+    columns: Columns = {
+        "loss": lambda row: row["loss"],
+        "n": lambda row: str(row["n"]),
+        "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
+        "sd": lambda row: number(100 * row["accuracy_sd"], ".2f"),
+        "negative log-likelihood": lambda row: interval(row, "nll", 1, ".3f"),
+        "Brier score": lambda row: interval(row, "brier", 1, ".3f"),
+        "calibration error": lambda row: interval(row, "ece", 1, ".3f"),
+        "validation accuracy, %": lambda row: number(100 * row["val_accuracy"], ".2f"),
+        "diverged": lambda row: str(row["diverged"]),
+        "failed": lambda row: str(row["failed"]),
+    }
+    caption = (
+        "Each loss at its best configuration, over n repeats with fresh seeds: means on "
+        f"{results.sizes['test']:,} test images, with 95 % intervals in brackets; sorted by "
+        "validation accuracy"
     )
+    return _table(caption, columns, table.to_dict("records"), "table")
 
 
 def _differences(assessment: Assessment) -> Table:
-    rows = [
-        [
-            row["loss"],
-            row["verdict"],
-            lead(row),
-            str(row["n"]),
-            str(row["ahead"]) + (f" ({row['ties']} equal)" if row["ties"] else ""),
-            interval(row, "probability", 1, ".2f"),
-            number(row["p_holm"], ".2g"),
-            number(row["repeats_needed"], ",.0f"),
-        ]
-        for row in assessment.differences.to_dict("records")
-    ]
-    return Table(
-        caption=f"How far {assessment.winner} is ahead of each other loss on the test split, in "
-        "points of accuracy, seed by seed; p is corrected over all pairs of losses (Holm); the "
-        "last column is how many repeats would find half a point",
-        heads=(
-            "loss",
-            "it is",
-            "points ahead (95 % interval)",
-            "n",
-            "times ahead",
-            "probability to be better",
-            "p",
-            "repeats needed",
-        ),
-        rows=rows,
-        data="pairs",
+    def times_ahead(row: Mapping[Any, Any]) -> str:
+        return f"{row['ahead']} ({row['ties']} equal)" if row["ties"] else str(row["ahead"])
+
+    columns: Columns = {
+        "loss": lambda row: row["loss"],
+        "it is": lambda row: row["verdict"],
+        "points ahead (95 % interval)": lead,
+        "n": lambda row: str(row["n"]),
+        "times ahead": times_ahead,
+        "probability to be better": lambda row: interval(row, "probability", 1, ".2f"),
+        "p": lambda row: number(row["p_holm"], ".2g"),
+        "repeats needed": lambda row: number(row["repeats_needed"], ",.0f"),
+    }
+    caption = (
+        f"The lead of {assessment.winner} over each other loss on the test split, in points of "
+        "accuracy, seed by seed; p is corrected over all pairs of losses (Holm); the last column "
+        "is how many repeats would find half a point"
     )
+    return _table(caption, columns, assessment.differences.to_dict("records"), "pairs")
 
 
 def _best_settings(results: Results, best: pd.DataFrame) -> Table:
-    found = best.set_index("loss")
+    rows = pd.DataFrame({"loss": figure_data.losses_of(results)})
+    rows = rows.merge(best, how="left", on="loss")
     outcomes = results.trials.groupby(["loss", "outcome"]).size()
-    rows = []
-    for loss in figure_data.losses_of(results):
-        setting = ["–", "–", "–"]
-        if loss in found.index:
-            row = found.loc[loss]
-            setting = [
-                f"{row['learning_rate']:.3g}",
-                f"{row['batch_size']:.0f}",
-                f"{100 * row['val_accuracy']:.2f}",
-            ]
-        counts = (outcomes.get((loss, what), 0) for what in ("complete", "diverged", "failed"))
-        rows.append([loss, *setting, *map(str, counts)])
-    return Table(
-        caption="The search: the best setting of each loss, by the validation accuracy of one "
-        "training, which looks better than it is; and how many trials came to what",
-        heads=(
-            "loss",
-            "learning rate",
-            "batch size",
-            "validation accuracy, %",
-            "complete",
-            "diverged",
-            "failed",
-        ),
-        rows=rows,
-        data="best_settings",
-    )
 
+    def counted(outcome: str) -> Callable[[Mapping[Any, Any]], str]:
+        return lambda row: str(outcomes.get((row["loss"], outcome), 0))
 
-def _learning_rates(results: Results) -> Section:
-    small = figures.LearningRates(results)
-    return _gallery(
-        results,
-        small,
-        "learning_rates",
-        "trials",
-        title="Accuracy against learning rate",
-        text="Validation accuracy of the last epoch, for each loss and batch size; one point is "
-        "one training. All losses are on the same axes, over the whole range that was searched.",
+    columns: Columns = {
+        "loss": lambda row: row["loss"],
+        "learning rate": lambda row: number(row["learning_rate"], ".3g"),
+        "batch size": lambda row: number(row["batch_size"], ".0f"),
+        "validation accuracy, %": lambda row: number(100 * row["val_accuracy"], ".2f"),
+        **{outcome: counted(outcome) for outcome in ("complete", "diverged", "failed")},
+    }
+    caption = (
+        "The search: the best configuration of each loss, by the validation accuracy of one "
+        "training, which is too high because it was chosen; and the number of trials by outcome"
     )
+    return _table(caption, columns, rows.to_dict("records"), "best_settings")
 
 
 def _budget(results: Results) -> Section:
-    title = "Accuracy against budget"
-    if not figure_data.draws_are_independent(results):
-        return Section(
-            id="budget",
-            title=title,
-            texts=[
-                "Expected validation performance is defined for settings that are drawn "
-                f"independently of each other, and the sampler {results.plan['sampler']} draws "
-                "none so: it is not shown. How the search went is below."
-            ],
-        )
-    small = figures.Budget(results)
-    return _gallery(
-        results,
-        small,
-        "budget",
-        "budget",
-        title=title,
-        text="The best validation accuracy that is to be expected of so many trials with settings "
-        "drawn at random (expected validation performance, Dodge et al. 2019, with the unbiased "
-        "estimator of Tang et al. 2020): thick the loss, thin the others. Diverged trials count "
-        "with the accuracy that they had. At the right end is the best of all trials, which looks "
-        "better here than it is.",
+    budget = figures.Budget
+    if figure_data.draws_are_independent(results):
+        return _gallery(results, budget(results))
+    text = (
+        "Expected validation performance needs independent draws of configurations. Those of the "
+        f"sampler {results.plan['sampler']} depend on each other: this figure is left out. The "
+        "optimisation history is below."
     )
-
-
-def _learning_curves(results: Results) -> Section:
-    small = figures.LearningCurves(results)
-    return _gallery(
-        results,
-        small,
-        "learning_curves",
-        "learning_curves",
-        title="Learning curves",
-        text="Validation accuracy of each loss at its best setting, epoch by epoch: thick the "
-        "mean, the band from the lowest to the highest seed, dashed the mean training accuracy, "
-        "thin the means of the other losses.",
-    )
+    return Section(id=budget.name, title=budget.title, texts=[text])
 
 
 def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
@@ -289,7 +209,8 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
             "importances",
         ),
         "parallel": (
-            "Parallel coordinates: a line is a trial of any loss; the better, the stronger.",
+            "Parallel coordinates: a line is a trial of any loss; better trials have stronger "
+            "lines.",
             "trials",
         ),
     }
@@ -301,38 +222,26 @@ def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
     shares = tables["importances"]
     if len(shares):
         wide = shares.pivot_table(index="loss", columns="parameter", values="importance")
-        rows = [
-            [loss, *(number(wide.loc[loss, name], ".2f") for name in wide.columns)]
-            for loss in (figure_data.ALL_LOSSES, *figure_data.losses_of(results))
-            if loss in wide.index
-        ]
-        heads = [name.replace("_", " ") for name in wide.columns]
-        items.append(
-            Table(
-                caption="Importance of the parameters (PED-ANOVA), for each loss, too",
-                heads=["loss", *heads],
-                rows=rows,
-                data="importances",
-            )
+        order = [figure_data.ALL_LOSSES, *figure_data.losses_of(results)]
+        table = Table(
+            caption="Importance of the parameters (PED-ANOVA), for each loss, too",
+            heads=["loss", *(name.replace("_", " ") for name in wide.columns)],
+            rows=[
+                [loss, *(number(share, ".2f") for share in wide.loc[loss])]
+                for loss in order
+                if loss in wide.index
+            ],
+            data="importances",
         )
+        items.append(table)
     texts = [] if items else ["No trial has finished yet."]
     return Section(id="search", title="The search", texts=texts, items=items)
 
 
 def _confusions(results: Results) -> Section:
-    small = figures.Confusions(results)
-    title = "Confusion matrices"
-    if not small.losses:
-        return Section(id="confusions", title=title, texts=["The test split was not looked at."])
-    section = _gallery(
-        results,
-        small,
-        "confusions",
-        "confusions",
-        title=title,
-        text="Of a true class' test images, how many percent each class was predicted for, over "
-        "all repeats; shaded by the square root, so that a confusion of some percent is seen.",
-    )
+    section = _gallery(results, figures.Confusions(results), _UNTESTED)
+    if not section.items:
+        return section
     rows = [
         [
             loss,
@@ -350,31 +259,25 @@ def _confusions(results: Results) -> Section:
         rows=rows,
         data="confusions",
     )
-    return Section(id=section.id, title=title, texts=section.texts, items=[*section.items, table])
+    return replace(section, items=[*section.items, table])
 
 
 def _speed(tables: Mapping[str, pd.DataFrame]) -> Section:
-    rows = [
-        [
-            row["loss"],
-            f"{row['batch_size']:.0f}",
-            f"{row['trainings']}",
-            f"{row['seconds']:,.1f}",
-            f"{row['seconds_in_all'] / 60:,.1f}",
-            f"{row['images_per_second']:,.0f}",
-        ]
-        for row in tables["speed"].to_dict("records")
-    ]
-    if not rows:
-        return Section(id="speed", title="Time", texts=["No training is over yet."])
-    table = Table(
-        caption="Time of training and validation, search and repeats together: mean of a training, "
-        "sum of all, and the median of training images a second. A training that diverged "
-        "ended early",
-        heads=("loss", "batch size", "trainings", "s each", "min in all", "images/s"),
-        rows=rows,
-        data="speed",
+    columns: Columns = {
+        "loss": lambda row: row["loss"],
+        "batch size": lambda row: f"{row['batch_size']:.0f}",
+        "trainings": lambda row: f"{row['trainings']}",
+        "s each": lambda row: f"{row['seconds']:,.1f}",
+        "min in all": lambda row: f"{row['seconds_in_all'] / 60:,.1f}",
+        "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+    }
+    caption = (
+        "Time of training and validation, search and repeats together: mean of a training, sum of "
+        "all, and the median of training images a second. A training that diverged ended early"
     )
+    if not len(tables["speed"]):
+        return Section(id="speed", title="Time", texts=["No training is over yet."])
+    table = _table(caption, columns, tables["speed"].to_dict("records"), "speed")
     return Section(id="speed", title="Time", items=[table])
 
 
@@ -383,14 +286,15 @@ def _provenance(results: Results) -> Section:
     made.append(["this report", f"python -m experiments.report {shlex.quote(results.name)}"])
     plan = [[key.replace("_", " "), plain(value)] for key, value in results.plan.items()]
     plan += [[f"{split} images", f"{number:,}"] for split, number in results.sizes.items()]
+    text = (
+        "The data of each figure and table is a CSV file in the folder data beside this file: "
+        f"{', '.join(f'{name}.csv' for name in TABLES)}. An apostrophe precedes text that a "
+        "spreadsheet might take for a formula."
+    )
     return Section(
         id="made",
         title="How it was made",
-        texts=[
-            f"Each figure and table has its data as CSV; all of it is in the folder data beside "
-            f"this file: {', '.join(f'{name}.csv' for name in TABLES)}. In each, text that a "
-            "spreadsheet might take for a formula has an apostrophe before it."
-        ],
+        texts=[text],
         items=[
             Table(caption="Provenance", heads=("what", "value"), rows=made, kind="facts"),
             Table(caption="The plan", heads=("what", "value"), rows=plan, kind="facts"),
@@ -398,22 +302,18 @@ def _provenance(results: Results) -> Section:
     )
 
 
+def _table(
+    caption: str, columns: Columns, records: Iterable[Mapping[Any, Any]], data: str
+) -> Table:
+    rows = [[text(record) for text in columns.values()] for record in records]
+    return Table(caption=caption, heads=list(columns), rows=rows, data=data)
+
+
 def _gallery(
-    results: Results, small: SmallFigures, name: str, data: str, *, title: str, text: str
+    results: Results, multiples: SmallMultiples, otherwise: str = "There is nothing to show yet."
 ) -> Section:
-    if not small.losses:
-        return Section(id=name, title=title, texts=["There is nothing to be shown yet."])
-    losses = figure_data.losses_of(results)
-    return Section(
-        id=name,
-        title=title,
-        items=[
-            Gallery(
-                name=name,
-                caption=text,
-                small=small,
-                panels=panels(small, losses, title),
-                data=data,
-            )
-        ],
-    )
+    name, title = multiples.name, multiples.title
+    if not multiples.losses:
+        return Section(id=name, title=title, texts=[otherwise])
+    panels = draw_panels(multiples, figure_data.losses_of(results))
+    return Section(id=name, title=title, items=[Gallery(multiples=multiples, panels=panels)])

@@ -1,21 +1,17 @@
-"""One sweep: the Optuna study, the workers that train, and the runs in MLflow brought together.
+"""One sweep: it connects the Optuna study, the workers that train, and the runs in MLflow.
 
-`sweep()` is a generator of what happens: its caller shows it, and stops it by closing it. All
-writing to Optuna and MLflow is done here, in one thread that asks, waits and tells.
+`sweep()` is a generator of events. Its caller shows them, and closes it to stop the sweep. One
+thread writes everything to Optuna and MLflow.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.training import check_batch_size
 from experiments.engine.base import (
@@ -27,52 +23,39 @@ from experiments.engine.base import (
     JobMoved,
     WorkerPool,
 )
-from experiments.interrupts import InterruptionError, Interrupts
+from experiments.interrupts import Interrupts
+from experiments.study.dispatch import Dispatcher
 from experiments.study.events import (
     BestRegistered,
     SweepEnded,
     SweepEvent,
     SweepStarted,
     TrialEnded,
-    TrialMoved,
+    TrialNote,
     TrialProgressed,
     TrialStarted,
-    TrialUnprotected,
 )
-from experiments.study.heartbeat import Heartbeat
-from experiments.study.identity import differences, environment
+from experiments.study.identity import differences, provenance
 from experiments.study.opening import open_study
-from experiments.study.recorder import OBJECTIVE, Recorder, RunningTrial
+from experiments.study.recorder import Recorder, RunningTrial, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
-    cause_of,
+    outcome_of,
     recording_errors,
-    set_attributes,
     set_once,
+    start_errors,
     study_lock,
 )
 from experiments.study.trial_cache import TrialCache
-from experiments.study.trials import best_trial, num_begun, num_finished, trials_table
-from tracking.errors import is_transient, one_line, refusal
-from tracking.store import check_tracking, sqlite_file
+from experiments.study.trials import best_trial, num_finished, tell, trials_table
+from tracking.errors import is_transient
+from tracking.store import check_tracking
 
-# MLflow, a second to import, and its tables, another, can wait until the workers have begun.
+# MLflow takes a second to import, and its tables another: the workers start first.
 if TYPE_CHECKING:
     from tracking.system_metrics import SystemMetrics
 
-WAIT_SECONDS = 0.2
-"""How long a wait for the workers may take before it is asked again whether to stop."""
-
-MAX_DISPATCH = 16
-"""Trials dispatched in a row, before events are read: 1,000 idle workers would take minutes."""
-
-STATES = {
-    "complete": TrialState.COMPLETE,
-    "diverged": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
-"""What Optuna is told of each outcome."""
+WAIT_SECONDS = 0.2  # how long to wait for the workers between checks for a signal
 
 
 def sweep(
@@ -84,58 +67,42 @@ def sweep(
     under: str | None = None,
     storage: TrialCache | None = None,
 ) -> Generator[SweepEvent]:
-    """Bring a study to `settings.trials` trials, and yield what happens.
+    """Bring a study to `settings.trials` trials, and yield events.
 
-    Trials that an earlier process left unfinished are resumed under their own numbers. However
-    the iteration ends, no run stays RUNNING.
+    Trials that an earlier process left unfinished resume under their own numbers. However the
+    iteration ends, no run stays RUNNING.
 
     Args:
-        settings: what to do.
+        settings: of the sweep.
         data: the data set.
-        pool: the workers, which have opened the same data; it is not closed.
-        interrupts: asked several times a second; once true, what runs is closed as `interrupted`
-            and the iteration ends.
-        under: the id of the run that the sweep's run is part of, if it is part of one.
+        pool: workers that have opened the same data; it is not closed.
+        interrupts: checked several times a second; once true, what runs ends as `interrupted`.
+        under: the id of the run that is the parent of the sweep's run, if any.
         storage: that of the settings, if it is open already.
 
     Raises:
-        ValueError: study, storage, tracking server or settings can't be used, in one line;
-            `TransientError`, if it is no fault of theirs.
-        KeyboardInterrupt: there was a second signal, or a first before anything was recorded.
+        ValueError: study, storage, tracking server or settings can't be used, in one line. It is a
+            `TransientError` if a retry may help.
+        KeyboardInterrupt: a second signal, or a first before anything was recorded.
     """
     for batch_size in settings.search["batch_size"].values:
         check_batch_size(int(batch_size), data)
     with ExitStack() as stack:
         interrupts = interrupts or Interrupts()
-        if storage is None:  # else both databases have been looked at
+        if storage is None:  # else both databases were checked
             check_tracking()
         study = open_study(settings, data, interrupts, storage=storage)
         stack.enter_context(study_lock(settings.storage, study.study_name))
         running = _Sweep(settings, study, pool, data, interrupts)
         stack.callback(running.close)
-        try:
-            running.begin()
-            recorder = running.connect(under)
-        except InterruptionError:
-            raise  # before it is asked what the others are: MLflow may be half imported
-        except recording_errors() as error:
-            raise refusal(one_line(cause_of(error)), error) from error
-        yield SweepStarted(
-            study=study.study_name,
-            experiment=recorder.tracker.experiment,
-            experiment_id=recorder.tracker.experiment_id,
-            parent_run_id=recorder.parent.run_id,
-            num_before=num_finished(study),
-            best_before=best_trial(study),
-            notes=running.notes,
-        )
+        with start_errors():
+            started = running.start(under)
+        yield started
         try:
             yield from running.events()
             yield from running.register()
         except recording_errors() as error:
-            # Only after an error that may pass does the same command continue the sweep.
-            running.outcome = "interrupted" if is_transient(error) else "failed"
-            running.reason = one_line(cause_of(error))
+            running.outcome, running.reason = outcome_of(error)
         yield from running.close()
 
 
@@ -152,86 +119,72 @@ class _Sweep:
     ) -> None:
         self.settings, self.study = settings, study
         self.pool, self.data, self.interrupts = pool, data, interrupts
-        self.space = settings.space()
+        self.dispatcher = Dispatcher(settings, study, pool)
         self.recorder: Recorder
         self.has_recorder = False
         self.system_metrics: SystemMetrics
-        self.notes: tuple[str, ...] = ()
-        self.pending_runs: list[tuple[Trial, TrainConfig]] = []
-        """Trials that a worker has, and that have no run yet."""
-        self.run_requested: set[int] = set()
-        """Trials whose run was asked for: it may exist, whatever went wrong after that."""
-        self.resumed: set[int] = set()
-        """Trials that an earlier process has begun: MLflow has what it recorded of them."""
-        self.orphaned: list[FrozenTrial] = []
-        """Trials that an earlier process left unfinished, and that no worker has yet."""
         self.running: dict[int, RunningTrial] = {}
-        self.lost: set[int] = set()
-        """Trials that another process has resumed, because our heartbeat was late."""
         self.failures_in_a_row = 0
-        self.should_look = False
-        """Whether it is time to look for orphaned trials."""
         self.outcome, self.reason = "interrupted", ""
-        self.closed = False
-        self.heartbeat = Heartbeat(study, is_shared=sqlite_file(settings.storage) is None)
-        self.deadline = time.monotonic() + (settings.timeout or math.inf)
+        self.is_closed = False
 
-    def begin(self) -> None:
-        """Dispatch the first trials, before MLflow is open to record them.
+    def start(self, under: str | None) -> SweepStarted:
+        """Dispatch the first trials, then open MLflow to record them.
 
-        If there are orphaned trials, wait: MLflow knows what became of them.
+        Orphaned trials wait for MLflow, which knows their outcomes.
         """
-        if not self.heartbeat.orphaned():
-            self._dispatch()
+        if not self.dispatcher.heartbeat.orphaned():
+            self.dispatcher.dispatch()
+        notes = self._connect(under)
+        recorder = self.recorder
+        return SweepStarted(
+            study=self.study.study_name,
+            experiment=recorder.tracker.experiment,
+            experiment_id=recorder.tracker.experiment_id,
+            parent_run_id=recorder.parent.run_id,
+            num_before=num_finished(self.study),
+            best_before=best_trial(self.study),
+            notes=notes,
+        )
 
-    def connect(self, under: str | None) -> Recorder:
-        """Open MLflow's experiment and the parent of the trials' runs."""
-        fixed = self.space.fixed
-        code = environment(fixed["precision"], fixed["device"])
+    def _connect(self, under: str | None) -> tuple[str, ...]:
+        """Open MLflow's experiment and the parent of the trials' runs, and return notes."""
+        fixed = self.dispatcher.space.fixed
+        now = provenance(fixed["precision"], fixed["device"])
         made_with = self.settings.made_with(self.data)
         with self.interrupts.at_once():
-            from tracking.retries import RetryPolicy
             from tracking.system_metrics import SystemMetrics
-            from tracking.tracker import Tracker
 
-            timeout = self.settings.tracking_timeout
-            retries = RetryPolicy(seconds=timeout, should_stop=self._stop_requested)
-            tracker = Tracker.open(self.settings.experiment, retries=retries)
+            tracker = open_tracker(self.settings, self._stop_requested)
         self.recorder = Recorder(
-            tracker,
-            self.study,
-            self.settings,
-            self.data,
-            made_with=made_with,
-            environment=code,
+            tracker, self.study, self.settings, self.data, made_with=made_with, provenance=now
         )
         self.has_recorder = True
         self.system_metrics = SystemMetrics(self.recorder.open_parent(under))
         set_once(self.study, "made_with", made_with)
-        before = set_once(self.study, "environment", code)
-        if changes := differences(before, code):
-            self.notes += (f"this study was begun with another environment: {changes}",)
-        return self.recorder
+        changes = differences(set_once(self.study, "environment", now), now)
+        return (f"this study was begun with another environment: {changes}",) if changes else ()
 
     def events(self) -> Iterator[SweepEvent]:
-        if not self.pending_runs:
-            self.orphaned = self._reconcile()
-        while self.running or self.pending_runs or self._has_more() or self._waits_for_others():
+        """Train the trials, and yield events."""
+        trials = self.dispatcher
+        if not trials.pending_runs:
+            trials.reconcile(self.recorder)
+        while self.running or trials.pending_runs or trials.has_more() or trials.waits_for_others():
             if self.interrupts():
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
                 self.outcome = "failed"
                 self.reason = (
-                    f"{self.failures_in_a_row} trials failed one after another: their runs in "
-                    "MLflow say why; the same command continues with the next trials"
+                    f"{self.failures_in_a_row} trials failed in a row: their runs in MLflow say "
+                    "why; the same command continues with the next trials"
                 )
                 return
             self._keep_alive()
-            if self.should_look:
-                self.should_look = False
-                self.orphaned = self._reconcile()
+            if trials.is_check_due:
+                trials.reconcile(self.recorder)
             yield from self._drop_lost()
-            has_more = self._dispatch()
+            has_more = trials.dispatch()
             yield from self._open_runs()
             self._warm_up_export()
             self.system_metrics.log_if_due()
@@ -266,137 +219,59 @@ class _Sweep:
             yield BestRegistered(report=register_best(client, run_id, name))
 
     def close(self) -> list[TrialEnded | SweepEnded]:
-        """Close the runs that are open as interrupted, and then the parent."""
-        if self.closed:
+        """End the open runs as interrupted, and then the parent."""
+        if self.is_closed:
             return []
-        self.closed = True
+        self.is_closed = True
         ended: list[TrialEnded] = []
-        # Each by itself: if one can't be recorded, the next start finds it still RUNNING.
+        recorder = self.recorder if self.has_recorder else None
+        # Each in its own block: the next start finds a trial that can't be recorded still RUNNING.
         for running in list(self.running.values()):
             with suppress(*recording_errors()):
                 ended.append(self._interrupt(running))
-        for trial, _ in self.pending_runs:
+        for trial, _ in self.dispatcher.pending_runs:
             self.pool.stop(trial.number)
             with suppress(*recording_errors()):
-                self._abandon_pending(trial)
+                self.dispatcher.abandon_pending(trial, recorder)
         num_elsewhere = 0
         with suppress(*recording_errors()):
-            num_elsewhere = self.heartbeat.num_elsewhere()
+            num_elsewhere = self.dispatcher.heartbeat.num_elsewhere()
         with suppress(*recording_errors()):
-            if self.has_recorder and not num_elsewhere:  # else the last process ends it
-                self.recorder.end_parent(self.outcome, reason=self.reason)
+            if recorder is not None and not num_elsewhere:  # else the last process ends it
+                recorder.end_parent(self.outcome, reason=self.reason)
         table = None
         with suppress(*recording_errors()):
             table = trials_table(self.study)
         return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason, trials=table)]
 
-    def _abandon_pending(self, trial: Trial) -> None:
-        """Abandon a trial that was dispatched and has no run yet, or one that was not read."""
-        may_have_run = trial.number in self.resumed | self.run_requested
-        run = self.recorder.find_run(trial) if may_have_run else None
-        if run is not None:
-            run.end("interrupted")
-        if run is not None or trial.number in self.resumed:
-            self.heartbeat.abandon(trial)
-        else:
-            self.heartbeat.requeue(trial)  # as if it had never been asked for
-
-    def _reconcile(self) -> list[FrozenTrial]:
-        """Make Optuna and MLflow agree on orphaned trials, and return those to resume.
-
-        A trial whose run has an outcome is over: its process died before it told Optuna.
-        """
-        unfinished = []
-        for trial in self.heartbeat.orphaned():
-            run = self.recorder.find_run(trial)
-            outcome = run.outcome() if run is not None else None
-            if trial.number >= self.settings.trials and not trial.params:
-                if self.heartbeat.claim(trial):  # one too many; see `_dispatch`
-                    self.heartbeat.requeue(trial)
-                continue
-            if run is None or outcome is None or outcome == "interrupted":
-                unfinished.append(trial)
-                continue
-            if not self.heartbeat.claim(trial):
-                continue
-            run.end(outcome)
-            accuracy = run.last_value(OBJECTIVE)
-            self._tell(trial, outcome, accuracy, run.last_value("val/loss"))
-        return unfinished
-
-    def _has_more(self) -> bool:
-        if time.monotonic() >= self.deadline:
-            return False
-        # The trials of other processes count as well.
-        return bool(self.orphaned) or num_begun(self.study) < self.settings.trials
-
-    def _waits_for_others(self) -> bool:
-        """Return whether other processes have trials that may become orphaned."""
-        return time.monotonic() < self.deadline and self.heartbeat.num_elsewhere() > 0
-
     def _stop_requested(self) -> bool:
-        """Return whether to stop; called while a server is away, so the heartbeat goes on."""
+        """Return whether to stop. Retries call it, and it keeps the heartbeats going."""
         self._keep_alive()
         return self.interrupts()
 
     def _keep_alive(self) -> None:
-        """Write a heartbeat, if it is time."""
-        if not self.heartbeat.is_due():
-            return
-        ours = [running.trial for running in self.running.values()]
-        lost = self.heartbeat.record([*ours, *(trial for trial, _ in self.pending_runs)])
-        self.lost |= {trial.number for trial in lost}
-        self.should_look = self.heartbeat.is_shared
+        self.dispatcher.keep_alive(running.trial for running in self.running.values())
 
     def _drop_lost(self) -> Iterator[SweepEvent]:
-        """Stop the trials that another process has resumed."""
-        for number in self.lost:
-            self.pool.stop(number)
+        for number in self.dispatcher.drop_lost():
             if running := self.running.pop(number, None):
                 yield running.ended("interrupted", "another process has resumed it")
-        self.pending_runs = [each for each in self.pending_runs if each[0].number not in self.lost]
-        self.lost.clear()
-
-    def _dispatch(self) -> bool:
-        """Give idle workers a trial each; its run is opened while it trains.
-
-        Return whether there are more idle workers and trials.
-        """
-        end = len(self.pending_runs) + MAX_DISPATCH
-        while self.pool.num_idle and self._has_more():
-            if len(self.pending_runs) == end:
-                return True
-            if self.orphaned:
-                resumed = self.heartbeat.resume(self.orphaned.pop(0))
-                if resumed is None:
-                    continue
-                trial = resumed
-                self.resumed.add(trial.number)
-            else:
-                trial = self.heartbeat.ask()
-                if trial.number >= self.settings.trials:
-                    # Another process asked at the same time: it waits for a larger --trials.
-                    self.heartbeat.requeue(trial)
-                    continue
-            config = self.space.suggest(trial)
-            self.pool.submit(trial.number, config)
-            self.pending_runs.append((trial, config))
-        return False
 
     def _open_runs(self) -> Iterator[TrialStarted]:
-        while self.pending_runs:
-            trial, config = self.pending_runs[0]
-            is_new = trial.number not in self.resumed
-            self.run_requested.add(trial.number)
+        pending = self.dispatcher.pending_runs
+        while pending:
+            trial, config = pending[0]
+            is_new = trial.number not in self.dispatcher.resumed
+            self.dispatcher.run_requested.add(trial.number)
             open_run = self.recorder.open_run if is_new else self.recorder.reopen_run
             run = open_run(trial, config)
             self.running[trial.number] = RunningTrial(trial, config, run, is_new=is_new)
-            self.pending_runs.pop(0)
+            pending.pop(0)
             yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
 
     def _receive(self, event: Event) -> Iterator[SweepEvent]:
         running = self.running.get(event.job)
-        if running is None:  # it was stopped, and its worker had not heard of it yet
+        if running is None:  # a late event of a stopped trial
             return
         match event:
             case EpochEnded():
@@ -413,10 +288,11 @@ class _Sweep:
                 yield self._end(running, "complete")
             case JobMoved():
                 running.run.set_tags({"moved": event.reason})
-                yield TrialMoved(trial=event.job, reason=event.reason)
+                text = f"resumes on another worker: {event.reason}"
+                yield TrialNote(trial=event.job, text=text)
             case CheckpointLost():
                 running.run.set_tags({"checkpoint_lost": event.reason})
-                yield TrialUnprotected(trial=event.job, reason=event.reason)
+                yield TrialNote(trial=event.job, text=event.reason)
             case JobFailed():
                 if event.details:
                     running.run.log_text(event.details, "traceback.txt")
@@ -426,20 +302,20 @@ class _Sweep:
                     yield self._end(running, "failed", event.error)
 
     def _end_without_run(self, event: Event, error: BaseException) -> TrialEnded:
-        """End a trial whose run somebody has deleted; raise any other error again."""
+        """End a trial whose run was deleted; raise any other error again."""
         running, tracker = self.running.get(event.job), self.recorder.tracker
         is_deleted = (
             running is not None
             and not is_transient(error)
             and tracker.find_run(running.run.run_id) is None
-            # If the experiment is deleted as well, it may be restored, and the trial continues.
+            # A deleted experiment may be restored, and then the trial resumes.
             and tracker.is_active()
         )
         if running is None or not is_deleted:
             raise error
         self.pool.stop(event.job)
         del self.running[event.job]
-        self._tell(running.trial, "failed", running.accuracy, None)
+        tell(self.study, running.trial, "failed", running.accuracy, None)
         return running.ended("failed", "its run in MLflow was deleted")
 
     def _warm_up_export(self) -> None:
@@ -448,35 +324,21 @@ class _Sweep:
             self.recorder.warm_up_export(config, self.interrupts)
 
     def _should_prune(self, running: RunningTrial, event: EpochEnded) -> bool:
-        # After the last epoch there is nothing left to save.
+        # Pruning after the last epoch saves nothing.
         return event.number < running.config.epochs and running.trial.should_prune()
 
     def _end(self, running: RunningTrial, outcome: str, reason: str = "") -> TrialEnded:
         """Close the run, then tell Optuna."""
         running.run.end(outcome, reason=reason)
-        del self.running[running.trial.number]  # from here on it has an outcome, whatever happens
-        self._tell(running.trial, outcome, running.accuracy, running.val_loss)
+        del self.running[running.trial.number]  # its run has an outcome, even if Optuna fails
+        tell(self.study, running.trial, outcome, running.accuracy, running.val_loss)
         self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
         self.pool.forget(running.config)
         return running.ended(outcome, reason)
 
-    def _tell(
-        self,
-        trial: Trial | FrozenTrial,
-        outcome: str,
-        accuracy: float | None,
-        val_loss: float | None,
-    ) -> None:
-        state = STATES[outcome]
-        attributes: dict[str, object] = {"outcome": outcome}
-        if outcome == "complete":
-            attributes["val_loss"] = val_loss
-        set_attributes(self.study, trial, attributes)
-        self.study.tell(trial.number, accuracy if state == TrialState.COMPLETE else None, state)
-
     def _interrupt(self, running: RunningTrial) -> TrialEnded:
-        """Close the run; for Optuna the trial stays RUNNING, and the next start resumes it."""
+        """Close the run. In Optuna the trial stays RUNNING, and the next start resumes it."""
         running.run.end("interrupted")
-        self.heartbeat.abandon(running.trial)
+        self.dispatcher.heartbeat.abandon(running.trial)
         del self.running[running.trial.number]
         return running.ended("interrupted", "")

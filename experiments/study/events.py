@@ -1,4 +1,4 @@
-"""What happens in a sweep, for those who show it."""
+"""The events of a sweep."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ class SweepStarted:
     experiment: str
     experiment_id: str
     parent_run_id: str
-    num_before: int
-    """Trials that the study had finished already."""
-    best_before: tuple[float, int] | None
-    """Accuracy and number of the best complete one of them."""
-    notes: tuple[str, ...] = ()
-    """What people should know of it, a line each."""
+    num_before: int  # trials of the study that had ended before
+    best_before: tuple[float, int] | None  # accuracy and number of the best complete one of them
+    notes: tuple[str, ...] = ()  # notes for the user, a line each
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial was handed to a worker."""
+    """A worker trains a trial, and its run is open."""
 
     trial: int
     run_id: str
@@ -36,7 +33,7 @@ class TrialStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialProgressed:
-    """A trial has an epoch more, and it is recorded."""
+    """An epoch of a trial ended and was recorded."""
 
     trial: int
     number: int
@@ -45,59 +42,46 @@ class TrialProgressed:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded:
-    """A trial is over, and recorded."""
+    """A trial ended and was recorded."""
 
     trial: int
-    outcome: str
-    """`complete`, `pruned`, `diverged`, `failed` or `interrupted`."""
-    accuracy: float | None
-    """The last validation accuracy, if there is one."""
+    outcome: str  # `complete`, `pruned`, `diverged`, `failed` or `interrupted`
+    accuracy: float | None  # the last validation accuracy, if there is one
     epochs: int
     seconds: float
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialMoved:
-    """A trial lost its worker with the machine that it was on, and goes on elsewhere."""
+class TrialNote:
+    """A note for the user on a running trial: it changed its worker or lost its checkpoint."""
 
     trial: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialUnprotected:
-    """A trial has no checkpoint that can be used: it is trained for all that."""
-
-    trial: int
-    reason: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEnded:
-    """Nothing runs any more, and all is recorded."""
+    """The sweep ended, and everything is recorded."""
 
-    outcome: str
-    """`complete`; `interrupted`, which the same command continues; or `failed`."""
+    outcome: str  # `complete`; `interrupted`, which the same command continues; or `failed`
     reason: str
     trials: pd.DataFrame | None = field(default=None, compare=False)
-    """What `trials_table` returns, if the storage could still be read."""
+    """The table of `trials_table`, if the storage could be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestRegistered:
-    """The model of the best trial was offered to the model registry."""
+    """The registration of the best trial's model was tried."""
 
-    report: str
-    """What came of it, in a line."""
+    report: str  # its result, in a line
 
 
 SweepEvent = (
     SweepStarted
     | TrialStarted
     | TrialProgressed
-    | TrialMoved
-    | TrialUnprotected
+    | TrialNote
     | TrialEnded
     | BestRegistered
     | SweepEnded

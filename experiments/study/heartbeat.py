@@ -1,8 +1,8 @@
-"""Heartbeats of a study's trials: ours are written, and orphaned ones are found.
+"""Heartbeats of a study's trials: this process writes its own, and finds orphaned trials.
 
 On a storage that several processes share, a trial belongs to the process that wrote its last
-heartbeat. A heartbeat replaces only the one that was read before. So of several processes that want
-a trial one gets it, and a process that was suspended for too long finds that it has lost its own.
+heartbeat. A heartbeat is only written over the one that was read before. So only one process gets
+an orphaned trial, and a process that was suspended notices that it has lost its trials.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from experiments.study.trial_cache import TrialCache
 
 EXPIRED = datetime(2000, 1, 1)
 
-# Of Optuna's tables; it has no call that writes only if nobody else has.
+# A table of Optuna's. Optuna has no call that writes only if no other process has.
 HEARTBEATS = table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
 
 
 class Heartbeat:
     """The heartbeats of one process' trials.
 
-    Optuna writes them from `Study.optimize` only, in a thread; with ask and tell, the loop does.
+    Optuna writes them in a thread, from `Study.optimize` only. Here the sweep's loop writes them.
     """
 
     def __init__(self, study: Study, *, is_shared: bool) -> None:
@@ -38,13 +38,13 @@ class Heartbeat:
         self.retries = retries_of(study)
         self.last = time.monotonic()
         self.last_heartbeats: dict[int, datetime] = {}
-        """The last heartbeat that we read or wrote, by the trial's id."""
+        """The last heartbeat that was read or written, by the trial's id."""
         self.ours: set[int] = set()
 
     def orphaned(self) -> list[FrozenTrial]:
         """Return the RUNNING trials that no process trains.
 
-        On a storage that is not shared that is all of them.
+        On a storage that is not shared, these are all that are not ours.
         """
         running = self._elsewhere()
         if not self.is_shared or not running:
@@ -54,7 +54,7 @@ class Heartbeat:
         read = self._read(running)
         for trial in running:
             if trial._trial_id not in read:
-                # Its process has written none yet, or died before: this one will become too old.
+                # Its process has written none yet, or died before. This one expires in time.
                 self.storage.record_heartbeat(trial._trial_id)
         self.last_heartbeats |= read
         now = self._now()
@@ -62,7 +62,7 @@ class Heartbeat:
         return [trial for trial in running if trial._trial_id in old]
 
     def num_elsewhere(self) -> int:
-        """Return how many trials other processes are running; 0 on a storage that is not shared."""
+        """Return how many trials other processes run; 0 on a storage that is not shared."""
         return len(self._elsewhere()) if self.is_shared else 0
 
     def ask(self) -> Trial:
@@ -77,37 +77,37 @@ class Heartbeat:
         return trial
 
     def requeue(self, trial: Trial | FrozenTrial) -> None:
-        """Let the next process that asks for a trial have this one, which nothing was done for."""
+        """Give back a trial that has not begun: the next process that asks gets it."""
         self.ours.discard(trial._trial_id)
         self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def claim(self, orphaned: FrozenTrial) -> bool:
-        """Make an orphaned trial ours, unless another process is faster."""
+        """Make an orphaned trial ours; False if another process was faster."""
         if not self._write_heartbeat(orphaned._trial_id):
             return False
         self.ours.add(orphaned._trial_id)
         return True
 
     def resume(self, orphaned: FrozenTrial) -> Trial | None:
-        """Return an orphaned trial under its own number; None if another process is faster."""
+        """Return an orphaned trial, now ours; None if another process was faster."""
         return Trial(self.study, orphaned._trial_id) if self.claim(orphaned) else None
 
     def abandon(self, trial: Trial) -> None:
-        """Make a trial that was begun an orphaned one at once."""
+        """Make a trial that has begun orphaned at once."""
         if trial._trial_id in self.ours and self.is_shared:
             self._write_heartbeat(trial._trial_id, EXPIRED)
         self.ours.discard(trial._trial_id)
 
     def is_due(self) -> bool:
-        """Return whether it is time for `record`."""
+        """Return whether `record` is due."""
         return time.monotonic() >= self.last + INTERVAL_SECONDS
 
     def record(self, trials: Iterable[Trial]) -> list[Trial]:
-        """Write a heartbeat for each, and return those that another process has resumed."""
+        """Write heartbeats for trials, and return those that another process has resumed."""
         self.last = time.monotonic()
         trials = list(trials)
         now = self._now()
-        # All in one transaction: to commit each takes seconds with 1,000 of them.
+        # One transaction: with 1,000 trials, single commits take seconds.
         if not self.is_shared:
             ours = HEARTBEATS.c.trial_id.in_([trial._trial_id for trial in trials])
             update = HEARTBEATS.update().where(ours).values(heartbeat=now)
@@ -124,20 +124,20 @@ class Heartbeat:
         return lost
 
     def _elsewhere(self) -> list[FrozenTrial]:
-        """Return the RUNNING trials that are not ours, as they are by now."""
+        """Return the RUNNING trials that are not ours, read again."""
         self.storage.refresh()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial._trial_id not in self.ours]
 
     def _read(self, trials: Sequence[Trial | FrozenTrial]) -> dict[int, datetime]:
-        """Return the last heartbeat of each trial that has one, by the trial's id."""
+        """Return the last heartbeats by the ids of their trials."""
         ids = [trial._trial_id for trial in trials]
         read = select(HEARTBEATS).where(HEARTBEATS.c.trial_id.in_(ids))
         rows = transact(self.study, lambda connection: connection.execute(read).all())
         return dict(tuple(row) for row in rows)
 
     def _write_heartbeat(self, trial_id: int, when: datetime | None = None) -> bool:
-        """Replace the last heartbeat that we know; False if another process has written one."""
+        """Replace the last heartbeat that we know; False if another process wrote one."""
         if not self.is_shared:
             self.storage.record_heartbeat(trial_id)
             return True
@@ -149,7 +149,7 @@ class Heartbeat:
         return is_written
 
     def _replace(self, connection: sqlalchemy.Connection, trial_id: int, new: datetime) -> bool:
-        # Or this very one: written already, but the answer was lost.
+        # It may be the new one already, if the answer to the first try was lost.
         is_ours = HEARTBEATS.c.heartbeat.in_([self.last_heartbeats[trial_id], new])
         last = (HEARTBEATS.c.trial_id == trial_id) & is_ours
         return bool(
@@ -157,7 +157,7 @@ class Heartbeat:
         )
 
     def _now(self) -> datetime:
-        """Return the time by the database's clock, as it stands in heartbeats."""
+        """Return the time of the database's clock, as heartbeats have it."""
         now: datetime = transact(
             self.study, lambda connection: connection.execute(select(func.now())).scalar_one()
         )

@@ -1,10 +1,11 @@
-"""A study, opened or made, and checked to be of the same settings, data and code."""
+"""Open a study or make it, and check that its settings, data and code are the same."""
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import optuna
 from optuna.study import Study
@@ -34,46 +35,83 @@ def open_study(
     *,
     storage: TrialCache | None = None,
 ) -> Study:
-    """Open the study of these settings, or make it.
+    """Open the study of these settings, or make it: see `open_checked`.
 
-    Without a name of its own it has one that follows from the settings and the code, so that the
-    same command comes to the same study, and another command or network to another.
-
-    Args:
-        settings: of the study.
-        data: that it is of.
-        should_stop: asked while a storage that has gone away is waited for.
-        storage: that of the settings, where it is open already.
-
-    Raises:
-        ValueError: the storage can't be opened, or the study is of something else.
+    `storage` is that of the settings, if it is open already. Retries call `should_stop`.
     """
+    return open_checked(
+        "study",
+        settings,
+        data,
+        storage or open_checked_storage(settings, should_stop),
+        prefix=data.name,
+        key="settings",
+        fingerprint=settings.fingerprint(data),
+        sampler=settings.make_sampler(),
+        pruner=make_pruner(settings.pruner, settings.epochs),
+    )
+
+
+def open_checked_storage(settings: Settings, should_stop: Callable[[], bool]) -> TrialCache:
+    """Open the storage of these settings; ValueError if it can't be opened."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if storage is None:
-        check_storage(settings.storage)
-    identity, made = settings.identity(data), settings.made_with(data)
+    check_storage(settings.storage)
     retries = storage_retries(settings.tracking_timeout, should_stop)
     with storage_errors(settings.storage):
-        storage = storage or open_storage(settings.storage, retries)
-        name = settings.study or existing_name(storage, data.name, identity, made)
+        return open_storage(settings.storage, retries)
+
+
+def open_checked(
+    what: str,
+    settings: Settings,
+    data: Dataset,
+    storage: TrialCache,
+    *,
+    prefix: str,
+    key: str,
+    fingerprint: Mapping[str, Any],
+    attributes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Study:
+    """Open a study that records its fingerprint, or make it.
+
+    The default name is a digest of fingerprint and code, so the same command finds the same study.
+
+    Args:
+        what: study or comparison, for messages.
+        settings, data, storage: of the study.
+        prefix: of the name that follows from the fingerprint.
+        key: of the attribute that holds the fingerprint.
+        fingerprint: all that must stay the same, beside the code.
+        attributes: others of a new study.
+        **options: of the study, for Optuna.
+
+    Raises:
+        ValueError: the storage can't be used, or the study has another fingerprint.
+    """
+    made = settings.made_with(data)
+    with storage_errors(settings.storage):
+        name = settings.study or existing_name(storage, prefix, fingerprint, made)
         check_study_name(name)
-        study = load_or_create(
-            study_name=name,
-            storage=storage,
-            sampler=settings.make_sampler(),
-            pruner=make_pruner(settings.pruner, settings.epochs),
-        )
-        # In this order: another process that makes it sets them before it asks for a trial.
+        study = load_or_create(study_name=name, storage=storage, **options)
+        # In this order: another process sets the attributes before it asks for a trial.
         has_trials = bool(study.get_trials(deepcopy=False))
-        attributes = study.user_attrs
-        settings_before = attributes.get("settings")
-        if settings_before is None:
+        if key not in study.user_attrs:
             if has_trials:
-                where = without_passwords(settings.storage)
-                raise ValueError(f"study {name!r} in {where} was not made by this tool")
+                raise ValueError(
+                    f"study {name!r} in {without_passwords(settings.storage)} was not made by "
+                    f"this tool as a {what}: choose another --study"
+                )
             set_once(study, "id", uuid.uuid4().hex)
-            settings_before = set_once(study, "settings", identity)
-    before = (settings_before, identity), (attributes.get("made_with"), made)
-    check_same(f"study {name!r}", *before)
+            for each, value in {**(attributes or {}), key: fingerprint}.items():
+                set_once(study, each, value)
+        before = study.user_attrs
+    check_same(
+        f"{what} {name!r}",
+        settings_before=before[key],
+        settings=fingerprint,
+        made_before=before.get("made_with"),
+        made=made,
+    )
     return study

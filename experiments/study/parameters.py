@@ -1,6 +1,6 @@
-"""The parameters that a study can search: all that is said of one, once, for all who read it.
+"""The parameters that a study can search: the one table that describes each of them.
 
-Flags and their help, checks, a study's identity, names of runs, progress, tables and reports read
+Flags and their help, checks, studies' settings, names of runs, progress, tables and reports read
 `PARAMETERS`. To search another field of `TrainConfig`, add it there.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 Configuration = Mapping[str, Any]
-"""Values by fields of `TrainConfig`: the searched ones, and the seed where it varies."""
+"""Values by fields of `TrainConfig`: the searched ones, and the seed if it varies."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Some values, of which each is as likely as the next."""
+    """A set of values, all equally likely."""
 
     values: tuple[Any, ...]
 
@@ -33,7 +33,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class LogRange:
-    """The numbers from `low` to `high`, whose logarithms are equally likely."""
+    """The numbers from `low` to `high`, log-uniform."""
 
     low: float
     high: float
@@ -55,35 +55,27 @@ Domain = Choices | LogRange
 class Parameter:
     """A field of `TrainConfig` that a study can search."""
 
-    name: str
-    """The field."""
-    label: str
-    """What it is called in tables, figures and sentences."""
-    short: str = ""
-    """What it is called in names of runs and in progress; nothing, if the value says it."""
-    form: str = ""
-    """How a value is written: a format specification of Python's."""
-    width: int = 8
-    """Of its values in progress."""
+    name: str  # the field
+    label: str  # its name in tables, figures and sentences
+    short: str = ""  # its name in run names and progress; empty if the value needs none
+    form: str = ""  # the format specification of a value
+    width: int = 8  # width of its values in progress
     help: str
     metavar: str
 
     def text(self, value: Any) -> str:
-        """Return a value as people read it."""
+        """Return a value as text."""
         return f"{value:{self.form}}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceParameter(Parameter):
-    """One that takes some values, given by one flag."""
+    """A parameter with a set of values, given by one flag."""
 
-    plural: str
-    """Of its name: the flag, and the key of the values in a study's settings."""
-    default: tuple[Any, ...]
-    """Unless the user says otherwise; empty: the parameter is not searched then."""
+    plural: str  # the plural of its name: the flag, and the key in a study's settings
+    default: tuple[Any, ...]  # the default values; empty: not searched by default
     kind: type = str
-    all_of: str = ""
-    """Where `all` is taken: the module and the name of a table of all choices."""
+    all_of: str = ""  # the module and table whose keys `all` means, if `all` is allowed
 
     @property
     def flag(self) -> str:
@@ -91,19 +83,14 @@ class ChoiceParameter(Parameter):
         return f"--{self.plural.replace('_', '-')}"
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
-        """Add the flag of its values."""
+        """Add its flag."""
         words = [str(value) for value in self.default]
-        default = f"default: {' '.join(words)}" if words else "default: it is not searched"
-        group.add_argument(
-            self.flag,
-            nargs="+",
-            default=words,
-            metavar=self.metavar,
-            help=f"{self.help} ({default})",
-        )
+        default = f"default: {' '.join(words)}" if words else "default: not searched"
+        text = f"{self.help} ({default})"
+        group.add_argument(self.flag, nargs="+", default=words, metavar=self.metavar, help=text)
 
     def domain(self, options: argparse.Namespace) -> Choices | None:
-        """Return the values that a command line gives, None for none."""
+        """Return the values of a command line; None if the parameter is not searched."""
         words = split_words(getattr(options, self.plural))
         if self.all_of and words == ["all"]:
             module, _, table = self.all_of.partition(":")
@@ -122,55 +109,43 @@ class ChoiceParameter(Parameter):
             raise ValueError(f"{self.flag} takes {wanted}, not {word!r}") from None
 
     def check(self, domain: Domain) -> None:
-        """Raise ValueError unless there are values, each once."""
+        """Raise ValueError unless there are values, without repetition."""
         if not domain.values:
             raise ValueError(f"{self.flag} needs at least one value")
         if len(set(domain.values)) < len(domain.values):
             raise ValueError(f"{self.flag} has a value twice: {' '.join(map(str, domain.values))}")
 
-    def identity(self, domain: Domain) -> dict[str, Any]:
-        """Return what a study's settings say of its values."""
+    def to_settings(self, domain: Domain) -> dict[str, Any]:
+        """Return the entry of its values in a study's settings."""
         return {self.plural: domain.values}
 
-    def from_identity(self, settings: Mapping[str, Any]) -> Choices | None:
-        """Return the values of which a study's settings say this."""
+    def from_settings(self, settings: Mapping[str, Any]) -> Choices | None:
+        """Return its values in a study's settings, None if there are none."""
         return Choices(tuple(settings[self.plural])) if self.plural in settings else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogRangeParameter(Parameter):
-    """One that takes all numbers of a range, given by two flags."""
+    """A parameter with a range of numbers, given by two flags."""
 
-    default: LogRange | None
-    """Unless the user says otherwise; None: the parameter is not searched then."""
+    default: LogRange | None  # the default range; None: not searched by default
 
     def flags(self) -> tuple[str, str]:
-        """The flags that give its lower and its upper end."""
+        """The flags of its lower and its upper end."""
         flag = f"--{self.name.replace('_', '-')}"
         return f"{flag}-min", f"{flag}-max"
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
         """Add the flags of both ends."""
-        low, high = (None, None) if self.default is None else self.default.values
-        default = "default: it is not searched" if self.default is None else "default: %(default)s"
-        lower, upper = self.flags()
-        group.add_argument(
-            lower,
-            type=float,
-            default=low,
-            metavar=self.metavar,
-            help=f"lower end of the log-uniform range of {self.help} ({default})",
-        )
-        group.add_argument(
-            upper,
-            type=float,
-            default=high,
-            metavar=self.metavar,
-            help=f"upper end of that range ({default})",
-        )
+        ends = (None, None) if self.default is None else self.default.values
+        default = "default: not searched" if self.default is None else "default: %(default)s"
+        texts = f"lower end of the log-uniform range of {self.help}", "upper end of that range"
+        for flag, end, text in zip(self.flags(), ends, texts, strict=True):
+            text = f"{text} ({default})"
+            group.add_argument(flag, type=float, default=end, metavar=self.metavar, help=text)
 
     def domain(self, options: argparse.Namespace) -> LogRange | None:
-        """Return the range that a command line gives, None for none."""
+        """Return the range of a command line; None if the parameter is not searched."""
         low, high = (getattr(options, f"{self.name}_{end}") for end in ("min", "max"))
         if low is None and high is None:
             return None
@@ -188,15 +163,13 @@ class LogRangeParameter(Parameter):
             lower, upper = self.flags()
             raise ValueError(f"{lower} {low!r} must be smaller than {upper} {high!r}")
 
-    def identity(self, domain: Domain) -> dict[str, Any]:
-        """Return what a study's settings say of its range."""
-        return {
-            f"{self.name}_{end}": value
-            for end, value in zip(("min", "max"), domain.values, strict=True)
-        }
+    def to_settings(self, domain: Domain) -> dict[str, Any]:
+        """Return the entries of its range in a study's settings."""
+        low, high = domain.values
+        return {f"{self.name}_min": low, f"{self.name}_max": high}
 
-    def from_identity(self, settings: Mapping[str, Any]) -> LogRange | None:
-        """Return the range of which a study's settings say this."""
+    def from_settings(self, settings: Mapping[str, Any]) -> LogRange | None:
+        """Return its range in a study's settings, None if there is none."""
         key = f"{self.name}_min"
         return LogRange(settings[key], settings[f"{self.name}_max"]) if key in settings else None
 
@@ -239,18 +212,13 @@ BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
 
 def searched(settings: Mapping[str, Any]) -> dict[str, Domain]:
-    """Return what is searched, by the name of each parameter, as a study's settings say it."""
-    domains = {each.name: each.from_identity(settings) for each in PARAMETERS}
+    """Return what is searched by a study with these settings, by names of parameters."""
+    domains = {each.name: each.from_settings(settings) for each in PARAMETERS}
     return {name: domain for name, domain in domains.items() if domain is not None}
 
 
 def run_name(number: int, values: Configuration) -> str:
-    """Return what the run of a trial is called, say `012 mse lr=0.0312 bs=64`.
-
-    Args:
-        number: of the trial.
-        values: of the searched parameters, and of the seed if it varies.
-    """
+    """Return the name of a trial's run, such as `012 mse lr=0.0312 bs=64`."""
     parts = [f"{number:03d}"]
     for parameter in PARAMETERS:
         if parameter.name in values:
@@ -262,5 +230,5 @@ def run_name(number: int, values: Configuration) -> str:
 
 
 def split_words(values: Sequence[str]) -> list[str]:
-    """Return the values of a list, separated by spaces or commas, as words or in one string."""
+    """Return the values in words that are separated by spaces or commas."""
     return [part for value in values for part in re.split(r"[\s,]+", value) if part]

@@ -1,9 +1,10 @@
-"""What a sweep shows while it runs: a line for each trial that ended, and what runs, live."""
+"""The progress of a sweep: a line for each trial that ended, and live lines for running trials."""
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
+from operator import itemgetter
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -13,10 +14,9 @@ from experiments.study.events import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
-    TrialMoved,
+    TrialNote,
     TrialProgressed,
     TrialStarted,
-    TrialUnprotected,
 )
 from experiments.study.parameters import BY_NAME
 from experiments.study.settings import Settings
@@ -71,14 +71,9 @@ class Display(AbstractContextManager["Display"]):
                     completed=event.number,
                     accuracy=f"{accuracy}   {self._outlook()}",
                 )
-            case TrialMoved():
+            case TrialNote():
                 description = self._description(event.trial, self.configs[event.trial])
-                self.console.print(
-                    f"{description}  goes on elsewhere: {event.reason}", markup=False
-                )
-            case TrialUnprotected():
-                description = self._description(event.trial, self.configs[event.trial])
-                self.console.print(f"{description}  {event.reason}", markup=False)
+                self.console.print(f"{description}  {event.text}", markup=False)
             case TrialEnded():
                 self._show_end(event)
 
@@ -101,7 +96,8 @@ class Display(AbstractContextManager["Display"]):
         config = self.configs.pop(event.trial)
         self.num_ended += 1
         if event.outcome == "complete" and event.accuracy is not None:
-            self.best = max(self.best or (-1.0, 0), (event.accuracy, event.trial), key=_accuracy)
+            best = (event.accuracy, event.trial)
+            self.best = max(self.best or best, best, key=itemgetter(0))
         accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
         reason = f"   {event.reason}" if event.reason else ""
         self.console.print(
@@ -125,7 +121,7 @@ class Display(AbstractContextManager["Display"]):
         return f"{best}{time_left}"
 
     def _seconds_left(self) -> float | None:
-        """Return about how long it takes, from the trials that ended, or else from the epochs."""
+        """Estimate the time left from the trials that ended, or else from the epochs."""
         elapsed = time.monotonic() - self.start
         wanted = self.settings.trials - self.num_before
         if self.num_ended:
@@ -133,10 +129,6 @@ class Display(AbstractContextManager["Display"]):
         if self.num_epochs:
             return elapsed / self.num_epochs * (wanted * self.settings.epochs - self.num_epochs)
         return None
-
-
-def _accuracy(scored: tuple[float, int]) -> float:
-    return scored[0]
 
 
 def _clock(seconds: float) -> str:

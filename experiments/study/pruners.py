@@ -1,4 +1,4 @@
-"""Which trials end early."""
+"""The pruners: they end trials early."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
-FIRST_EPOCH = 1
-"""The number of it; accuracies are reported to Optuna under their epochs' numbers."""
+FIRST_EPOCH = 1  # accuracies are reported to Optuna under the numbers of their epochs
 
 
 class OneEpochPruner(optuna.pruners.BasePruner):
-    """Let a trial go on after its first epoch only if it is in the best third of all first epochs.
+    """Prunes a trial after its first epoch unless it is in the best third of all first epochs.
 
-    That is, if fewer than a third of them are better, its own counted among them. "Keep the best K
-    after one epoch" is the baseline that pruning has to beat: Egele, Guyon, Sun and Balaprakash
-    (2023), "Is One Epoch All You Need For Multi-Fidelity Hyperparameter Optimization?", arXiv
-    2307.15422. There, all trials have their first epoch before any goes on; here, a trial is
-    compared with the first epochs that there are when it has its own, so that none has to wait.
+    "Keep the best K after one epoch" is the baseline that pruning has to beat: Egele, Guyon, Sun
+    and Balaprakash (2023), "Is One Epoch All You Need For Multi-Fidelity Hyperparameter
+    Optimization?", arXiv 2307.15422. There, all trials finish their first epoch before any
+    continues. Here, a trial is compared with the first epochs so far, so that none has to wait.
 
-    Optuna's pruners can't express it: `PercentilePruner` compares with complete trials only, which
-    are those that it kept, and `SuccessiveHalvingPruner` prunes again at later epochs. This one has
-    no state but the first epochs in the study, so that a trial whose process died before it was
-    told to end is judged as before when it is taken up again.
+    Optuna's `PercentilePruner` compares with complete trials only, and its
+    `SuccessiveHalvingPruner` prunes at later epochs as well. This pruner has no state except the
+    first epochs in the study, so a resumed trial gets the same decision.
     """
 
     def __init__(self, reduction_factor: int = 3) -> None:
@@ -35,7 +32,7 @@ class OneEpochPruner(optuna.pruners.BasePruner):
         self._reduction_factor = reduction_factor
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether a trial that has had its first epoch, and no other, is to end."""
+        """Return whether to end a trial that has finished only its first epoch."""
         assert study.direction == StudyDirection.MAXIMIZE  # accuracies
         if trial.last_step != FIRST_EPOCH:
             return False
@@ -52,19 +49,18 @@ class OneEpochPruner(optuna.pruners.BasePruner):
 
 
 class SuccessiveHalvingPruner(optuna.pruners.BasePruner):
-    """Let a trial go on after 1, 3, 9, … epochs only if it is in the best third of all that were.
+    """Prunes a trial after 1, 3, 9, … epochs unless it is in the best third of all that got there.
 
-    That is ASHA, of Li et al. (2020), "A System for Massively Parallel Hyperparameter Tuning",
-    arXiv 1810.05934, as Optuna has it under the same name, with one difference: there, a trial that
-    has come to such an epoch is marked before it is judged, so that one whose process died in
-    between goes on unjudged when it is taken up again. This one has no state but the accuracies.
+    This is ASHA, of Li et al. (2020), "A System for Massively Parallel Hyperparameter Tuning",
+    arXiv 1810.05934. Optuna's pruner of this name marks a trial before it decides, so a trial whose
+    process died in between continues without a decision. This one has no state but the accuracies.
     """
 
     def __init__(self, first_epoch: int = 1, reduction_factor: int = 3) -> None:
         self._first_epoch, self._reduction_factor = first_epoch, reduction_factor
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether a trial that has just had one of these epochs is to end."""
+        """Return whether to end a trial that has just finished one of these epochs."""
         assert study.direction == StudyDirection.MAXIMIZE  # accuracies
         epoch = trial.last_step
         if epoch is None or not self._is_rung(epoch):
@@ -88,7 +84,7 @@ class SuccessiveHalvingPruner(optuna.pruners.BasePruner):
 
 
 class HyperbandPruner(optuna.pruners.HyperbandPruner):
-    """Optuna's, with the `SuccessiveHalvingPruner` above in its brackets."""
+    """Optuna's pruner, with the `SuccessiveHalvingPruner` above in its brackets."""
 
     def _try_initialization(self, study: optuna.Study) -> None:
         super()._try_initialization(study)
@@ -101,12 +97,12 @@ class HyperbandPruner(optuna.pruners.HyperbandPruner):
 
 
 def make_pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
-    """Return the pruner of that name, a key of `PRUNERS`, for trials of so many epochs."""
+    """Return the pruner with this name in `PRUNERS`."""
     return PRUNERS[name](epochs)
 
 
-# `benchmarks.pruning` replays sweeps with each of them. Other arguments were tried: asha from epoch
-# 2 on, for example, prunes the best less often on CIFAR-10, but more often on the digits.
+# `benchmarks.pruning` replays sweeps with each of them and with other arguments. For example, asha
+# from epoch 2 on prunes the best trial less often on CIFAR-10, but more often on the digits.
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "none": lambda _: optuna.pruners.NopPruner(),
     "median": lambda _: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),

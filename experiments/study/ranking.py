@@ -1,4 +1,4 @@
-"""The order of trials: whatever names a best one of them, names the first of this order."""
+"""The order of trials. Whatever names a best trial names the first one of this order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def best_first(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of trials in their order, the best first: complete ones, then the others.
+    """Return the rows of trials, the best first: complete trials, then the others.
 
     Args:
         trials: with the columns `trial`, `outcome`, `loss`, `val_accuracy` and `val_loss`.
@@ -26,7 +26,7 @@ def best_first(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _ordered(trials: pd.DataFrame) -> pd.DataFrame:
     columns = trials[["trial", "loss", "val_accuracy", "val_loss"]]
-    # As objects, so that what is missing is None in each column.
+    # As objects, so that missing values are None in each column.
     rows = columns.astype(object).where(columns.notna(), None).itertuples(index=False)
     entries = [
         Entry(

@@ -1,4 +1,4 @@
-"""What MLflow is told of a sweep: its runs, their params, metrics, tags and models."""
+"""A sweep's records in MLflow: runs with params, metrics, tags and models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,27 +28,29 @@ from experiments.study.parameters import run_name
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
 
-# MLflow, a second to import, can wait until the workers have begun.
+# MLflow takes a second to import: the workers start first.
 if TYPE_CHECKING:
     from tracking.runs import Run
     from tracking.tracker import Tracker
 
-RETRIES = 1
-"""How often a trial that failed is tried again, on a fresh worker."""
+RETRIES = 1  # how often a failed trial is retried, on a fresh worker
 
 OBJECTIVE = "val/accuracy"
 
 
-class Recorder:
-    """Opens the runs of a sweep, and records what they are of.
+def open_tracker(settings: Settings, should_stop: Callable[[], bool]) -> Tracker:
+    """Open MLflow's experiment; `should_stop` is asked while the server is away."""
+    from tracking.retries import RetryPolicy
+    from tracking.tracker import Tracker
 
-    Args:
-        tracker: the experiment that the runs are in.
-        study: that the trials are of.
-        settings: of the sweep.
-        data: the data set.
-        made_with: what has to stay the same within the study: see `Settings.made_with`.
-        environment: which code and versions train: see `identity.environment`.
+    retries = RetryPolicy(seconds=settings.tracking_timeout, should_stop=should_stop)
+    return Tracker.open(settings.experiment, retries=retries)
+
+
+class Recorder:
+    """Opens the runs of a sweep, and records their params, tags and models.
+
+    For `made_with` and `provenance` of this process, see `identity`.
     """
 
     def __init__(
@@ -59,19 +61,19 @@ class Recorder:
         data: Dataset,
         *,
         made_with: Mapping[str, Any],
-        environment: Mapping[str, str],
+        provenance: Mapping[str, str],
     ) -> None:
         self.tracker, self.study, self.settings, self.data = tracker, study, settings, data
-        self.made_with, self.environment = made_with, environment
+        self.made_with, self.provenance = made_with, provenance
         self._parent: Run | None = None
         self._space = settings.space()
         self._classifiers: dict[str, Classifier] = {}
 
     def open_parent(self, under: str | None) -> Run:
-        """Return the parent of the trials' runs: the study's own run, if it has one.
+        """Open and return the parent of the trials' runs: the study's own run, if it has one.
 
         Args:
-            under: the id of the run that the parent is part of, if it is part of one.
+            under: the id of the run that is the parent's parent, if any.
         """
         study, tags = self.study, self.settings.tags
         own = {"study": study.study_name, "study_id": study.user_attrs["id"], "role": "sweep"}
@@ -81,7 +83,7 @@ class Recorder:
         if whole is not None:
             name = study.study_name.removeprefix(f"{whole}/").replace("/", " ")
         parent = self.tracker.parent_run(name, tags={**tags, **own}, earlier=earlier, under=under)
-        self._parent = parent  # from here on it is closed, whatever happens
+        self._parent = parent  # `end_parent` ends it, even after an error here
         if earlier is None and parent.run_id != os.environ.get("MLFLOW_RUN_ID"):
             first = set_once(study, "parent_run_id", parent.run_id)
             if first != parent.run_id and (run := self.tracker.find_run(first)) is not None:
@@ -89,18 +91,18 @@ class Recorder:
                 self._parent = parent = run
         else:
             study.set_user_attr("parent_run_id", parent.run_id)
-        # Not under the flags' own names: `mlflow run` has logged these already, quoted for a shell.
-        identity = self.settings.identity(self.data)
+        # Not under the flags' names: `mlflow run` has recorded those, quoted for a shell.
+        fingerprint = self.settings.fingerprint(self.data)
         network = {"network_digest": self.made_with["network"]}
-        parent.log_params({f"sweep/{k}": v for k, v in {**identity, **network}.items()})
-        parent.set_tags(self._environment_tags())
+        parent.log_params({f"sweep/{k}": v for k, v in {**fingerprint, **network}.items()})
+        parent.set_tags(self._provenance_tags())
         log_data(parent, self.data)
-        # That nothing can be stored is found now, and not at the first model.
-        parent.log_text(json.dumps({**identity, **self.made_with}, indent=2), "settings.json")
+        # An artifact store that refuses files is noticed now, not at the first model.
+        parent.log_text(json.dumps({**fingerprint, **self.made_with}, indent=2), "settings.json")
         return parent
 
     def end_parent(self, outcome: str, *, reason: str) -> None:
-        """Close the parent, if it was opened."""
+        """End the parent, if it was opened."""
         if self._parent is not None:
             self._parent.end(outcome, reason=reason)
 
@@ -113,7 +115,7 @@ class Recorder:
     def open_run(self, trial: Trial, config: TrainConfig) -> Run:
         """Open a run for a new trial."""
         name = run_name(trial.number, self._space.varied(config))
-        tags = self._tags(trial.number) | self._environment_tags()
+        tags = self._tags(trial.number) | self._provenance_tags()
         run = self.tracker.start_run(name, tags=tags, parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
         self._log_config(run, config)
@@ -121,20 +123,20 @@ class Recorder:
         return run
 
     def reopen_run(self, trial: Trial, config: TrainConfig) -> Run:
-        """Open the run of a resumed trial again, or a new one if it has none yet."""
+        """Reopen the run of a resumed trial, or open a new one if it has none."""
         run = self.find_run(trial)
         if run is None:
             return self.open_run(trial, config)
         run.reopen(tags=self.tracker.process_tags)
         trial.set_user_attr("run_id", run.run_id)
-        # The process that opened it may have died before it came to these.
+        # The process that opened it may have died before these steps.
         if not run.params():
             self._log_config(run, config)
         log_data(run, self.data)
         return run
 
     def find_run(self, trial: Trial | FrozenTrial) -> Run | None:
-        """Return the run of a trial, though its process may have died before it noted its id."""
+        """Return the run of a trial, even if its process died before it stored the run's id."""
         if run_id := trial.user_attrs.get("run_id"):
             return self.tracker.find_run(run_id)
         return self.tracker.find_tagged(self._tags(trial.number))
@@ -151,19 +153,19 @@ class Recorder:
         )
 
     def _tags(self, number: int) -> dict[str, str]:
-        # The study's own id: one that was deleted and made again may have the same name.
+        # With the study's id: a deleted study may have had the same name.
         study = {"study": self.study.study_name, "study_id": self.study.user_attrs["id"]}
         return {**self.settings.tags, **study, "trial": str(number), "role": "trial"}
 
-    def _environment_tags(self) -> dict[str, str]:
+    def _provenance_tags(self) -> dict[str, str]:
         names = ("commit", "uncommitted", "source", "python", "torch")
-        return {f"code.{name}": self.environment[name] for name in names}
+        return {f"code.{name}": self.provenance[name] for name in names}
 
     def warm_up_export(self, config: TrainConfig, interrupts: Interrupts) -> None:
         """Export a model once and discard it, while the workers train their first trials.
 
-        The first export of a process imports PyTorch's compiler, which takes seconds: a worker
-        would wait as long, and so would a Ctrl-C.
+        The first export of a process imports PyTorch's compiler, which takes seconds. A worker and
+        a Ctrl-C would wait for it.
         """
         if "torch._dynamo" in sys.modules:
             return
@@ -171,11 +173,7 @@ class Recorder:
 
         model = self._classifier(config)
         classes = {"classes": self.data.classes}
-        with (
-            suppress(InterruptionError),
-            TemporaryDirectory() as scratch,
-            interrupts.at_once(),
-        ):
+        with suppress(InterruptionError), TemporaryDirectory() as scratch, interrupts.at_once():
             folder = Path(scratch, "model")
             save_model(model, folder, input_example=self._example(), metadata=classes)
 
@@ -202,7 +200,7 @@ class Recorder:
     def _classifier(self, config: TrainConfig) -> Classifier:
         """Return the model to record, without its weights: one for all trials with one graph.
 
-        So a graph is traced once a sweep. That is quicker, and PyTorch keeps each that it traced.
+        So a graph is exported once per sweep. That saves time, and PyTorch keeps each export.
         """
         kind = get_loss(config.loss).outputs_to_probabilities
         if kind not in self._classifiers:
@@ -216,7 +214,7 @@ class Recorder:
 
 
 class RunningTrial:
-    """A trial under way: its Optuna trial, its run, and what came of it so far."""
+    """A running trial: its Optuna trial, its run, and its results so far."""
 
     def __init__(self, trial: Trial, config: TrainConfig, run: Run, *, is_new: bool) -> None:
         self.trial, self.config, self.run = trial, config, run
@@ -226,12 +224,12 @@ class RunningTrial:
         self.val_loss: float | None = None
         self.diverged = False
         # An earlier process has recorded these epochs of a resumed trial. Training repeats them
-        # bit for bit, so they need not be recorded again.
+        # bit for bit, so they are not recorded again.
         self.recorded = 0 if is_new else run.last_step(OBJECTIVE)
         self.reported = 0 if is_new else last_reported_epoch(trial)
 
     def record(self, event: EpochEnded) -> None:
-        """Record an epoch in MLflow and Optuna, unless an earlier process has."""
+        """Record an epoch in MLflow and Optuna, unless an earlier process did."""
         self.epochs, self.diverged = event.number, event.diverged
         self.accuracy, self.val_loss = event.metrics[OBJECTIVE], event.metrics["val/loss"]
         if event.number > self.recorded:
@@ -242,13 +240,13 @@ class RunningTrial:
             self.reported = event.number
 
     def may_be_retried(self) -> bool:
-        """Note a failure, and return whether it was the first: its cause may be the worker."""
+        """Count a failure, and return whether to retry: its cause may be the worker."""
         failures = self.trial.user_attrs.get("failures", 0) + 1
         self.trial.set_user_attr("failures", failures)
         return bool(failures <= RETRIES)
 
     def ended(self, outcome: str, reason: str) -> TrialEnded:
-        """Return the event of its end."""
+        """Return the event of the trial's end."""
         return TrialEnded(
             trial=self.trial.number,
             outcome=outcome,
@@ -260,7 +258,7 @@ class RunningTrial:
 
 
 def log_data(run: Run, data: Dataset) -> None:
-    """Log to a run which data it trains on."""
+    """Log the data set of a run."""
     run.log_dataset(
         name=data.name,
         digest=data.digest,

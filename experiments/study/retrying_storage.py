@@ -1,4 +1,4 @@
-"""Optuna's database storage, whose calls are repeated while its server is away."""
+"""Optuna's database storage, with retries while its server is away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tracking.retries import RetryPolicy
 
 
 class RetryingStorage:
-    """Optuna's storage, of which every call is repeated while its server is away."""
+    """Optuna's storage. Every call is retried while its server is away."""
 
     def __init__(self, backend: RDBStorage, retries: RetryPolicy) -> None:
         self._backend, self.retries = backend, retries
@@ -24,7 +24,7 @@ class RetryingStorage:
         return lambda *args, **kwargs: self.retries.call(lambda: value(*args, **kwargs))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        """Set a trial's state; one that was set, though the answer was lost, is no error."""
+        """Set a trial's state. A retry accepts a state that was set, if the answer was lost."""
         tries = 0
 
         def call() -> bool:

@@ -10,16 +10,16 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from experiments.study.parameters import Configuration
 
 
 class TrialSeededSampler(BaseSampler):
-    """A sampler whose random state is a function of a seed and the trial's number.
+    """A sampler whose random state depends only on a seed and the trial's number.
 
-    The random state of Optuna's samplers dies with its process. With this one, a study that is
-    resumed goes the way that the undisturbed one would have gone.
+    The random state of Optuna's samplers ends with its process. With this sampler, a resumed study
+    gets the same configurations as one without interruption.
     """
 
     def __init__(self, make_sampler: Callable[[int], BaseSampler], seed: int) -> None:
@@ -37,19 +37,16 @@ class TrialSeededSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Return what `sample_relative` is to sample."""
-        # There is nothing random in it, and one that lasts looks at new trials only.
+        """Return the search space of `sample_relative`."""
+        # It is not random, and a sampler that is kept reads only new trials.
         if self._inferring is None:
             self._inferring = self._make_sampler(self._seed)
         return self._inferring.infer_relative_search_space(study, trial)
 
     def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return values for parameters that are sampled together."""
+        """Return the values of parameters that are sampled together."""
         return self._sampler(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
@@ -59,47 +56,21 @@ class TrialSeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Return a value for a parameter by itself."""
-        # One stream a parameter: else two categorical ones would draw the same number.
+        """Return the value of a parameter that is sampled alone."""
+        # One stream per parameter: two categorical ones would draw the same number otherwise.
         mixed = np.random.SeedSequence(
             [self._seed, trial.number, *param_name.encode()]
         ).generate_state(1)[0]
         sampler = self._make_sampler(int(mixed))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Take note of a trial that ended."""
-        self._sampler(trial).after_trial(study, trial, state, values)
 
-
-class FixedSampler(BaseSampler):
+class FixedSampler(optuna.samplers.RandomSampler):
     """A sampler whose trials have the configurations of a list, in order."""
 
     def __init__(self, configurations: Sequence[Configuration]) -> None:
+        super().__init__()
         self._configurations = configurations
-
-    def infer_relative_search_space(
-        self,
-        study: optuna.Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-    ) -> dict[str, BaseDistribution]:
-        """Return that nothing is sampled together."""
-        return {}
-
-    def sample_relative(
-        self,
-        study: optuna.Study,  # noqa: ARG002
-        trial: FrozenTrial,  # noqa: ARG002
-        search_space: dict[str, BaseDistribution],  # noqa: ARG002
-    ) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
 
     def sample_independent(
         self,
@@ -113,9 +84,9 @@ class FixedSampler(BaseSampler):
 
 
 class _NumberedQMCSampler(optuna.samplers.QMCSampler):
-    """A sequence in which a trial's place is its number.
+    """A sequence whose index is the trial's number.
 
-    Optuna counts in the storage: there, a trial that is taken up again would take two places.
+    Optuna counts in the storage, where a resumed trial would count twice.
     """
 
     number = 0
@@ -136,12 +107,12 @@ def _qmc(mixed: int, seed: int) -> BaseSampler:
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
-    """Return the sampler of that name, a key of `SAMPLERS`, seeded by trial."""
+    """Return the sampler with this name in `SAMPLERS`, seeded by trial."""
     return TrialSeededSampler(lambda mixed: SAMPLERS[name](mixed, seed), seed)
 
 
-# TPE's two choices are Optuna 5's defaults, pinned because they change results: joint sampling of
-# the parameters, and running trials counted as bad ones, so that workers do not all go to one spot.
+# TPE's two options are Optuna 5's defaults, pinned because they change results: the parameters are
+# sampled jointly, and running trials count as bad, so that workers do not all go to one spot.
 SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {
     "tpe": lambda mixed, _: optuna.samplers.TPESampler(
         seed=mixed, multivariate=True, constant_liar=True

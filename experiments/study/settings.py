@@ -1,4 +1,4 @@
-"""What a sweep is told, checked before anything is started."""
+"""The settings of a sweep, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
+from cnn.config import check_choice
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
 from experiments.study.identity import made_with
@@ -23,14 +24,13 @@ from tracking.registry import check_name, default_name
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a sweep is told; `experiments.sweep` explains each.
+    """The settings of a sweep; `experiments.sweep` explains each.
 
     Raises:
         ValueError: one is out of its range; the message names the flag, the value and the range.
     """
 
-    search: Mapping[str, Domain]
-    """What is searched, by names of `parameters.PARAMETERS`."""
+    search: Mapping[str, Domain]  # the searched parameters, by names of `parameters.PARAMETERS`
     trials: int
     epochs: int
     seed: int
@@ -43,29 +43,22 @@ class Settings:
     study: str | None
     storage: str
     experiment: str | None
-    timeout: float
-    """Seconds; 0 is no limit."""
+    timeout: float  # seconds; 0 is no limit
     workers: int
-    max_failures: int
-    """Failed trials in a row."""
-    tracking_timeout: float
-    """Seconds that a tracking server may be away."""
+    max_failures: int  # failed trials in a row
+    tracking_timeout: float  # how long to wait for a tracking server that is away, in seconds
     configurations: Sequence[Configuration] = ()
-    """Those of all trials, in order: then nothing is sampled."""
+    """The configurations of all trials, in order; empty: a sampler chooses them."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Tags of all of its runs, beside their own."""
+    """Tags of all of its runs, besides their own."""
     register: str = "none"
-    """The registered model that the best trial's becomes a version of: a name, `auto` or `none`."""
+    """The registered model that gets the best trial's model: a name, `auto` or `none`."""
     worker_device: str | None = None
-    """What `device` is to workers that are on other machines, which this one can't ask."""
+    """The device of workers on other machines, which this one can't detect."""
 
     def __post_init__(self) -> None:
-        for flag, value, choices in (
-            ("--sampler", self.sampler, SAMPLERS),
-            ("--pruner", self.pruner, PRUNERS),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {flag} {value!r}: choose one of {', '.join(choices)}")
+        check_choice("--sampler", self.sampler, SAMPLERS)
+        check_choice("--pruner", self.pruner, PRUNERS)
         for flag, number in (
             ("--trials", self.trials),
             ("--workers", self.workers),
@@ -92,7 +85,7 @@ class Settings:
     def space(self) -> Space:
         """Return the search space."""
         device = self.worker_device or resolve_device(self.device)
-        # GPUs of other machines are taken to be of Ampere's generation or later.
+        # GPUs of other machines are assumed to be of Ampere's generation or later.
         is_remote_gpu = self.worker_device == "cuda" and self.precision == "auto"
         precision = "bfloat16" if is_remote_gpu else resolve_precision(self.precision, device)
         return Space(
@@ -109,7 +102,7 @@ class Settings:
         )
 
     def make_sampler(self) -> BaseSampler:
-        """Return what chooses the configurations of the trials."""
+        """Return the sampler of the trials' configurations."""
         if self.configurations:
             return FixedSampler(self.configurations)
         return make_sampler(self.sampler, self.seed)
@@ -120,25 +113,20 @@ class Settings:
         return names.get(self.register, self.register)
 
     def made_with(self, data: Dataset) -> dict[str, Any]:
-        """Return what has to stay the same within a study, beside its `identity`: the code."""
-        return made_with(
-            data,
-            losses=self.losses,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-        )
+        """Return the digests of the code: see `identity.made_with`."""
+        return made_with(data, losses=self.losses, optimizer=self.optimizer, schedule=self.schedule)
 
-    def identity(self, data: Dataset) -> dict[str, Any]:
-        """Return what makes two sweeps the same study: all that its results depend on."""
+    def fingerprint(self, data: Dataset) -> dict[str, Any]:
+        """Return all settings that a study's results depend on: the same make the same study."""
         names = "epochs seed sampler pruner optimizer schedule device precision"
-        identity: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
+        fingerprint: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
         for name, domain in self.search.items():
-            identity |= BY_NAME[name].identity(domain)
-        identity |= {name: getattr(self, name) for name in names.split()}
+            fingerprint |= BY_NAME[name].to_settings(domain)
+        fingerprint |= {name: getattr(self, name) for name in names.split()}
         if self.configurations:
-            # Without the seeds, of which there may be more later.
+            # Without the seeds: there may be more later.
             values = {tuple(each[name] for name in self.search) for each in self.configurations}
-            identity["points"] = sorted(values)
-        # As it comes back from the study, where tuples are lists.
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
+            fingerprint["points"] = sorted(values)
+        # As the study returns it: tuples become lists.
+        plain: dict[str, Any] = json.loads(json.dumps(fingerprint))
         return plain

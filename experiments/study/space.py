@@ -1,4 +1,4 @@
-"""The search space: an Optuna trial in, the configuration of its training out."""
+"""The search space: from an Optuna trial to the configuration of its training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What a study searches, and what is the same in all of its trials.
+    """The searched and the fixed fields of a study's configurations.
 
-    The space is the same for every loss. A range of learning rates that suits one loss starves
-    another, so it should be wide.
+    The space is the same for every loss. A range of learning rates that suits one loss does not
+    suit another, so it should be wide.
     """
 
-    search: Mapping[str, Domain]
-    """By names of `parameters.PARAMETERS`."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of `TrainConfig`."""
+    search: Mapping[str, Domain]  # by names of `parameters.PARAMETERS`
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # the other fields of `TrainConfig`
     varies_seed: bool = False
-    """Whether each trial has a seed of its own, as the configurations of a `FixedSampler` do."""
+    """Whether each trial has its own seed, as the configurations of a `FixedSampler` do."""
 
     def __post_init__(self) -> None:
         for name, domain in self.search.items():
@@ -38,7 +36,7 @@ class Space:
                 self._config(first | {name: value})
 
     def suggest(self, trial: Trial) -> TrainConfig:
-        """Return the configuration of a trial; of a resumed one, the same as before."""
+        """Return the configuration of a trial. A resumed trial has the same as before."""
         values = {name: domain.suggest(trial, name) for name, domain in self.search.items()}
         if self.varies_seed:
             values["seed"] = trial.suggest_int("seed", 0, MAX_SEED)

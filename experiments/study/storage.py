@@ -1,7 +1,7 @@
-"""The database that studies are kept in: opened, checked, locked, and waited for when it is away.
+"""The database of studies: opened, checked, locked, and retried while it is away.
 
-What can't be opened is a ValueError of one line. A server that is away once a study is open is
-waited for, within a bound, as `tracking.retries` does it for MLflow's.
+A database that can't be opened is a ValueError of one line. If a server goes away later, calls are
+retried for a limited time, as `tracking.retries` does for MLflow's server.
 """
 
 from __future__ import annotations
@@ -26,39 +26,44 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from sqlalchemy import column, table
 
+from experiments.interrupts import InterruptionError
 from experiments.study.identity import name_of
 from experiments.study.retrying_storage import RetryingStorage
 from experiments.study.trial_cache import TrialCache
-from tracking.errors import AwayError, is_database_away, one_line, refusal, without_passwords
+from tracking.errors import (
+    AwayError,
+    is_database_away,
+    is_transient,
+    one_line,
+    refusal,
+    without_passwords,
+)
 from tracking.files import open_own
 from tracking.retries import ArtifactStoreError, RetryPolicy
 from tracking.store import make_whole, sqlite_file, table_names, tracking_uri
 
 Result = TypeVar("Result")
 
-INTERVAL_SECONDS = 20
-"""Between two heartbeats of a trial."""
-GRACE_SECONDS = 120
-"""A trial whose last heartbeat is older is orphaned."""
+INTERVAL_SECONDS = 20  # interval of a trial's heartbeats
+GRACE_SECONDS = 120  # a trial whose last heartbeat is older is orphaned
 
 MAKING_TRIES, MAKING_PAUSE_SECONDS = 5, 1.0
-"""For a storage whose tables another process is making."""
+"""Retries while another process makes the tables of a storage."""
 
-CONNECT_SECONDS = 10
-"""How long a server may take to answer that is connected to."""
+CONNECT_SECONDS = 10  # how long to wait for a connection to a server
 
 LONGEST_NAME = 400
-"""Of a study, in characters: Optuna takes 512, and those of a comparison's stages are longer."""
+"""Of a study, in characters: Optuna takes 512, and a comparison's stages append to it."""
 
 EXAMPLES = "sqlite:///optuna.db for a file, postgresql+psycopg://USER@HOST/DATABASE for a server"
 SERVERS = ("postgresql", "mysql", "mariadb")
 
-# Of Optuna's tables; it has no call that writes only if nobody else has.
+# A table of Optuna's. Optuna has no call that writes only if no other process has.
 ATTRIBUTES = table("study_user_attributes", *map(column, ("study_id", "key", "value_json")))
 
 
 def storage_retries(seconds: float, should_stop: Callable[[], bool]) -> RetryPolicy:
-    """Return how long a storage that is open is waited for when it goes away."""
+    """Return the retry policy of an open storage."""
     return RetryPolicy(
         seconds=seconds, should_stop=should_stop, why_away=_why_away, why_refused=lambda _: None
     )
@@ -71,14 +76,14 @@ def _why_away(error: BaseException) -> str | None:
 
 
 def open_storage(url: str, retries: RetryPolicy | None = None) -> TrialCache:
-    """Open a storage that keeps heartbeats of its trials; it is made if it isn't there.
+    """Open a storage with heartbeats; make it if it does not exist.
 
     Args:
         url: of the database.
-        retries: how long to wait for a server that goes away later.
+        retries: what to do when a server goes away later.
     """
     make_whole(url, lambda draft: RDBStorage(draft).engine.dispose())
-    # It tells of what it tries otherwise when a server goes away: we wait, and say so once.
+    # Optuna would log what it does when a server goes away. We retry, and say so once.
     logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
     for tries_left in reversed(range(MAKING_TRIES)):
         try:
@@ -96,7 +101,7 @@ def open_storage(url: str, retries: RetryPolicy | None = None) -> TrialCache:
             line = f"the storage {shown!r} was made by another Optuna: {one_line(error)}"
             raise ValueError(line) from error
         except (sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError):
-            # A table came to be between the look whether it was there and the making of it.
+            # Another process made a table between Optuna's check and its CREATE.
             if not tries_left:
                 raise
             time.sleep(MAKING_PAUSE_SECONDS)
@@ -111,16 +116,19 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def retries_of(study: Study) -> RetryPolicy:
-    """Return how long the storage of a study is waited for when it goes away."""
+    """Return the retry policy of a study's storage."""
+    return _backend(study).retries
+
+
+def _backend(study: Study) -> RetryingStorage:
     storage: Any = study._storage
-    retries: RetryPolicy = storage._backend.retries
-    return retries
+    backend: RetryingStorage = storage._backend
+    return backend
 
 
 def transact(study: Study, do: Callable[[sqlalchemy.Connection], Result]) -> Result:
-    """Return what a function returns of a transaction, which is repeated while it can't be had."""
-    storage: Any = study._storage
-    backend: RetryingStorage = storage._backend
+    """Return the result of a function in a transaction, retried while the server is away."""
+    backend = _backend(study)
 
     def once() -> Result:
         with backend.engine.begin() as connection:
@@ -130,7 +138,7 @@ def transact(study: Study, do: Callable[[sqlalchemy.Connection], Result]) -> Res
 
 
 def set_once(study: Study, key: str, value: Any) -> Any:
-    """Set an attribute of a study that has none, and return what it has: the first one decides."""
+    """Set a study's attribute unless it has one, and return its value: the first process wins."""
     row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
     with suppress(sqlalchemy.exc.IntegrityError):
         transact(study, lambda connection: connection.execute(ATTRIBUTES.insert().values(row)))
@@ -140,18 +148,18 @@ def set_once(study: Study, key: str, value: Any) -> Any:
 def set_attributes(
     study: Study, trial: Trial | FrozenTrial, attributes: Mapping[str, object]
 ) -> None:
-    """Set attributes of a trial. A `Trial` could do it; a resumed one would sample first."""
+    """Set attributes of a trial. A resumed `Trial` would sample first."""
     for key, value in attributes.items():
         study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
 def last_reported_epoch(trial: Trial) -> int:
-    """Return the last epoch that Optuna was told of, 0 for none."""
+    """Return the last epoch that was reported to Optuna, 0 for none."""
     return max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=0)
 
 
 def load_or_create(**options: Any) -> Study:
-    """Load a study, or make it; to load one writes nothing, which a full disk would not take."""
+    """Load a study, or make it. Loading writes nothing, and so works on a full disk."""
     try:
         return optuna.load_study(**options)
     except KeyError:
@@ -159,14 +167,14 @@ def load_or_create(**options: Any) -> Study:
 
 
 def existing_name(
-    storage: TrialCache, prefix: str, identity: Mapping[str, Any], made: Mapping[str, Any]
+    storage: TrialCache, prefix: str, fingerprint: Mapping[str, Any], made: Mapping[str, Any]
 ) -> str:
-    """Return the name of the study that follows from what it is of.
+    """Return the default name of a study: an existing study's, or a new one.
 
-    Studies that are older than `made_with` were named without it: one that is there goes on, unless
-    it was noted since that it is of something else.
+    Studies older than `made_with` were named without it. Such a study resumes, unless it was
+    recorded since that it has other digests.
     """
-    name, old_name = name_of(prefix, identity, made), name_of(prefix, identity)
+    name, old_name = name_of(prefix, fingerprint, made), name_of(prefix, fingerprint)
     for each in (name, old_name):
         with suppress(KeyError):
             study = optuna.load_study(study_name=each, storage=storage)
@@ -175,13 +183,13 @@ def existing_name(
     return name
 
 
-# What is refused
+# Checks
 
 
 def check_storage(url: str) -> None:
-    """Raise ValueError for what is no database that studies can be kept in, beside MLflow's.
+    """Raise ValueError for an address that can't store studies, or is MLflow's database.
 
-    Nothing is made or changed: neither this database nor MLflow's.
+    Neither this database nor MLflow's is made or changed.
     """
     shown = without_passwords(url)
     try:
@@ -189,20 +197,20 @@ def check_storage(url: str) -> None:
     except sqlalchemy.exc.ArgumentError:
         meant = f"sqlite:///{url}" if url and "://" not in url else EXAMPLES
         raise ValueError(
-            f"the storage {shown!r} is no address of a database: say {meant}"
+            f"the storage {shown!r} is not the address of a database: use {meant}"
         ) from None
     backend = parsed.get_backend_name()
     if backend == "sqlite":
         if sqlite_file(url) is None:
             raise ValueError(
-                f"the storage {shown!r} is in memory, and gone with the process: say {EXAMPLES}"
+                f"the storage {shown!r} is in memory, and lost with the process: use {EXAMPLES}"
             )
     elif backend not in SERVERS:
-        raise ValueError(f"studies can't be kept in the storage {shown!r}: say {EXAMPLES}")
+        raise ValueError(f"studies can't be stored in {shown!r}: use {EXAMPLES}")
     mlflow = tracking_uri()
     if _is_same_database(url, mlflow):
         raise ValueError(
-            f"the storage {shown!r} is MLflow's database, too, and both would be damaged: say "
+            f"the storage {shown!r} is also MLflow's database, and both would be damaged: use "
             "another --storage, or another MLFLOW_TRACKING_URI"
         )
     with storage_errors(url):
@@ -211,41 +219,36 @@ def check_storage(url: str) -> None:
             raise ValueError(
                 f"the storage {shown!r} is a database of "
                 f"{'MLflow' if 'experiments' in tables else 'something else'}, not of Optuna's "
-                f"studies: say another, {EXAMPLES}"
+                f"studies: use another, {EXAMPLES}"
             )
 
 
 def _is_same_database(url: str, other: str) -> bool:
-    files = sqlite_file(url), sqlite_file(other)
-    if None not in files:
-        one, two = files
-        assert one is not None
-        assert two is not None
-        return one.resolve() == two.resolve() or (
-            one.exists() and two.exists() and one.samefile(two)
-        )
+    one, two = sqlite_file(url), sqlite_file(other)
+    if one is not None and two is not None:
+        are_there = one.exists() and two.exists()
+        return one.resolve() == two.resolve() or (are_there and one.samefile(two))
     try:
-        servers = [sqlalchemy.make_url(each) for each in (url, other)]
+        first, second = _server_database(url), _server_database(other)
     except sqlalchemy.exc.ArgumentError:
-        return False  # the tracking server's address, say
-    if None in (each.database for each in servers) or any(files):
-        return False
-    first, second = ((each.get_backend_name(), *_place(each), each.database) for each in servers)
-    return first == second
+        return False  # for example, the address of a tracking server
+    return first == second and first[-1] is not None
 
 
-def _place(url: sqlalchemy.URL) -> tuple[str, int]:
+def _server_database(address: str) -> tuple[str, str, int, str | None]:
+    """Return backend, host, port and database of an address, with defaults filled in."""
+    url = sqlalchemy.make_url(address)
+    backend, host = url.get_backend_name(), str(url.host or url.query.get("host") or "localhost")
     ports = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
-    host = url.host or url.query.get("host") or "localhost"
-    local = {"127.0.0.1": "localhost", "::1": "localhost"}
-    return local.get(str(host), str(host)), url.port or ports.get(url.get_backend_name(), 0)
+    host = "localhost" if host in ("127.0.0.1", "::1") else host
+    return backend, host, url.port or ports.get(backend, 0), url.database
 
 
 def check_study_name(name: str) -> None:
-    """Raise ValueError for a name that a study can't have, in Optuna and in MLflow's searches."""
+    """Raise ValueError for a name that is not possible in Optuna or in MLflow's searches."""
     if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
         raise ValueError(
-            f"--study takes up to {LONGEST_NAME} characters that can be shown, not {name[:80]!r}"
+            f"--study takes up to {LONGEST_NAME} printable characters, not {name[:80]!r}"
         )
     if "'" in name and '"' in name:
         raise ValueError(
@@ -254,11 +257,11 @@ def check_study_name(name: str) -> None:
         )
 
 
-# What goes wrong
+# Errors
 
 
 def recording_errors() -> tuple[type[BaseException], ...]:
-    """Return what a server that is away raises, a full disk, a locked or read-only database."""
+    """Return the errors of a server that is away, a full disk, a locked or read-only database."""
     errors: tuple[type[BaseException], ...] = (
         AwayError,
         ArtifactStoreError,
@@ -266,7 +269,7 @@ def recording_errors() -> tuple[type[BaseException], ...]:
         sqlalchemy.exc.SQLAlchemyError,
         OSError,
     )
-    if "mlflow.exceptions" in sys.modules:  # else it has raised none
+    if "mlflow.exceptions" in sys.modules:  # else it has raised nothing
         from mlflow.exceptions import MlflowException
 
         errors += (MlflowException,)
@@ -274,15 +277,34 @@ def recording_errors() -> tuple[type[BaseException], ...]:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what the database said, of an error that Optuna or SQLAlchemy made of it."""
+    """Return the database's own error, which Optuna or SQLAlchemy wrapped."""
     if isinstance(error, StorageInternalError):
         error = error.__cause__ or error
     return getattr(error, "orig", None) or error
 
 
 @contextmanager
+def start_errors() -> Iterator[None]:
+    """Turn what a database or server raises, before anything is recorded, into one line."""
+    try:
+        yield
+    except InterruptionError:
+        raise  # MLflow may be half imported, and `recording_errors` would import from it
+    except recording_errors() as error:
+        raise refusal(one_line(cause_of(error)), error) from error
+
+
+def outcome_of(error: BaseException) -> tuple[str, str]:
+    """Return outcome and reason of a sweep that a recording error stopped.
+
+    Only after a transient error does the same command continue the sweep.
+    """
+    return "interrupted" if is_transient(error) else "failed", one_line(cause_of(error))
+
+
+@contextmanager
 def storage_errors(storage: str) -> Iterator[None]:
-    """Turn what is raised about a storage into one line for the user."""
+    """Turn the errors of a storage into one line for the user."""
     errors = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, OSError, AwayError)
     try:
         yield
@@ -297,9 +319,9 @@ def storage_errors(storage: str) -> Iterator[None]:
 
 @contextmanager
 def study_lock(storage: str, study: str) -> Iterator[None]:
-    """Hold a study, on a storage that only one process may write to, until the block ends.
+    """Lock a study during a block, on a storage that only one process may write to.
 
-    A lock of the operating system's, which a dead process holds no longer.
+    The operating system releases the lock of a dead process.
 
     Raises:
         ValueError: another process holds it, or the lock can't be written.
@@ -326,5 +348,5 @@ def study_lock(storage: str, study: str) -> Iterator[None]:
                 "choose another --study"
             ) from error
         except OSError as error:
-            raise refusal(f"can't hold study {study!r}: {error}", error) from error
+            raise refusal(f"can't lock study {study!r}: {error}", error) from error
         yield

@@ -1,4 +1,4 @@
-"""Write a sweep's metrics as TensorBoard event files, a folder for each trial."""
+"""A sweep's metrics as TensorBoard event files, a folder for each trial."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class EventFiles(AbstractContextManager["EventFiles"]):
         self.writers: dict[int, SummaryWriter] = {}
 
     def show(self, event: SweepEvent) -> None:
-        """Write what an event holds.
+        """Write the metrics of an event.
 
         Raises:
-            TransientError: the disk said no.
+            TransientError: the disk is full or can't be written.
         """
         with writing("TensorBoard's event files"):
             self._write(event)

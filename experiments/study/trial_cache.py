@@ -1,40 +1,38 @@
-"""A study's trials, kept in memory: what changed is read again, and not all that may have."""
+"""A study's trials in memory: only what may have changed is read again."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
-from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
-from optuna.trial import TrialState
 
 if TYPE_CHECKING:
     from experiments.study.retrying_storage import RetryingStorage
 
-REFRESH_SECONDS = 10.0
-"""How old may be what is known of trials that are under way in other processes."""
+REFRESH_SECONDS = 10.0  # maximum age of what is known of running trials of other processes
 
 
 class TrialCache(_CachedStorage):
-    """Optuna's cache, but for when a trial that is under way is read again.
+    """Optuna's cache, which reads running trials less often.
 
-    Optuna does so whenever it is asked for any trials: half a second with 1,000 workers, several
-    times a trial. Here it is once we have written to it, and for the sake of other processes every
-    `REFRESH_SECONDS`. New trials are always read.
+    Optuna reads them on each request for trials: half a second with 1,000 workers, several times
+    per trial. This cache reads a trial after this process has written to it, and those of other
+    processes every `REFRESH_SECONDS`. New trials are always read.
     """
 
     def __init__(self, backend: RDBStorage | RetryingStorage) -> None:
         super().__init__(cast(RDBStorage, backend))
         self._written: set[int] = set()
         self._last_read: dict[int, int] = {}
-        """The highest id of a trial, by study. A study's trials are made in the order of ids."""
+        """The highest id of a trial, by study. The ids of a study's trials increase."""
         self._refreshed: dict[int, float] = {}
 
     def refresh(self) -> None:
-        """Have all trials that are under way be read again with the next ones."""
+        """Read all running trials again on the next request."""
         self._refreshed.clear()
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
@@ -64,37 +62,18 @@ class TrialCache(_CachedStorage):
                     self._last_read.get(study_id, -1), trials[-1]._trial_id
                 )
 
-    def set_trial_param(
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-    ) -> None:
-        """Set a parameter of a trial."""
-        self._written.add(trial_id)
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
-    def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
-        """Set a trial's state, and values, unless it is over; return whether it was."""
-        self._written.add(trial_id)
-        return super().set_trial_state_values(trial_id, state, values)
+def _noting(name: str) -> Callable[..., Any]:
+    """Return a method of Optuna's cache that also notes which trial it writes."""
+    write: Callable[..., Any] = getattr(_CachedStorage, name)
 
-    def set_trial_intermediate_value(
-        self, trial_id: int, step: int, intermediate_value: float
-    ) -> None:
-        """Set the value of a step."""
+    @wraps(write)
+    def method(self: TrialCache, trial_id: int, *args: Any, **kwargs: Any) -> Any:
         self._written.add(trial_id)
-        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        return write(self, trial_id, *args, **kwargs)
 
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set an attribute of the user's."""
-        self._written.add(trial_id)
-        super().set_trial_user_attr(trial_id, key, value)
+    return method
 
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set an attribute of Optuna's."""
-        self._written.add(trial_id)
-        super().set_trial_system_attr(trial_id, key, value)
+
+for name in ("param", "state_values", "intermediate_value", "user_attr", "system_attr"):
+    setattr(TrialCache, f"set_trial_{name}", _noting(f"set_trial_{name}"))

@@ -1,30 +1,33 @@
-"""The trials of a study, read from Optuna."""
+"""The trials of a study, read from Optuna and told to it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments.study.parameters import BY_NAME, searched
 from experiments.study.ranking import best_first
+from experiments.study.storage import set_attributes
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from optuna import Study
-
-# What is shown, with the parameters that are searched between the second and the third.
+# The table's columns; the searched parameters stand between the second and the third.
 TRIALS_COLUMNS = ("trial", "outcome", "epochs", "val_accuracy", "val_loss", "run_id")
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "diverged": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+"""Optuna's state for each outcome."""
+
 
 def trials_table(study: Study) -> pd.DataFrame:
-    """Return the finished trials, the best first: what was tried and what came of it."""
-    trials = study.get_trials(deepcopy=False, states=FINISHED)
+    """Return the finished trials with their parameters and results, the best first."""
     names = list(searched(study.user_attrs.get("settings", {})) or BY_NAME)
     rows = [
         {
@@ -36,19 +39,24 @@ def trials_table(study: Study) -> pd.DataFrame:
             "val_loss": trial.user_attrs.get("val_loss"),
             "run_id": trial.user_attrs.get("run_id"),
         }
-        for trial in trials
+        for trial in finished_trials(study)
     ]
     columns = [*TRIALS_COLUMNS[:2], *names, *TRIALS_COLUMNS[2:]]
     return best_first(pd.DataFrame(rows, columns=columns)).reset_index(drop=True)
 
 
+def finished_trials(study: Study) -> list[FrozenTrial]:
+    """Return the trials that ended, in the order of their numbers."""
+    return study.get_trials(deepcopy=False, states=FINISHED)
+
+
 def num_finished(study: Study) -> int:
-    """Return how many trials are over."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
+    """Return how many trials have ended."""
+    return len(finished_trials(study))
 
 
 def num_begun(study: Study) -> int:
-    """Return how many trials are over or running, in all processes."""
+    """Return how many trials have ended or are running, in all processes."""
     return len(study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
 
 
@@ -58,11 +66,22 @@ def best_trial(study: Study) -> tuple[float, int] | None:
     return (complete["val_accuracy"].iloc[0], complete["trial"].iloc[0]) if len(complete) else None
 
 
+def tell(
+    study: Study,
+    trial: Trial | FrozenTrial,
+    outcome: str,
+    accuracy: float | None,
+    val_loss: float | None,
+) -> None:
+    """Tell Optuna the outcome of a trial that ended."""
+    state = STATES[outcome]
+    attributes: dict[str, object] = {"outcome": outcome}
+    if outcome == "complete":
+        attributes["val_loss"] = val_loss
+    set_attributes(study, trial, attributes)
+    study.tell(trial.number, accuracy if state == TrialState.COMPLETE else None, state)
+
+
 def _last_value(trial: FrozenTrial) -> float:
     steps = trial.intermediate_values
     return steps[max(steps)] if steps else math.nan
-
-
-def finished_trials(study: Study) -> list[FrozenTrial]:
-    """Return the trials that are over, by their numbers."""
-    return study.get_trials(deepcopy=False, states=FINISHED)

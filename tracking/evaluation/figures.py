@@ -1,4 +1,4 @@
-"""The two figures of a report, as PNG, without pyplot and what a user's matplotlibrc asks for."""
+"""The two figures of a report, as PNG, drawn without pyplot and without a user's matplotlibrc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 120
 
-# Of the confusion matrix: with how many classes its cells have numbers, and every class a name.
+# With up to so many classes, the cells of the confusion matrix have numbers, and all classes names.
 _MOST_NUMBERS, _MOST_NAMES = 30, 120
 _LARGEST_INCHES = 20.0
 
@@ -27,7 +27,7 @@ _BLUE, _GREY = "#0072B2", "#666666"
 
 
 def draw_confusion(measures: Measures, file: Path) -> None:
-    """Draw the confusion matrix: each row is shaded by the shares of its true class' images."""
+    """Draw the confusion matrix: the shade is the share of the true class's images."""
     import numpy as np
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -39,9 +39,9 @@ def draw_confusion(measures: Measures, file: Path) -> None:
         axes = figure.add_axes((0, 0, 1, 1))
         with np.errstate(invalid="ignore"):
             shares = measures.confusion / measures.confusion.sum(axis=1, keepdims=True)
-        # By its square root, so that a confusion of some percent is seen.
+        # The square root makes a confusion of 2 % visible.
         shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-        axes.set_facecolor("lightgrey")  # of classes without images
+        axes.set_facecolor("lightgrey")  # classes without images
         if size <= _MOST_NUMBERS:
             _write_numbers(axes, measures, shares**0.5 > 0.6)
         _name_classes(axes, measures)
@@ -79,7 +79,7 @@ def _name_classes(axes: Axes, measures: Measures) -> None:
     names = [shortened(measures.classes[k]) for k in positions]
     fontsize = 10 if size <= _MOST_NUMBERS else 6
     turned = 90 if max(map(len, names)) > 3 else 0
-    # As they are: a name may have dollar signs, between which Matplotlib would read mathematics.
+    # Matplotlib would read text between dollar signs as mathematics.
     axes.set_xticks(positions, names, rotation=turned, fontsize=fontsize, parse_math=False)
     axes.set_yticks(positions, names, fontsize=fontsize, parse_math=False)
     axes.set_xlabel("predicted class")
@@ -87,7 +87,7 @@ def _name_classes(axes: Axes, measures: Measures) -> None:
 
 
 def draw_reliability(measures: Measures, file: Path) -> None:
-    """Draw accuracy against confidence, in bins, and how many images each of these has."""
+    """Draw the accuracy and the images of each bin of the confidence."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -127,7 +127,7 @@ def draw_reliability(measures: Measures, file: Path) -> None:
 
 @contextmanager
 def _plain_style() -> Iterator[None]:
-    """Use Matplotlib's own defaults meanwhile: a matplotlibrc may ask for TeX, say."""
+    """Use Matplotlib's own defaults: a user's matplotlibrc may require TeX."""
     from matplotlib import style
 
     with style.context("default"):
@@ -136,7 +136,7 @@ def _plain_style() -> Iterator[None]:
 
 def _save(figure: Figure, file: Path) -> None:
     with warnings.catch_warnings():
-        # Of a script that the font lacks, boxes are shown; the tables have the names.
+        # A character that the font lacks is drawn as a box; the tables have the names.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
 

@@ -1,11 +1,9 @@
-"""How good predictions are: counted in constant memory, batch by batch, then measured.
-
-However many images there are, what is kept of them are K×K + 3×15 numbers.
-"""
+"""Measures of predictions, counted batch by batch in constant memory: K×K + 3×15 numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -20,20 +18,20 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 BINS = 15
-"""Equal bins of the confidence, as many as Guo et al. (2017) take."""
+"""Equal bins of the confidence, as in Guo et al. (2017)."""
 
 COVERAGE = 0.95
-"""Of the intervals."""
+"""The confidence level of the intervals."""
 
-# What a sum of K float32 numbers may be beyond 1.
+# A sum of K float32 numbers may exceed 1 by rounding.
 _ROUNDING = 1e-3
 
 
-class Counter:
-    """Counts what was predicted of images whose class is known.
+class MetricsAccumulator:
+    """Counts the predictions of images whose class is known.
 
-    The prediction is the class with the highest probability, the first of equals; the confidence is
-    that probability.
+    The prediction is the class with the highest probability, the first of equal ones. The
+    confidence is this probability.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -52,18 +50,15 @@ class Counter:
         """Count a batch.
 
         Args:
-            true: (N,) positions of the true classes, -1 where it is not known.
-            probabilities: (N, K).
-
-        Raises:
-            ValueError: what should be a probability is none.
+            true: (N,) positions of the true classes, -1 if unknown.
+            probabilities: (N, K); ValueError if one is not from 0 to 1.
         """
         import numpy as np
 
         known = true >= 0
         self.unlabelled += int((~known).sum())
         true, probabilities = true[known], probabilities[known].astype(np.float64)
-        # Turned round, because no comparison with NaN is true.
+        # Negated, because every comparison with NaN is false.
         wrong = probabilities[~((probabilities >= -_ROUNDING) & (probabilities <= 1 + _ROUNDING))]
         if len(wrong):
             raise ValueError(f"probabilities must be from 0 to 1, not {wrong[0]}")
@@ -81,24 +76,15 @@ class Counter:
         self.squared_error += float((probabilities**2).sum() - 2 * truth.sum() + len(true))
 
     def measures(self) -> Measures:
-        """Return what the counts come to, or raise ValueError if no image was labelled."""
+        """Return the measures of the counts, or raise ValueError if no image was labelled."""
         if not self.confusion.sum():
             raise ValueError("there is no image that could be read and whose class is known")
-        return Measures(
-            classes=self.classes,
-            confusion=self.confusion.copy(),
-            bin_images=self.bin_images.copy(),
-            bin_correct=self.bin_correct.copy(),
-            bin_confidence=self.bin_confidence.copy(),
-            squared_error=self.squared_error,
-            unlabelled=self.unlabelled,
-            unreadable=self.unreadable,
-        )
+        return Measures(**deepcopy(vars(self)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measures:
-    """How good the predictions of at least one labelled image are. What is 0 / 0 is NaN."""
+    """Measures of the predictions of at least one labelled image; 0 / 0 is NaN."""
 
     classes: tuple[str, ...]
     confusion: Ints
@@ -110,23 +96,23 @@ class Measures:
     """(15,) sums of confidences."""
     squared_error: float
     unlabelled: int
-    """Images whose class is not known, or none of the model's: nothing else counts them."""
+    """Images whose class is unknown or not one of the model's; no measure includes them."""
     unreadable: int
-    """Images that could not be read, labelled or not: nothing else counts them."""
+    """Images that could not be read; no measure includes them."""
 
     @property
     def labelled(self) -> int:
-        """How many images all of this is of."""
+        """How many images the measures are of."""
         return int(self.confusion.sum())
 
     @property
     def correct(self) -> int:
-        """How many of them are labelled right."""
+        """How many of them are predicted right."""
         return int(self.confusion.trace())
 
     @cached_property
     def accuracy(self) -> tuple[float, float, float]:
-        """The share that is labelled right, and the ends of its interval."""
+        """The share that is predicted right, and the ends of its interval."""
         import numpy as np
 
         share, low, high = wilson(np.array(self.correct), np.array(self.labelled))
@@ -144,13 +130,13 @@ class Measures:
     def brier_score(self) -> float:
         """The mean of Σₖ (pₖ - yₖ)², 0 (best) to 2 (Brier 1950).
 
-        Not the negative log-likelihood: that is infinite once a true class has probability 0, which
-        losses whose outputs are clipped do give.
+        The negative log-likelihood would be infinite if a true class has probability 0, which
+        losses with clipped outputs give.
         """
         return self.squared_error / self.labelled
 
     def per_class(self) -> pd.DataFrame:
-        """Return a row for each class: its counts, precision and recall with intervals, and F1."""
+        """Return a row for each class: counts, precision and recall with intervals, and F1."""
         import numpy as np
         import pandas as pd
 
@@ -170,26 +156,18 @@ class Measures:
         return pd.DataFrame(columns)
 
     def per_bin(self) -> pd.DataFrame:
-        """Return a row for each bin of the confidence: its ends, images, and what they come to."""
+        """Return a row for each bin of the confidence: its ends, its images and their accuracy."""
         import numpy as np
         import pandas as pd
 
         edges = np.linspace(0, 1, BINS + 1)
-        accuracy, low, high = wilson(self.bin_correct, self.bin_images)
+        columns: dict[str, Any] = {"above": edges[:-1], "up_to": edges[1:]}
+        columns |= {"images": self.bin_images, "correct": self.bin_correct}
         with np.errstate(invalid="ignore"):
-            confidence = self.bin_confidence / self.bin_images
-        return pd.DataFrame(
-            {
-                "above": edges[:-1],
-                "up_to": edges[1:],
-                "images": self.bin_images,
-                "correct": self.bin_correct,
-                "confidence": confidence,
-                "accuracy": accuracy,
-                "accuracy_low": low,
-                "accuracy_high": high,
-            }
-        )
+            columns["confidence"] = self.bin_confidence / self.bin_images
+        shares = wilson(self.bin_correct, self.bin_images)
+        columns |= zip(("accuracy", "accuracy_low", "accuracy_high"), shares, strict=True)
+        return pd.DataFrame(columns)
 
     def confused(self, limit: int) -> list[tuple[str, str, int]]:
         """Return the most frequent confusions: true class, predicted class, images."""
@@ -207,11 +185,10 @@ class Measures:
 
 
 def wilson(correct: Ints, total: Ints) -> tuple[Floats, Floats, Floats]:
-    """Return shares and the ends of their 95 % intervals, NaN where the total is 0.
+    """Return shares and the ends of their 95 % intervals, NaN if the total is 0.
 
     The score interval of Wilson (1927), Probable Inference, the Law of Succession, and Statistical
-    Inference, JASA 22, 209-212. Not SciPy's `binomtest`, which takes 1 ms for each, for a test that
-    nobody asks for here, and over a second to be imported.
+    Inference, JASA 22, 209-212. SciPy's `binomtest` takes 1 ms for each, and a second to import.
     """
     import numpy as np
 
@@ -220,5 +197,5 @@ def wilson(correct: Ints, total: Ints) -> tuple[Floats, Floats, Floats]:
         share = correct / total
         middle = (correct + z2 / 2) / (total + z2)
         half = np.sqrt(z2 * (share * (1 - share) * total + z2 / 4)) / (total + z2)
-    # Exactly 1 of all: rounding would leave the interval without its share. That of none is exact.
+    # Exactly 1 if all are correct: rounding could put the share outside of its interval.
     return share, middle - half, np.where(correct == total, share, middle + half)

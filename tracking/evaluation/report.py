@@ -1,7 +1,7 @@
-"""A report on predictions of labelled images, and its way into the run of the model.
+"""Report on a file of predictions of labelled images, and log the report into the model's run.
 
-A report is made of a finished file of predictions, whatever wrote it, so that it is right of one
-that was resumed, too. It is a folder of files.
+The report is made from the finished file, so that it is right for a resumed one as well. It is a
+folder of files.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.errors import TransientError, one_line
 from tracking.evaluation.figures import FIGURES
-from tracking.evaluation.metrics import BINS, Counter, Measures
+from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
 from tracking.files import open_folder, writing
-from tracking.prediction.formats import Csv, format_of
+from tracking.prediction.formats import format_of, to_csv
 from tracking.run_search import described
 from tracking.store import reading
 from tracking.text import escape_formulas, escaped
@@ -45,21 +45,21 @@ NAME_LENGTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a report is of."""
+    """The images and the model of a report."""
 
     name: str
-    """What the images are called in a run: see `data_name`."""
+    """The name of the images in a run: see `data_name`."""
     source: str
-    """What a user named to have it labelled."""
+    """The images, as the user named them."""
     model: str | None = None
     run_id: str | None = None
     """The run that the model came from."""
     notes: tuple[str, ...] = ()
-    """What a reader should know, a line each."""
+    """What a reader should know, in one line each."""
 
 
 def data_name(source: str, split: str | None = None) -> str:
-    """Return what a source of images is called in a run, as part of metrics' and files' names."""
+    """Return the name of a source of images in a run: a part of names of metrics and files."""
     if source == "-":
         name = "stdin"
     elif split:
@@ -70,16 +70,10 @@ def data_name(source: str, split: str | None = None) -> str:
 
 
 def make(file: Path, subject: Subject, folder: Path, *, is_logged: bool) -> None:
-    """Make the report of a file of predictions, and print what it comes to.
+    """Write the report on a file of predictions, print its summary, and log it if asked.
 
-    Args:
-        file: as `tracking.predict` writes it.
-        subject: what the predictions are of.
-        folder: where the report is written: one that `check_folder` has nothing against.
-        is_logged: whether it is logged into the run of the model as well.
-
-    Raises:
-        ValueError: the file can't be read, or no image in it is labelled.
+    The folder must pass `check_folder`. Raises ValueError if the file can't be read, or if no image
+    in it is labelled.
     """
     try:
         measures = count(file).measures()
@@ -91,14 +85,10 @@ def make(file: Path, subject: Subject, folder: Path, *, is_logged: bool) -> None
         print(log(measures, subject, folder))
 
 
-def count(file: Path) -> Counter:
-    """Count the predictions of a file, part by part.
+def count(file: Path) -> MetricsAccumulator:
+    """Count the predictions of a file, part by part, or raise ValueError.
 
-    The classes are those of its columns `p(<class>)`. A `label` that is none of them counts as
-    unlabelled.
-
-    Raises:
-        ValueError: it can't be read, or is no file of predictions with labels.
+    The columns `p(<class>)` name the classes. Any other `label` counts as unlabelled.
     """
     import numpy as np
     import pyarrow as pa
@@ -111,7 +101,7 @@ def count(file: Path) -> Counter:
             f"{str(file)!r} needs a column label and columns p(<class>), all of different names, "
             "as tracking.predict writes them"
         )
-    counter = Counter([head[2:-1] for head in columns])
+    counts = MetricsAccumulator([head[2:-1] for head in columns])
     texts = [head for head in ("label", "error") if head in heads]
     schema = pa.schema(
         [(head, pa.string()) for head in texts] + [(head, pa.float32()) for head in columns]
@@ -119,9 +109,9 @@ def count(file: Path) -> Counter:
     for batch in _batches(file, schema):
         read = np.array(batch["error"].is_null()) if "error" in texts else np.ones(len(batch), bool)
         probabilities = np.column_stack([batch[head] for head in columns])
-        counter.unreadable += int((~read).sum())
-        counter.add(_positions(batch["label"], counter.classes)[read], probabilities[read])
-    return counter
+        counts.unreadable += int((~read).sum())
+        counts.add(_positions(batch["label"], counts.classes)[read], probabilities[read])
+    return counts
 
 
 def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -131,7 +121,7 @@ def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Have all that is wrong with a file be one line."""
+    """Raise each error of a file as a ValueError of one line."""
     import pyarrow as pa
 
     try:
@@ -141,7 +131,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _positions(labels: pa.Array, classes: Sequence[str]) -> Any:
-    """Return the positions of labels among the classes, -1 where one is missing or no class."""
+    """Return the positions of labels among the classes, -1 for a missing or unknown one."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -159,9 +149,9 @@ def summary(measures: Measures) -> str:
 
 
 def write(measures: Measures, subject: Subject, folder: Path) -> None:
-    """Write a report to a folder, which is made: each file whole or not at all.
+    """Write a report to a folder, which is created: each file appears as a whole or not at all.
 
-    Files of the same names are replaced; others in the folder stay.
+    Files of the same names are replaced; others stay.
     """
     with writing("the report"), open_folder(folder, FILES) as draft:
         for name, content in _contents(measures, subject):
@@ -176,18 +166,14 @@ def _contents(measures: Measures, subject: Subject) -> Iterator[tuple[str, bytes
     yield "report.md", _markdown(measures, subject).encode()
     numbers = json.dumps(as_dict(measures, subject), indent=1, allow_nan=False, ensure_ascii=False)
     yield "report.json", numbers.encode()
-    yield "per_class.csv", _csv(pa.Table.from_pandas(measures.per_class(), preserve_index=False))
+    yield "per_class.csv", to_csv(pa.Table.from_pandas(measures.per_class(), preserve_index=False))
     classes = pa.array(measures.classes, pa.string())
     heads = ["true class", *escape_formulas(classes).to_pylist()]
-    yield "confusion.csv", _csv(pa.table([classes, *measures.confusion.T], heads))
-
-
-def _csv(table: pa.Table) -> bytes:
-    return Csv().begin(table.schema) + Csv().rows(table)
+    yield "confusion.csv", to_csv(pa.table([classes, *measures.confusion.T], heads))
 
 
 def as_dict(measures: Measures, subject: Subject) -> dict[str, Any]:
-    """Return all numbers, as JSON can hold them: what is 0 / 0 is None."""
+    """Return all numbers in JSON's types; 0 / 0 is None."""
     share, low, high = measures.accuracy
     return {
         "source": subject.source,
@@ -215,7 +201,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _markdown(measures: Measures, subject: Subject) -> str:
-    facts = {
+    overview = {
         "images": escaped(subject.source),
         "labelled": f"{measures.labelled:,}, {measures.correct:,} of them right",
         "not counted": f"{measures.unlabelled:,} without a known class, {measures.unreadable:,} "
@@ -229,7 +215,7 @@ def _markdown(measures: Measures, subject: Subject) -> str:
     }
     parts = [
         f"# Report on {escaped(subject.source)}",
-        _table(("", ""), facts.items()),
+        _table(("", ""), overview.items()),
         *(f"**Note:** {escaped(note)}" for note in subject.notes),
         "## Classes",
         _table(
@@ -283,9 +269,9 @@ def _interval(shares: Sequence[float]) -> str:
 
 
 def check_run(run_id: str | None) -> None:
-    """Raise ValueError unless there is this run to log into."""
+    """Raise ValueError unless the run exists, so that the report can be logged into it."""
     if run_id is None:
-        raise ValueError("--log has nowhere to log: the model came from no run")
+        raise ValueError("--log needs a run to log into: the model came from no run")
     with reading() as client:
         run = client.get_run(run_id)
     if run.info.lifecycle_stage != "active":
@@ -293,26 +279,23 @@ def check_run(run_id: str | None) -> None:
 
 
 def log(measures: Measures, subject: Subject, folder: Path) -> str:
-    """Log a written report into the run of the model, and return a line that says so.
+    """Log a written report into the run of the model, and return a line about it.
 
-    The run's status and times stay. Once more, with the same name, files are replaced, and metrics
-    get a further value if they differ.
-
-    Raises:
-        TransientError: the server said no.
+    The run's status and times stay. A second report of the same name replaces the files, and adds
+    values of the metrics if they differ. Raises TransientError if the server refuses.
     """
     assert subject.run_id is not None
     files, prefix = f"reports/{subject.name}", f"report/{subject.name}"
     try:
         with reading() as client:
             run = client.get_run(subject.run_id)
-            # The files first: where the metrics are, these are, too.
+            # Files first: so metrics in a run imply the files.
             for name in FILES:
                 client.log_artifact(subject.run_id, str(folder / name), files)
             values = {f"{prefix}/{key}": value for key, value in _metrics(measures).items()}
             if {key: run.data.metrics.get(key) for key in values} != values:
                 client.log_batch(subject.run_id, metrics=_of_the_model(values, run))
-    except Exception as error:  # stores of artifacts raise what they like
+    except Exception as error:  # each artifact store has errors of its own
         raise TransientError(
             f"the report is in {str(folder)!r}, but not in run {subject.run_id}: {one_line(error)}"
         ) from error
@@ -332,7 +315,7 @@ def _metrics(measures: Measures) -> dict[str, float]:
 
 
 def _of_the_model(values: Mapping[str, float], run: Run) -> list[Any]:
-    """Return metrics at the epoch that the run's model is of, and linked to the model, too."""
+    """Return metrics at the epoch of the run's model, linked to the model."""
     from mlflow.entities import Metric
 
     models = run.outputs.model_outputs if run.outputs else []

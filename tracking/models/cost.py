@@ -1,7 +1,7 @@
-"""What running a stored graph takes, told before it runs: 500 bytes of graph can ask for terabytes.
+"""Estimate the cost of a stored graph before it runs: 500 bytes of graph can need terabytes.
 
-The graph is run on PyTorch's device `meta`, which knows shapes and no numbers: milliseconds, and no
-memory. Steps are counted so that each takes a core two nanoseconds at most (measured: 0.02 to 1.6).
+The graph runs on PyTorch's device `meta`, which has shapes but no numbers: this takes milliseconds
+and no memory. A step takes a core two nanoseconds at most (measured: 0.02 to 1.6).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.operator_schemas import normalize_function
 
 MAX_BYTES, MAX_STEPS = 1 << 29, 2 * 10**10
-"""For two images: 0.5 GiB; and 40 seconds, of what is slowest. A ResNet-50 for 224 × 224 pixels
-takes half of both."""
+"""Limits for two images: 0.5 GiB, and at most 40 seconds. A ResNet-50 for 224 × 224 pixels takes
+half of both."""
 
 BATCH_BYTES = 1 << 31
-"""What a batch may take. A larger one goes through the graph in parts."""
+"""The memory of a batch. A larger one goes through the graph in parts."""
 
-_ELEMENT_STEPS = 20
-_SLOW_STEPS = 10
+_ELEMENT_STEPS, _SLOW_STEPS = 20, 10
 """Steps of an element that is read or written, and of a multiply-add that isn't float32."""
 
 _BLOCK = 16
@@ -31,25 +30,20 @@ _BLOCK = 16
 
 
 def check_cost(graph: GraphModule, image_shape: tuple[int, ...]) -> None:
-    """Try a graph on two images that have no numbers.
+    """Run a graph on the shapes of two images (H, W, C).
 
-    Args:
-        graph: images (N, H, W, C) uint8 → probabilities.
-        image_shape: (H, W, C).
-
-    Raises:
-        ValueError: it takes more memory or time than is allowed; whatever PyTorch raises of one
-            that can't run.
+    Raises ValueError if it takes more memory or time than is allowed. A graph that can't run raises
+    errors of PyTorch.
     """
     _Meter(graph, max_bytes=MAX_BYTES, max_steps=MAX_STEPS).measure(2, image_shape)
 
 
 def in_parts(graph: GraphModule, image_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Return the graph, with batches of more than `BATCH_BYTES` cut into parts."""
+    """Return the graph; it splits batches that need more than `BATCH_BYTES`."""
     sizes: dict[int, int] = {}
 
     def largest(num_images: int) -> int:
-        """Return how many images at a time fit, of a batch with so many."""
+        """Return how many images of a batch fit at once."""
         if num_images <= 2:
             return num_images
         if num_images not in sizes:
@@ -74,7 +68,7 @@ class TooMuchError(ValueError):
 
 
 class _Meter(Interpreter):
-    """Runs a graph on the device `meta`, and counts bytes and steps until there are too many."""
+    """Runs a graph on the device `meta`, and counts bytes and steps up to the limits."""
 
     def __init__(self, graph: GraphModule, *, max_bytes: int, max_steps: float = math.inf) -> None:
         super().__init__(graph)
@@ -95,7 +89,7 @@ class _Meter(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.aten._assert_tensor_metadata.default:
-            return None  # that it is on the CPU
+            return None  # it asserts that the tensor is on the CPU
         result = super().call_function(target, args, kwargs)
         if isinstance(result, Tensor):
             self._count(target, args, kwargs, result)
@@ -132,7 +126,7 @@ def _listed(arg: object) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
-# Multiply-adds of an operator, and the elements that it sets aside meanwhile
+# For an operator: its multiply-adds, and the elements of its temporary memory
 
 
 def _convolution(result: Tensor, input: Tensor, weight: Tensor, **_: object) -> tuple[int, int]:  # noqa: A002

@@ -1,7 +1,7 @@
-"""What a model's file MLmodel says, as far as images are labelled with it, read within bounds.
+"""Read a model's file MLmodel within bounds.
 
-MLflow's own reader follows YAML aliases, which let 500 bytes stand for gigabytes, and opens any
-file that the key `resources` names. So the file is read here.
+MLflow's reader follows YAML aliases, with which 500 bytes stand for gigabytes, and opens any file
+that the key `resources` names. So the file is parsed here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_BYTES = 1 << 18
-"""Of a file MLmodel: models here have about 1 kB, one of 10,000 classes 0.2 MB."""
+"""The largest MLmodel: models here have about 1 kB, one with 10,000 classes has 0.2 MB."""
 
 _MAX_DEPTH = 20
 _MAX_CLASSES = 10_000
 _MAX_IMAGE = 1 << 22
-"""Numbers in an image, H × W × C: 4,194,304 are 1,182 × 1,182 pixels of three channels."""
+"""Numbers in an image, H × W × C: 1,182 × 1,182 pixels with three channels."""
 
 _FLAVORS: Mapping[str, Mapping[str, object]] = {
     "pytorch": {"model_data": "data", "code": None},
@@ -28,28 +28,24 @@ _FREE = {"pytorch_version", "python_version", "config", "env", "pickle_module_na
 
 _TEXTS = ("dataset", "dataset_digest", "loss", "study")
 _INTEGERS = {"seed": 2**32, "trial": 2**63}
-"""What `experiments` records beside the class names, integers with their bounds."""
+"""The metadata of `experiments`: texts, and integers with their bounds."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII).fullmatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A model that labels images."""
+    """What prediction needs of a file MLmodel."""
 
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    """Height, width and channels that it takes."""
+    """Height, width and channels."""
     run_id: str | None
     metadata: Mapping[str, Any]
 
 
 def read_description(content: bytes) -> Description:
-    """Return what the bytes of a file MLmodel say.
-
-    Raises:
-        ValueError: in a line, why they are none of a model that `tracking.runs` recorded.
-    """
+    """Parse a file MLmodel, or raise ValueError if `tracking.runs` did not record it."""
     about = _parsed(content)
     _check_flavors(_mapping(about, "flavors"))
     metadata = _mapping(about, "metadata")
@@ -59,7 +55,7 @@ def read_description(content: bytes) -> Description:
         raise ValueError("its metadata names no classes")
     run_id = about.get("run_id")
     if run_id is not None and not (isinstance(run_id, str) and _RUN_ID(run_id)):
-        raise ValueError(f"its run_id {run_id!r} is none of a run")
+        raise ValueError(f"its run_id {run_id!r} is not the id of a run")
     return Description(
         classes=tuple(classes),
         image_shape=_image_shape(_mapping(about, "signature"), classes),
@@ -77,14 +73,14 @@ def _parsed(content: bytes) -> dict[Any, Any]:
     try:
         depth = 0
         for event in yaml.parse(content, Loader=loader):
-            if getattr(event, "anchor", None) is not None:  # of an alias, too
+            if getattr(event, "anchor", None) is not None:  # aliases have one too
                 raise ValueError("it has YAML anchors or aliases")  # noqa: TRY301
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")  # noqa: TRY301
         about = yaml.load(content, Loader=loader)  # noqa: S506 -- one of the two safe ones
-    except Exception as error:  # YAML's, and whatever its numbers and dates raise
+    except Exception as error:  # YAML's own, and those of its numbers and dates
         text = " ".join(str(error).split())
         raise ValueError(f"its file MLmodel can't be read: {text}") from error
     if not isinstance(about, dict):
@@ -100,7 +96,7 @@ def _mapping(about: Mapping[Any, Any], key: str) -> dict[Any, Any]:
 
 
 def _check_flavors(flavors: Mapping[Any, Any]) -> None:
-    """Raise ValueError for what MLflow would load in another way than we do."""
+    """Raise ValueError for a model that MLflow would load in another way than we do."""
     if "pytorch" not in flavors:
         known = ", ".join(map(str, flavors)) or "nothing that is known"
         raise ValueError(f"it is no PyTorch model, but {known}")
@@ -116,19 +112,16 @@ def _check_flavors(flavors: Mapping[Any, Any]) -> None:
 
 
 def _check_metadata(metadata: Mapping[Any, Any]) -> None:
-    for key in _TEXTS:
-        if key in metadata and not isinstance(metadata[key], str):
-            raise ValueError(f"its metadata has {metadata[key]!r} as {key}, which is no text")
-    for key, bound in _INTEGERS.items():
-        if key in metadata and not _is_integer(metadata[key], bound):
-            raise ValueError(
-                f"its metadata has {metadata[key]!r} as {key}, which is no integer from 0 to "
-                f"{bound - 1}"
-            )
+    for key, value in metadata.items():
+        if key in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"its metadata has {value!r} as {key}, which is no text")
+        if key in _INTEGERS and not _is_integer(value, bound := _INTEGERS[key]):
+            line = f"its metadata has {value!r} as {key}, which is no integer from 0 to {bound - 1}"
+            raise ValueError(line)
 
 
 def _image_shape(signature: Mapping[Any, Any], classes: Sequence[str]) -> tuple[int, int, int]:
-    """Return the shape of an image that a signature takes, if it gives the classes for it."""
+    """Return the image shape of a signature, or raise ValueError if it is not images → classes."""
     if not signature.get("inputs") or not signature.get("outputs"):
         raise ValueError("it has no signature")
     images, shape = _tensor(signature["inputs"])
@@ -149,13 +142,13 @@ def _image_shape(signature: Mapping[Any, Any], classes: Sequence[str]) -> tuple[
 
 
 def _tensor(schema: object) -> tuple[object, tuple[Any, ...]]:
-    """Return type and shape of the one tensor that a part of a signature is, as JSON in a text."""
+    """Return type and shape of the one tensor in a part of a signature, which is a JSON text."""
     try:
         (tensor,) = json.loads(schema)  # type: ignore[arg-type]
         spec = tensor["tensor-spec"]
         return spec["dtype"], tuple(spec["shape"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"its signature is none of one tensor: {schema!r}") from error
+        raise ValueError(f"its signature is not of one tensor: {schema!r}") from error
 
 
 def _is_integer(value: object, bound: int) -> bool:

@@ -1,7 +1,7 @@
-"""The files of a stored model, from wherever it is, and whether they are those that were recorded.
+"""Fetch the two files of a stored model, MLmodel and the graph, and check their digests.
 
-Of a folder two files are read: MLmodel and the graph. Nothing else is looked into or copied.
-`import tracking.models.fetching` is quick: MLflow is imported by what asks it.
+No other file of its folder is read or copied. `import tracking.models.fetching` is quick: functions
+import MLflow when called.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PICKLE = "data/model.pth"
 _BOUNDS = {DESCRIPTION: MAX_BYTES, GRAPH: MAX_ARCHIVE}
 
 DIGEST_TAG = "sha256/"
-"""Before a file's name: the tag with its SHA-256, of a model in MLflow and of its versions."""
+"""Prefix of the tags with the SHA-256 of a file, on a model in MLflow and on its versions."""
 
 _ARTIFACTS = "/mlflow-artifacts/artifacts"
 _SHOWN = 120  # characters of a URI
@@ -52,15 +52,14 @@ class Stored:
 
 
 def digest_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return those of some tags that are digests of a model's files."""
+    """Return the tags that are digests of a model's files."""
     return {key: value for key, value in tags.items() if key.startswith(DIGEST_TAG)}
 
 
 def read_folder(folder: Path) -> Stored:
     """Return the files of a model in a folder on this machine.
 
-    Raises:
-        ValueError: it lacks one, or one is a link out of the folder, too large or not readable.
+    Raises ValueError if one is missing, too large, or a link out of the folder.
     """
     for name in _BOUNDS:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -72,8 +71,7 @@ def read_folder(folder: Path) -> Stored:
 def fetch(uri: str) -> Stored:
     """Return the files of the model that a URI or a path names.
 
-    Raises:
-        ValueError: there is none, its files are too large, or are others than were recorded.
+    Raises ValueError if there is none, or its files are too large or changed since the recording.
     """
     folder = Path(uri.removeprefix("file://"))
     if _is_file(folder / DESCRIPTION):
@@ -87,23 +85,20 @@ def fetch(uri: str) -> Stored:
 
 
 def check_stored(client: Client, uri: str) -> None:
-    """Raise ValueError if the files of a model are others than were recorded; else do nothing.
-
-    Nor is anything done for a model whose digests were not recorded.
-    """
+    """Raise ValueError if the files of a model differ from their recorded digests, if any."""
     location, digests = _located(client, uri)
     if digests:
         _fetched(location, digests, uri)
 
 
 def shown_uri(uri: str) -> str:
-    """Return a URI as a line can show it: without passwords, and not too long."""
+    """Return a URI for a message: without passwords, and with 120 characters at most."""
     uri = without_passwords(uri)
     return uri if len(uri) <= _SHOWN else f"{uri[:_SHOWN]} …"
 
 
 def _located(client: Client, uri: str) -> tuple[str, dict[str, str]]:
-    """Return where the files of a model are, and their digests as far as MLflow knows them."""
+    """Return where the files of a model are, and the digests that MLflow has of them."""
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     if uri.startswith("models:/"):
@@ -115,7 +110,7 @@ def _located(client: Client, uri: str) -> tuple[str, dict[str, str]]:
                 location = client.get_model_version_download_uri(name, number)
                 digests = digest_tags(version.tags)
                 source = version.source or ""
-                if not digests and source.startswith("models:/"):  # made by hand, say
+                if not digests and source.startswith("models:/"):  # registered by hand
                     return _located(client, source)
                 return location, digests
     if uri.startswith("runs:/"):
@@ -124,7 +119,7 @@ def _located(client: Client, uri: str) -> tuple[str, dict[str, str]]:
         for output in reversed(run.outputs.model_outputs if run.outputs else []):
             if client.get_logged_model(output.model_id).name == path:
                 return _of_logged(client, output.model_id)
-        return f"{run.info.artifact_uri}/{path}", {}  # where MLflow 2 has models
+        return f"{run.info.artifact_uri}/{path}", {}  # MLflow 2 stores models there
     return uri, {}
 
 
@@ -134,12 +129,12 @@ def _of_logged(client: Client, model_id: str) -> tuple[str, dict[str, str]]:
 
 
 def _fetched(location: str, digests: Mapping[str, str], uri: str) -> Stored:
-    """Return the files at a location, which have these digests; the URI is for messages."""
+    """Return the files at a location, and check their digests; the URI is for messages."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import get_local_path_or_none
 
     try:
-        # In place: a copy takes time, and MLflow's way to hand out no copy writes into the folder.
+        # In place: a copy takes time, and MLflow's own way without a copy writes into the folder.
         folder = get_local_path_or_none(location)  # type: ignore[no-untyped-call]
         stored = read_folder(Path(folder)) if folder is not None else _downloaded(location)
         _check_digests(stored, digests)
@@ -148,21 +143,18 @@ def _fetched(location: str, digests: Mapping[str, str], uri: str) -> Stored:
         raise ValueError(line) from error
     except MlflowException:
         raise
-    except Exception as error:  # each kind of store has a client with errors of its own
+    except Exception as error:  # each artifact store has errors of its own
         line = f"can't fetch the model {shown_uri(uri)}: {one_line(error)}"
         raise refusal(line, error) from error
     return stored
 
 
 def _downloaded(location: str) -> Stored:
-    """Return the files at a location elsewhere.
-
-    They are asked for by our names for them: those that a server lists are not trusted.
-    """
+    """Return the files at a remote location. Names that the server lists are not trusted."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     if location.startswith(("http:", "https:")) and _ARTIFACTS not in location:
-        raise ValueError(f"its address is none of MLflow's, which has {_ARTIFACTS} in it")
+        raise ValueError(f"its address is not MLflow's, which has {_ARTIFACTS} in it")
     repository = get_artifact_repository(location)
     listed = {
         f"{folder}{PurePosixPath(file.path).name}": file.file_size or 0
@@ -183,7 +175,7 @@ def _downloaded(location: str) -> Stored:
 def _check_names(names: Collection[str]) -> None:
     if DESCRIPTION not in names:
         raise ValueError(f"it has no file {DESCRIPTION}")
-    # Of a model.pth, MLflow imports the module that a file beside it names, before it refuses.
+    # For a model.pth, MLflow imports a module that a file beside it names, before it refuses.
     if GRAPH not in names or _PICKLE in names:
         raise ValueError(
             "it is not stored as a graph (pt2), and pickle, which can run any code, is refused"
@@ -208,7 +200,7 @@ def _check_digests(stored: Stored, recorded: Mapping[str, str]) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113 -- Path.is_file raises of a name that is too long
+    return os.path.isfile(path)  # noqa: PTH113 -- Path.is_file raises for a name that is too long
 
 
 def _read(folder: Path, name: str) -> bytes:

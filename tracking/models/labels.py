@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
     Labels = Sequence[str | None] | Sequence[int] | npt.NDArray[Any]
 
+_LONGEST_LABEL = 10_000
+# Labels that become Python objects at once: each takes up to 40 kB.
+_LABELS_AT_ONCE = 2**12
+
 
 def class_names(labels: Labels, classes: Sequence[str], *, size: int) -> list[str | None]:
-    """Return labels as class names: they are that already (or None), or positions in `classes`.
+    """Return labels as class names, from class names, None, or positions in `classes`.
 
-    Raises ValueError for others, and unless there are `size` of them.
+    Raises ValueError for other labels, and for another number than `size`.
     """
     import numpy as np
 
@@ -31,20 +35,16 @@ def class_names(labels: Labels, classes: Sequence[str], *, size: int) -> list[st
         names = dict(enumerate(classes))
     found: list[str | None] = []
     for start in range(0, size, _LABELS_AT_ONCE):
-        given = array[start : start + _LABELS_AT_ONCE].tolist()
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            name = shortened(str(unknown[0]), 100)
-            raise ValueError(f"label {name!r} is no class of the model: {listed(classes)}")
-        found += [names[name] for name in given]
+        for label in array[start : start + _LABELS_AT_ONCE].tolist():
+            if label not in names:
+                name = shortened(str(label), 100)
+                raise ValueError(f"label {name!r} is no class of the model: {listed(classes)}")
+            found.append(names[label])
     return found
 
 
-_LONGEST_LABEL = 10_000
-
-
 def check_labels(shape: tuple[int, ...], dtype: np.dtype[Any], *, size: int) -> None:
-    """Raise ValueError for an array that can't be the labels of `size` images."""
+    """Raise ValueError if an array can't be the labels of `size` images."""
     if shape != (size,):
         raise ValueError(f"{size} images need as many labels, not an array {shape}")
     if size and dtype.kind not in "iuUO":
@@ -53,7 +53,3 @@ def check_labels(shape: tuple[int, ...], dtype: np.dtype[Any], *, size: int) -> 
         raise ValueError(
             f"labels of {dtype.itemsize // 4:,} letters are refused: {_LONGEST_LABEL:,} at most"
         )
-
-
-# Of an array of labels: each of them is 40 kB at most.
-_LABELS_AT_ONCE = 2**12

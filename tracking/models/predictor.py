@@ -1,4 +1,4 @@
-"""A stored model, loaded to predict. Loading it runs no code of the model's author."""
+"""Load a stored model and predict with it. Loading runs no code of the model's author."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     Images = npt.NDArray[np.uint8] | Tensor
 
 
-# On two cores of an AMD EPYC, other work stopped, the stored graph ran at 7,350 images/s with 128
-# (the most of 16 to 4,096), 5,170 with 256 and 4,150 with 1,024. With the larger ones there are 30
-# to 90 page faults an image instead of none; with 256 none either, if the allocator keeps memory.
+# The fastest of 16 to 4,096 on two idle cores of an AMD EPYC: 7,350 images/s with 128, 5,170 with
+# 256, 4,150 with 1,024. Larger batches cause 30 to 90 page faults an image.
 BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictor:
-    """A recorded model, loaded to label images."""
+    """A recorded model, loaded to predict."""
 
     model: Callable[[Tensor], Tensor]
     """Images (N, H, W, C) uint8 → probabilities (N, K)."""
@@ -42,9 +41,9 @@ class Predictor:
     uri: str
     run_id: str | None
     metadata: Mapping[str, Any]
-    """What was recorded beside the class names: data set, its digest, seed, loss."""
+    """What was recorded with the model: class names, data set, its digest, seed, loss."""
     digest: str = ""
-    """Of the stored graph with its weights: that of another model differs."""
+    """The SHA-256 of the stored graph with its weights."""
 
     def predict(
         self,
@@ -54,21 +53,21 @@ class Predictor:
         labels: Labels | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> pd.DataFrame:
-        """Label images, and return a row for each.
+        """Predict the classes of images, and return a row for each image.
 
         Args:
             images: uint8, (N, H, W, C) or one image (H, W, C), or a list of such.
-            sources: what each image is called; else its position.
-            labels: the true classes: names (None where it is not known) or positions in `classes`.
-            batch_size: images at a time.
+            sources: the name of each image; None takes its position.
+            labels: the true classes: names (None if unknown) or positions in `classes`.
+            batch_size: images that go through the model at once.
 
         Returns:
             Columns `source`, `prediction` (a class name), `probability` (that of the prediction),
-            `p(<class>)` for each class, and, if labels are given, `label` (a class name, missing
-            where it is not known).
+            `p(<class>)` for each class, and `label` (a class name or missing) if labels are given.
 
         Raises:
-            ValueError: the images are of another type or shape, or numbers differ.
+            ValueError: the images have another type or shape, or the numbers of images, sources
+                and labels differ.
         """
         import numpy as np
         import pandas as pd
@@ -79,7 +78,7 @@ class Predictor:
         probabilities = self.probabilities(batch, batch_size=batch_size)
         names: Any = range(len(batch))
         if sources is not None:
-            # Objects, because pandas' strings take no file name that is no UTF-8.
+            # As objects: pandas' strings reject file names that are not UTF-8.
             names = pd.Series(list(sources), dtype=object)
         if len(names) != len(batch):
             raise ValueError(f"{len(batch)} images need as many sources, not {len(names)}")
@@ -114,7 +113,7 @@ class Predictor:
     def probabilities(
         self, images: npt.NDArray[np.uint8], *, batch_size: int = BATCH_SIZE
     ) -> npt.NDArray[np.float32]:
-        """Return the probabilities (N, K) alone, of images (N, H, W, C) as `predict` takes them."""
+        """Return the probabilities (N, K) of images (N, H, W, C), as `predict` takes them."""
         import numpy as np
         import torch
 
@@ -123,19 +122,18 @@ class Predictor:
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
                 batch = slice(start, start + batch_size)
-                # Copied: torch warns of memory that it may not write to, as a mapped file is.
+                # A copy, because torch warns about read-only memory such as a mapped file.
                 probabilities[batch] = self.model(torch.from_numpy(images[batch].copy())).numpy()
         return probabilities
 
 
 def load_model(uri: str) -> Predictor:
-    """Load a model by its URI: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
-
-    It is loaded on the CPU. It is refused if it could run code (see `tracking.models.safety`), if
-    its bytes are not those that were recorded, or if loading it takes more than 2 GB or a minute.
+    """Load a model to the CPU: `models:/<id>`, `runs:/<id>/model`, a registered one, or a folder.
 
     Raises:
-        ValueError: there is no such model, or it is none that `tracking.runs` recorded.
+        ValueError: there is no such model, `tracking.runs` did not record it, its bytes changed
+            since, it could run code (see `tracking.models.safety`), or loading it could take more
+            than 2 GB or a minute.
     """
     from hashlib import sha256
 
@@ -160,7 +158,7 @@ def load_model(uri: str) -> Predictor:
 def _load_graph(
     uri: str, archive: bytes, image_shape: tuple[int, int, int], *, num_classes: int
 ) -> Callable[[Tensor], Tensor]:
-    """Return the graph of an archive, having tried it."""
+    """Return the graph of an archive, after a trial with two images."""
     import torch
 
     from tracking.models.cost import check_cost, in_parts

@@ -1,4 +1,4 @@
-"""A model is written: traced once, as a graph with its weights, after the checks of loading."""
+"""Write a model: traced once, as a graph with its weights, which passes the checks of loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tracking.models.fetching import DESCRIPTION
-from tracking.models.safety import harmless
+from tracking.models.safety import sanitized_archive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,18 +27,18 @@ def save_model(
     metadata: Mapping[str, Any],
     about: Model | None = None,
 ) -> None:
-    """Write a model to a folder, as `Run.log_model` records it.
+    """Write a model to a new folder, as `Run.log_model` records it.
 
-    The first call of a process takes seconds, to import PyTorch's compiler.
+    The first call of a process takes seconds, because it imports PyTorch's compiler.
 
     Args:
         model: as `Run.log_model` takes it, and `input_example` as well.
-        folder: which is made.
-        metadata: what to store beside it, with the names of its K `classes`.
-        about: what is known of it already, say its run.
+        folder: it must not exist.
+        metadata: stored with the model; it has the names of the K `classes`.
+        about: MLflow's description so far, with its run.
 
     Raises:
-        ValueError: it is not on the CPU, or its graph is none that `tracking.predict` would load.
+        ValueError: it is not on the CPU, or `tracking.predict` would not load its graph.
     """
     import numpy as np
     from mlflow import pytorch
@@ -58,16 +58,16 @@ def save_model(
             signature=ModelSignature(Schema([images]), Schema([probabilities])),
             input_example=input_example,
             metadata=dict(metadata),
-            # Inferring them would load the model in a process of its own: 12 s a model.
+            # MLflow would load the model in another process to infer them: 12 s a model.
             pip_requirements=_requirements(),
         )
-    # Else MLflow takes a GPU where there is one, which this graph is not for, and raises.
+    # Without this, MLflow uses a GPU if there is one, and this graph is for the CPU.
     about.flavors["python_function"]["config"] = {"device": "cpu"}
     about.save(str(folder / DESCRIPTION))
 
 
 def _check_device(model: nn.Module) -> None:
-    """Raise ValueError for a model that isn't on the CPU: no other machine might load its graph."""
+    """Raise ValueError for a model on a GPU: machines without one could not load its graph."""
     for name, weight in model.state_dict().items():
         if weight.device.type != "cpu":
             raise ValueError(
@@ -81,11 +81,10 @@ _PROGRAMS: WeakKeyDictionary[nn.Module, ExportedProgram] = WeakKeyDictionary()
 
 @contextmanager
 def _frugal_export() -> Iterator[None]:
-    """Have PyTorch trace a model once, and Python write the files of what it has traced.
+    """Let PyTorch trace each model once, and Python write the file.
 
-    Each tracing takes 0.1 s and 0.2 MB that PyTorch never gives back. On a full disk, PyTorch's
-    own writer ends the process; Python raises an OSError. And the files are without what PyTorch
-    notes of each step: lines of source, and paths, of this machine.
+    A trace takes 0.1 s and leaks 0.2 MB. On a full disk, PyTorch's own writer ends the process, but
+    Python raises OSError. The written file has no lines of source and no paths of this machine.
     """
     import torch
 
@@ -109,7 +108,7 @@ def _frugal_export() -> Iterator[None]:
         content = io.BytesIO()
         save(program, content)
         with _recordable():
-            archive = harmless(content.getvalue())
+            archive = sanitized_archive(content.getvalue())
         Path(file).write_bytes(archive)
 
     package.export, package.save = export_once, save_by_python
@@ -121,7 +120,7 @@ def _frugal_export() -> Iterator[None]:
 
 @contextmanager
 def _recordable() -> Iterator[None]:
-    """Say of what `tracking.predict` would not load that it can't be recorded."""
+    """Raise each refusal of the checks of loading as "this model can't be recorded"."""
     try:
         yield
     except ValueError as error:
@@ -129,7 +128,7 @@ def _recordable() -> Iterator[None]:
 
 
 def _is_of(program: ExportedProgram, model: nn.Module, example: tuple[Tensor, ...]) -> bool:
-    """Return whether a program has a model's tensors themselves, and was made with this example."""
+    """Return whether a program shares a model's tensors, and was traced with this example."""
     import torch
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -142,7 +141,7 @@ def _is_of(program: ExportedProgram, model: nn.Module, example: tuple[Tensor, ..
 
 
 def _requirements() -> list[str]:
-    """Return what loading the model takes: MLflow, PyTorch and NumPy, in the versions at hand."""
+    """Return the packages that loading the model needs, in the installed versions."""
     from importlib.metadata import version
 
     return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "torch", "numpy")]

@@ -1,10 +1,9 @@
-"""A stored model, checked before anything of it is loaded: none may run code.
+"""Check a stored model before it is loaded, so that it can't run code.
 
-What `tracking.runs` doesn't write is refused. MLflow imports what a file MLmodel or a file beside
-the model names. PyTorch's loader unpickles records of a `.pt2` archive, compiles and opens the C++
-in it, and evaluates as Python what its graph says of sizes (by SymPy), guards, names and trees;
-MLflow's setting against pickle stops the first of these only. And a graph may call an operator that
-writes files. So PyTorch is handed an archive made anew, of what was looked at.
+Everything that `tracking.runs` does not write is refused. PyTorch's loader unpickles records of a
+`.pt2` archive, compiles and opens its C++, and evaluates as Python its sizes (by SymPy), guards,
+names and trees; MLflow's setting against pickle stops only the first. A graph may also call an
+operator that writes files. So PyTorch gets a new archive, built from the checked parts.
 """
 
 from __future__ import annotations
@@ -44,20 +43,21 @@ OPERATORS = {
     "relu.default", "sigmoid.default", "silu.default", "softmax.int", "softplus.default",
     "tanh.default",
 }  # fmt: skip
-"""What of `torch.ops.aten` a graph may call: for the usual layers, what touches tensors alone."""
+"""The operators of `torch.ops.aten` that a graph may call: usual layers, which touch tensors only.
+"""
 
 MAX_ARCHIVE = 1 << 28
-_MAX_JSON = 1 << 22  # parsed, it takes some ten times as much
-"""Sizes in bytes; models here have about 0.8 MB, 0.04 MB of JSON. PyTorch itself takes 0.7 GB, and
-loading four times the archive: 1.8 GB in all."""
+_MAX_JSON = 1 << 22  # parsed, it takes ten times as much
+"""Sizes in bytes; models here have about 0.8 MB, 0.04 MB of it JSON. Loading takes four times the
+archive, and PyTorch itself 0.7 GB: 1.8 GB in all."""
 
 _MAX_RECORDS = 10_000
 _STORED = 0  # in a ZIP archive: not compressed
 
 MAX_NODES = 2_000
-"""Of a graph: PyTorch takes some 5 seconds to load as many. A ResNet-152 has about 600."""
+"""PyTorch takes about 5 seconds to load a graph with so many nodes. A ResNet-152 has about 600."""
 
-# PyTorch's numbers for types and for the layout, in its JSON; and the bytes of an element.
+# PyTorch's numbers for types and for the layout in its JSON, and the bytes of an element.
 _FLOATS = {6: 2, 7: 4, 8: 8, 13: 2}
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 12: 1} | _FLOATS
 _STRIDED = 7
@@ -75,8 +75,8 @@ _RECORD = re.compile(
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*").fullmatch
 _PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*").fullmatch
 
-# What a text in a graph's JSON may be, by its key; under other keys there is none. "type" is
-# that of a device or, as "context" is, of a tree of inputs or outputs, which is JSON within a text.
+# The texts that a graph's JSON may have, by key; other keys have no text. "type" is that of a
+# device or of a tree of inputs or outputs, as "context" is. Such a tree is JSON within a text.
 _TEXTS: dict[str, Callable[[str], object]] = {
     "target": {f"torch.ops.aten.{name}" for name in OPERATORS}.__contains__,
     **dict.fromkeys(("name", "as_name", "forward_arg_names"), _IDENTIFIER),
@@ -94,27 +94,25 @@ _TEXTS: dict[str, Callable[[str], object]] = {
 
 
 def load_graph(archive: bytes) -> GraphModule:
-    """Return the module that a `.pt2` archive holds, on the CPU.
+    """Return the module of a `.pt2` archive, on the CPU.
 
-    Raises:
-        ValueError: it has something in it that could run code, or that takes too much to load;
-            whatever PyTorch or `json` raises of one that is damaged.
+    Raises ValueError if it could run code or is too large. A damaged one raises errors of PyTorch
+    or `json`.
     """
     import torch
 
     records = _checked_records(archive)
     records[_EXAMPLE] = b""  # not needed, and PyTorch would unpickle it
     with _cause_raised():
-        # Guards would be made by `exec`; sizes are checked without.
+        # Guards would run `exec`; sizes are checked without them.
         return torch.export.load(io.BytesIO(_zipped(records))).module(check_guards=False)
 
 
 @contextmanager
 def _cause_raised() -> Iterator[None]:
-    """Raise what PyTorch's loader of graphs logs, a traceback of 20 lines, in place of its error.
+    """Raise the cause that PyTorch's loader only logs, and hide its log lines.
 
-    That says no more than to look at the log. What else it logs, a line for each symbol that a
-    graph has no use for, is left out.
+    Its own error refers to the log, which has a traceback of 20 lines.
     """
     causes: list[BaseException] = []
 
@@ -135,12 +133,8 @@ def _cause_raised() -> Iterator[None]:
             log.removeFilter(keep)
 
 
-def harmless(archive: bytes) -> bytes:
-    """Return a `.pt2` archive without all that is not needed to load it.
-
-    Raises:
-        ValueError: as `load_graph` does.
-    """
+def sanitized_archive(archive: bytes) -> bytes:
+    """Return a `.pt2` archive with only the parts that loading needs; raises as `load_graph`."""
     return _zipped(_checked_records(archive))
 
 
@@ -148,7 +142,7 @@ def _zipped(records: Mapping[str, bytes]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as writer:
         for name, record in records.items():
-            # Not by its name alone, with which the time goes in: the same graph is the same bytes.
+            # A ZipInfo without the time: the same graph gives the same bytes.
             entry = zipfile.ZipInfo(f"archive/{name}")
             entry.external_attr = 0o600 << 16
             writer.writestr(entry, record)
@@ -156,7 +150,7 @@ def _zipped(records: Mapping[str, bytes]) -> bytes:
 
 
 def _checked_records(archive: bytes) -> dict[str, bytes]:
-    """Return the records of an archive, its JSON as far as it was looked at."""
+    """Return the records of an archive, with only the checked parts of its JSON."""
     records = _records(archive)
     for name in (_PROGRAM, _WEIGHTS, _CONSTANTS):
         if len(records[name]) > _MAX_JSON:
@@ -165,16 +159,16 @@ def _checked_records(archive: bytes) -> dict[str, bytes]:
             content = _checked(json.loads(records[name]))
         except RecursionError as error:
             raise ValueError(f"its {name} is nested too deep") from error
-        if name == _PROGRAM:
-            _check_nodes(content["graph_module"]["graph"]["nodes"])
-        else:
+        if name != _PROGRAM:
             _check_tensors(content["config"], name.rpartition("/")[0], records)
+        elif (count := len(content["graph_module"]["graph"]["nodes"])) > MAX_NODES:
+            raise ValueError(f"its graph has {count:,} nodes: at most {MAX_NODES:,} are loaded")
         records[name] = json.dumps(content).encode()
     return records
 
 
 def _records(archive: bytes) -> dict[str, bytes]:
-    """Return the records of an archive, by their names without the folder that all are in."""
+    """Return the records of an archive, by name without the common folder."""
     records = {name.partition("/")[2]: record for name, record in _unpacked(archive)}
     for name in records:
         if not _RECORD(name):
@@ -186,10 +180,10 @@ def _records(archive: bytes) -> dict[str, bytes]:
 
 
 def _unpacked(archive: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file in a ZIP archive, which must be as PyTorch writes it."""
+    """Yield name and content of each file in a ZIP archive, if it is as PyTorch writes it."""
     if len(archive) > MAX_ARCHIVE:
         raise ValueError(f"it has {len(archive):,} bytes, more than the {MAX_ARCHIVE:,} allowed")
-    if archive.count(b"PK\1\2") > _MAX_RECORDS:  # what begins an entry of its directory
+    if archive.count(b"PK\1\2") > _MAX_RECORDS:  # an entry of its directory begins so
         raise ValueError(f"it has more than the {_MAX_RECORDS:,} records allowed")
     with zipfile.ZipFile(io.BytesIO(archive)) as reader:
         entries = reader.infolist()
@@ -207,10 +201,10 @@ def _checked(value: Any, key: str = "", where: str = "graph") -> Any:
 
     Args:
         value: the part.
-        key: the key under which it is found; for an element of a list, that of the list.
-        where: the key around that, for the message.
+        key: its key; for an element of a list, that of the list.
+        where: the key of what contains it, for the message.
     """
-    if key == "metadata":  # where a node came from, as free text: not needed
+    if key == "metadata":  # the origin of a node as free text: not needed
         return {}
     match value:
         case dict():
@@ -222,22 +216,13 @@ def _checked(value: Any, key: str = "", where: str = "graph") -> Any:
             return [_checked(part, key, where) for part in value]
         case str() if key in ("in_spec", "out_spec"):
             return json.dumps(_checked(json.loads(value), where=key))
-        case str() if not _TEXTS.get(key, _nothing)(value):
+        case str() if key not in _TEXTS or not _TEXTS[key](value):
             raise ValueError(f"the {key} {value!r} in its {where} is not allowed")
     return value
 
 
-def _nothing(_: str) -> bool:
-    return False
-
-
-def _check_nodes(nodes: list[Any]) -> None:
-    if len(nodes) > MAX_NODES:
-        raise ValueError(f"its graph has {len(nodes):,} nodes: at most {MAX_NODES:,} are loaded")
-
-
 def _check_tensors(tensors: Mapping[str, Any], folder: str, records: Mapping[str, bytes]) -> None:
-    """Raise ValueError if a weight or constant is not what lies in its record, plainly."""
+    """Raise ValueError if a weight or constant is not a plain tensor inside its record."""
     types: dict[str, int] = {}
     for name, tensor in tensors.items():
         stored = records.get(f"{folder}/{tensor['path_name']}")
@@ -245,7 +230,7 @@ def _check_tensors(tensors: Mapping[str, Any], folder: str, records: Mapping[str
             raise ValueError(f"its weight {name!r} is pickled, or lacks its record")
         about = tensor["tensor_meta"]
         kind = about["dtype"]
-        # PyTorch reads a record once, with the type that it comes upon first.
+        # PyTorch reads a record once, with the first type that names it.
         if not _is_plain(about) or types.setdefault(tensor["path_name"], kind) != kind:
             raise ValueError(f"its weight {name!r} is no plain tensor on the CPU")
         if not _fits(about, len(stored)):
@@ -253,7 +238,7 @@ def _check_tensors(tensors: Mapping[str, Any], folder: str, records: Mapping[str
 
 
 def _is_plain(about: Mapping[str, Any]) -> bool:
-    """Return whether a tensor is a strided one on the CPU, of a type that models have."""
+    """Return whether a tensor is strided, on the CPU, and of a type that models have."""
     return (
         about["dtype"] in _ITEM_BYTES
         and about["layout"] == _STRIDED
@@ -263,7 +248,7 @@ def _is_plain(about: Mapping[str, Any]) -> bool:
 
 
 def _fits(about: Mapping[str, Any], num_bytes: int) -> bool:
-    """Return whether each element of a tensor lies in a record of so many bytes."""
+    """Return whether all elements of a tensor lie in a record of so many bytes."""
     item = _ITEM_BYTES[about["dtype"]]
     sizes, strides = ([_integer(part) for part in about[key]] for key in ("sizes", "strides"))
     if len(sizes) != len(strides) or min(sizes, default=1) < 1:
@@ -281,5 +266,5 @@ def _fits(about: Mapping[str, Any], num_bytes: int) -> bool:
 def _integer(part: Mapping[str, Any]) -> int:
     value = part["as_int"]
     if type(value) is not int:
-        raise ValueError(f"the size {part!r} is none")
+        raise ValueError(f"the size {part!r} is no integer")
     return value

@@ -1,7 +1,7 @@
-"""Arrays of images and their labels, read from an `.npy` or `.npz` file that anybody may have made.
+"""Read arrays of images and labels from `.npy` and `.npz` files, which may be hostile.
 
-All that a file asks for is compared with what is allowed, and with what is really there, before any
-memory is taken for it. An `.npy` is mapped, so that it may be larger than the memory.
+The sizes in a file are compared with the limits and with its real size before any memory is
+allocated. An `.npy` is mapped, so that it may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ if TYPE_CHECKING:
 CHANNELS = (1, 3)
 
 MAX_UNPACKED = 2 * 10**9
-"""Bytes that the arrays of an `.npz` may take: they have to be in memory whole."""
+"""The most bytes of the arrays of an `.npz`, which are unpacked into memory."""
 MAX_SIDE = 65_535
-"""Height and width of an image, at most: as JPEG has it."""
+"""The largest height and width of an image: the limit of JPEG."""
 
 _MAGIC = b"\x93NUMPY"
-# NumPy's own is a fiftieth of the first. A directory of the second has some ten thousand arrays.
+# NumPy's headers have about 80 bytes. A directory of 1 MiB lists ten thousand arrays.
 _LARGEST_HEADER = 4096
-_LARGEST_DIRECTORY = 2**20
-_PIECE = 2**20
+_LARGEST_DIRECTORY = _PIECE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What an array in a file is, as it says itself."""
+    """The header of an array in a file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     is_fortran: bool
     offset: int
-    """Where its elements begin."""
+    """The position of its elements."""
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes its elements take."""
+        """The bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -62,32 +61,32 @@ def read_arrays(
 
     Args:
         file: an `.npy` or `.npz`.
-        max_pixels: of an image.
+        max_pixels: the most pixels of an image.
 
     Returns:
-        Images (N, H, W, C), (N, H, W) or (H, W, C), none of these 0, and in an `.npz` with an array
-        `labels` these, (N,), integers or texts.
+        Images (N, H, W, C), (N, H, W) or (H, W, C), none of these 0. Labels (N,), integers or
+        texts, from the array `labels` of an `.npz`, else None.
 
     Raises:
-        ValueError: it is damaged, holds something else, or asks for more than is allowed.
+        ValueError: it is damaged, holds something else, or exceeds a limit.
     """
     try:
         if not file.is_file():
-            raise ValueError("it is no regular file")  # noqa: TRY301 -- with the name before it
+            raise ValueError("it is no regular file")  # noqa: TRY301 -- gets the file's name below
         with file.open("rb") as stream:
             is_plain = stream.read(len(_MAGIC)) == _MAGIC
-        if is_plain or file.suffix.lower() == ".npy":  # it may be one by another name
+        if is_plain or file.suffix.lower() == ".npy":  # an .npy may have another name
             return _map(file, max_pixels), None
         with _Archive(file) as archive:
             return _unpack(file, archive, max_pixels)
     except _RefusedError:
         raise
-    except Exception as error:  # a parser that trips over a damaged file may raise anything
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"can't read the array {str(file)!r}: {one_line(error)}") from error
 
 
 class _RefusedError(ValueError):
-    """What is in a file is whole, but nothing that can be labelled, or too much."""
+    """The file is intact, but holds no images, or too much."""
 
 
 def _check_images(file: Path, header: Header, max_pixels: int) -> None:
@@ -115,11 +114,11 @@ def is_one_image(shape: tuple[int, ...]) -> bool:
 
 
 def _read_header(stream: IO[bytes]) -> Header:
-    """Read what comes before the elements of an array."""
+    """Read the header of an array, and check it."""
     from numpy.lib import format as npy
 
     start = stream.read(len(_MAGIC) + 2)
-    # Version 3 is for names of fields, which images and labels have none of.
+    # Version 3 is for names of fields: images and labels have none.
     length_bytes, parse = {
         _MAGIC + b"\1\0": (2, npy.read_array_header_1_0),
         _MAGIC + b"\2\0": (4, npy.read_array_header_2_0),
@@ -132,20 +131,16 @@ def _read_header(stream: IO[bytes]) -> Header:
     text = stream.read(int.from_bytes(length, "little"))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Python thinks of the text as a program
+            warnings.simplefilter("ignore")  # NumPy evaluates the text, and Python warns about it
             shape, is_fortran, dtype = parse(io.BytesIO(length + text))
-    except Exception as error:  # a header made to do harm may have anything raised
+    except Exception as error:  # a hostile header may raise anything
         raise ValueError("its header is damaged") from error
     if dtype.hasobject:
         raise ValueError("it holds Python objects, not numbers or texts")
     if any(size < 0 for size in shape):
         raise ValueError(f"its shape has a negative size: {shape}")
-    return Header(
-        dtype=dtype,
-        shape=shape,
-        is_fortran=is_fortran,
-        offset=len(start) + len(length) + len(text),
-    )
+    offset = len(start) + len(length) + len(text)
+    return Header(dtype=dtype, shape=shape, is_fortran=is_fortran, offset=offset)
 
 
 # .npy
@@ -174,10 +169,10 @@ def _check_size(header: Header, *, there: int) -> None:
 
 
 class _Archive(zipfile.ZipFile):
-    """A ZIP file whose directory is not read if it is too large."""
+    """A ZIP file that raises ValueError for a directory that is too large."""
 
     def __init__(self, file: Path) -> None:
-        self._stream = _Frugal(file)
+        self._stream = _BoundedFile(file)
         try:
             super().__init__(self._stream)
         except BaseException:
@@ -185,16 +180,16 @@ class _Archive(zipfile.ZipFile):
             raise
 
     def close(self) -> None:
-        """Close the file, too."""
+        """Close the archive and its file."""
         super().close()
         self._stream.close()
 
 
-class _Frugal(io.FileIO):
-    """A file of which nobody may read much at a time."""
+class _BoundedFile(io.FileIO):
+    """A file whose reads are limited to `_LARGEST_DIRECTORY` bytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read some bytes; those to the end only where they are few."""
+        """Read some bytes, or raise ValueError if they are too many."""
         if size is None or size < 0:
             size = max(0, os.fstat(self.fileno()).st_size - self.tell())
         if size > _LARGEST_DIRECTORY:
@@ -205,7 +200,7 @@ class _Frugal(io.FileIO):
 def _unpack(
     file: Path, archive: zipfile.ZipFile, max_pixels: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any] | None]:
-    """Return images and labels, having looked at both before either is read."""
+    """Return images and labels. Both headers are checked before either array is read."""
     names = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -227,7 +222,7 @@ def _unpack(
             check_labels(labels.shape, labels.dtype, size=1 if is_one_image(shape) else shape[0])
         except ValueError as error:
             raise _RefusedError(f"{str(file)!r}: {error}") from error
-        total += 8 * labels.shape[0]  # for each a reference to the name of a class
+        total += 8 * labels.shape[0]  # the references to names of classes
     if total > MAX_UNPACKED:
         raise _RefusedError(
             f"{str(file)!r} is refused: its arrays take {total:,} bytes unpacked, more than "
@@ -243,13 +238,13 @@ def _entry_header(archive: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -
     if entry.flag_bits & 1:
         raise ValueError(f"{name!r} in it is encrypted")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name!r} in it is compressed otherwise than NumPy does it (deflate)")
+        raise ValueError(f"{name!r} in it is not compressed as NumPy does it (deflate)")
     with _opened(archive, entry) as stream:
         return _read_header(stream)
 
 
 def _opened(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Open an entry; what `zipfile` does not know (a patch, say) is damage, too."""
+    """Open an entry, or raise ValueError if `zipfile` does not support it."""
     try:
         return archive.open(entry)
     except (NotImplementedError, RuntimeError) as error:
@@ -257,7 +252,7 @@ def _opened(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
 
 
 def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, header: Header) -> npt.NDArray[Any]:
-    """Return an array, read in pieces: what is missing of it takes no memory."""
+    """Return an array, read in pieces: a truncated one takes no memory for its missing part."""
     import numpy as np
 
     content = np.empty(header.num_bytes, np.uint8)
@@ -270,7 +265,7 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, header: Header) 
                 raise ValueError(f"it ends after {done:,} of {len(content):,} bytes")
             content[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
-    if header.dtype.kind == "U":  # NumPy can't make a text of what is no letter
+    if header.dtype.kind == "U":  # NumPy can't decode what is no character
         letters = content.view(np.dtype("u4").newbyteorder(header.dtype.byteorder))
         if letters.size and letters.max() > sys.maxunicode:
             raise ValueError(f"it holds a text with a letter {letters.max():#x}")

@@ -1,4 +1,4 @@
-"""Images to predict, in chunks: the next ones are decoded while the model is busy."""
+"""Images to predict, in chunks; the next chunks are decoded while the model is busy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARRAYS = (".npy", ".npz")
 
 TABLES = (".parquet", ".pq")
 
-# What a thread decodes at a time, and how many bytes of encoded images are read ahead at most.
+# The images that a thread decodes at once, and the bytes of encoded images that are prefetched.
 _BLOCK = 32
 
 BYTES_AHEAD = 2**26
@@ -29,62 +29,58 @@ BYTES_AHEAD = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some of the images, what they are called, and their labels where they are known."""
+    """Some images, their names, and their labels if they are known."""
 
     images: npt.NDArray[np.uint8]  # (M, 32, 32, 3), of those that could be read
     names: list[str]  # of all N
     labels: list[str | None] | None  # class names
     errors: dict[int, str] = field(default_factory=dict)
-    """Why the images at these of the N positions could not be read: the N - M others were."""
+    """Why N - M images could not be read, by their position among the N."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Images to be labelled."""
+    """Images to predict."""
 
     size: int
     read: Callable[[int, int], Iterator[Chunk]]
-    """Read all images, so many at a time, from a certain one on."""
+    """Yields the images in chunks of a size, from a position on."""
     fingerprint: str
-    """Changes when the images do, as far as that can be told without reading them."""
+    """Changes with the images, as far as this is visible without reading them."""
     has_labels: bool
     files: Callable[[], Iterable[str]]
-    """The files that are read: none of them may be written to."""
+    """The files that are read: none may be written to."""
     notes: tuple[str, ...] = ()
-    """What a user should know about them, a line each."""
+    """What a user should know about them, in one line each."""
     split: str | None = None
-    """Which of a data set's splits they are: `train`, `validation` or `test`."""
+    """The split of a data set, if they are one: `train`, `validation` or `test`."""
 
 
 def is_list(text: str) -> bool:
-    """Return whether this names a list of paths: `@FILE`, or `-` for standard input."""
+    """Return whether a source is a list of paths: `@FILE`, or `-` for standard input."""
     return text == "-" or text.startswith("@")
 
 
 Row = tuple[str, Item, str | None]
-"""What an image is called, itself, and its label."""
+"""The name of an image, the image, and its label."""
 
 
 def decoded(rows: Iterator[Row], size: int, *, has_labels: bool) -> Iterator[Chunk]:
-    """Decode images in threads, ahead of what is asked for: up to two chunks, or some megabytes."""
+    """Decode images in threads, and prefetch up to two chunks or 64 MiB of encoded images."""
     from cnn.devices import num_cores
 
-    names: list[str] = []
-    labels: list[str | None] = []
-    results: list[npt.NDArray[np.uint8] | str] = []
-    for block, decoded in prefetch(_decode, _blocks(rows, size), threads=num_cores()):
-        names += [name for name, _, _ in block]
-        labels += [label for _, _, label in block]
-        results += decoded
-        if len(names) == size:
-            yield _chunk(names, results, labels if has_labels else None)
-            names, labels, results = [], [], []
-    if names:
-        yield _chunk(names, results, labels if has_labels else None)
+    some: list[tuple[str, npt.NDArray[np.uint8] | str, str | None]] = []
+    for block in prefetch(_decode, _blocks(rows, size), threads=num_cores()):
+        some += block
+        if len(some) == size:
+            yield _chunk(some, has_labels=has_labels)
+            some = []
+    if some:
+        yield _chunk(some, has_labels=has_labels)
 
 
 def _blocks(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], float]]:
-    """Yield some rows at a time, which never reach beyond the end of a chunk, and their weight."""
+    """Yield blocks of rows and their weights. A chunk begins with a new block."""
     block: list[Row] = []
     count = weight = 0.0
     for row in rows:
@@ -101,8 +97,8 @@ def _blocks(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], float]]
         yield block, weight
 
 
-def _decode(block: list[Row]) -> tuple[list[Row], list[npt.NDArray[np.uint8] | str]]:
-    """Return the rows, without encoded images, and of each its pixels, or why there are none."""
+def _decode(block: list[Row]) -> list[tuple[str, npt.NDArray[np.uint8] | str, str | None]]:
+    """Return the name of each image, its pixels or its error, and its label."""
     from cnn.images import decode
 
     results: list[npt.NDArray[np.uint8] | str] = []
@@ -116,31 +112,30 @@ def _decode(block: list[Row]) -> tuple[list[Row], list[npt.NDArray[np.uint8] | s
                 results.append(decode(item if isinstance(item, bytes) else Path(item)))
         except ValueError as error:
             name = f"{str(Path(item))!r} " if isinstance(item, str) else ""
-            results.append(str(error).removeprefix(name))  # the row names it already
-        except OSError as error:  # a name that is too long, say
+            results.append(str(error).removeprefix(name))  # the row has the name
+        except OSError as error:  # a name that is too long
             results.append(f"can't be read: {error.strerror}")
-    return [(name, None, label) for name, _, label in block], results
+    return [(name, result, label) for (name, _, label), result in zip(block, results, strict=True)]
 
 
 def _chunk(
-    names: list[str],
-    results: list[npt.NDArray[np.uint8] | str],
-    labels: list[str | None] | None,
+    rows: list[tuple[str, npt.NDArray[np.uint8] | str, str | None]], *, has_labels: bool
 ) -> Chunk:
     import numpy as np
 
     from cnn.images import IMAGE_SIZE
 
-    images = [result for result in results if not isinstance(result, str)]
-    empty = np.empty((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    errors = {index: text for index, text in enumerate(results) if isinstance(text, str)}
+    images = [result for _, result, _ in rows if not isinstance(result, str)]
     return Chunk(
-        images=np.stack(images) if images else empty, names=names, labels=labels, errors=errors
+        images=np.array(images, np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3),
+        names=[name for name, _, _ in rows],
+        labels=[label for _, _, label in rows] if has_labels else None,
+        errors={index: text for index, (_, text, _) in enumerate(rows) if isinstance(text, str)},
     )
 
 
 def parts(size: int, step: int, start: int) -> Iterator[tuple[slice, float]]:
-    """Yield the parts of `size` images from `start` on, each with a weight: two are read ahead."""
+    """Yield the parts of `size` images from `start` on, weighted so that two are prefetched."""
     for first in range(start, size, step):
         yield slice(first, min(first + step, size)), 0.4
 
@@ -148,9 +143,9 @@ def parts(size: int, step: int, start: int) -> Iterator[tuple[slice, float]]:
 def known_labels(
     names: Sequence[str], classes: Sequence[str]
 ) -> tuple[list[str | None] | None, tuple[str, ...]]:
-    """Return the names that are classes of the model as labels, and a note if others are not.
+    """Return as labels the names that are classes, and a note about the others.
 
-    Where none is, there are no labels, and nothing to note: they need not be names of classes.
+    If no name is a class, there are no labels and no note.
     """
     known = set(classes)
     labels = [name if name in known else None for name in names]

@@ -1,7 +1,7 @@
-"""A file that is written to the side, and can go on after a kill: `.NAME.partial` in its folder.
+"""Drafts that a killed process can resume: `.NAME.partial` beside the file NAME.
 
-Beside it, `.NAME.partial.json` says what it is of, and up to which byte it is whole. Only a whole
-file gets the name that was asked for.
+The sidecar `.NAME.partial.json` says what the draft is of, and how many of its bytes are valid.
+Only the finished file gets the name NAME.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 from tracking.errors import is_transient
 from tracking.files import check_own, create, open_own, read_own, writing
 
-# Of a sidecar: the names of all classes and some counts of each.
+# Bytes of a sidecar: it has the names of all classes and three counts of each.
 _LARGEST_SIDECAR = 2**26
 
 
 class Draft:
-    """A draft that is being written. `open_draft` makes one."""
+    """An open draft: see `open_draft`."""
 
     def __init__(
         self, target: Path, stream: BinaryIO, identity: Mapping[str, Any], progress: dict[str, Any]
@@ -31,17 +31,16 @@ class Draft:
         self.stream = stream
         self.identity = identity
         self.rows: int = progress["rows"]
-        """How many are written."""
         self.state: Mapping[str, Any] = progress["state"]
-        """What was handed to `append` with the last of them."""
+        """The argument of the last `append`."""
 
     def append(self, content: bytes, *, rows: int, state: Mapping[str, Any]) -> None:
-        """Write rows, and remember that they are written: both, or a resumed draft has neither."""
+        """Write rows and note them in the sidecar: a resumed draft has both or neither."""
         with writing():
             self.stream.write(content)
             self.stream.flush()
             progress = {"rows": self.rows + rows, "bytes": self.stream.tell(), "state": state}
-            new = _new_sidecar(self.target)
+            new = _beside(self.target, ".json.new")
             new.unlink(missing_ok=True)
             with create(new) as stream:
                 stream.write(json.dumps({"identity": self.identity, **progress}).encode())
@@ -58,20 +57,20 @@ def open_draft(
     begin: Callable[[], bytes],
     finish: Callable[[Path], Path],
 ) -> Iterator[Draft]:
-    """Open the draft of a file, which gets its name when the `with` block is done.
+    """Open the draft of a file; at the end of the `with` block it becomes the file.
 
-    If that is cut off by a kill, by Ctrl-C or by a full disk, the draft stays, to be resumed; after
-    any other failure it is removed.
+    After a kill, Ctrl-C or a full disk, the draft stays and can be resumed. After any other failure
+    it is removed.
 
     Args:
         target: the file.
-        identity: what the draft is of, in JSON's types: all that its bytes depend on.
-        resume: go on with a draft that is there; else it is dropped.
+        identity: everything that the bytes of the draft depend on, in JSON's types.
+        resume: continue an existing draft; else it is dropped.
         begin: returns the first bytes.
-        finish: returns a whole file, made of the draft that it is handed.
+        finish: returns the finished file of a draft.
 
     Raises:
-        ValueError: the draft to be resumed is of something else, or another process writes it.
+        ValueError: the draft to resume is of something else, or another process writes it.
     """
     with _locked(target) as stream:
         with writing():
@@ -82,7 +81,7 @@ def open_draft(
                 _published(finish(draft_file(target)), target)
         except BaseException as error:
             if draft.rows and (isinstance(error, KeyboardInterrupt) or is_transient(error)):
-                line = f"note: {draft.rows} rows are kept: the same command goes on with --resume"
+                line = f"note: {draft.rows} rows are kept: --resume continues the same command"
                 print(line, file=sys.stderr)
             else:
                 _remove(target)
@@ -109,44 +108,43 @@ def _started(
 
 def _published(whole: Path, target: Path) -> None:
     with whole.open("rb") as content:
-        os.fsync(content.fileno())  # before it gets its name: a power cut may come in between
+        os.fsync(content.fileno())  # else a power cut may leave the name with an empty file
     whole.replace(target)
     _remove(target)
 
 
 def draft_file(target: Path) -> Path:
-    """Return where the draft of a file is."""
-    return target.with_name(f".{target.name}.partial")
+    """Return the path of the draft of a file."""
+    return _beside(target)
 
 
 def whole_file(draft: Path) -> Path:
-    """Return where a format that can't be appended to makes the whole file of a draft."""
+    """Return the path at which a format that can't be appended to writes the finished file."""
     return draft.with_name(f"{draft.name}.whole")
 
 
 def draft_files(target: Path) -> list[Path]:
-    """Return all files that may be written beside a file, and removed."""
-    draft = draft_file(target)
-    return [_sidecar(target), _new_sidecar(target), whole_file(draft), draft]
+    """Return all files that may be written and removed beside a file."""
+    return [_sidecar(target), *(_beside(target, end) for end in (".json.new", ".whole", ""))]
 
 
 def check_drafts(target: Path) -> None:
     """Raise unless the drafts of a file can be written beside it.
 
     Raises:
-        ValueError: one of their names is that of something else: see `tracking.files.check_own`.
-        OSError: the file's name leaves no room for theirs, say.
+        ValueError: one of their names belongs to something else: see `tracking.files.check_own`.
+        OSError: a name is too long, for example.
     """
     for file in draft_files(target):
         check_own(file)
 
 
-def _new_sidecar(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial.json.new")
-
-
 def _sidecar(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial.json")
+    return _beside(target, ".json")
+
+
+def _beside(target: Path, ending: str = "") -> Path:
+    return target.with_name(f".{target.name}.partial{ending}")
 
 
 def _remove(target: Path) -> None:
@@ -165,7 +163,7 @@ def _locked(target: Path) -> Iterator[BinaryIO]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had it before may have given it the file's own name since it was opened.
+            # Another process may have renamed the draft to the target since it was opened.
             mine = os.path.samestat(os.fstat(stream.fileno()), file.stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
@@ -175,7 +173,7 @@ def _locked(target: Path) -> Iterator[BinaryIO]:
 
 
 def _found(target: Path, identity: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Return how far a draft is that is there, if it is to be resumed and holds as much."""
+    """Return the progress of an existing draft, if it is resumed and complete, else zero."""
     nothing = {"rows": 0, "bytes": 0, "state": {}}
     try:
         kept = json.loads(read_own(_sidecar(target), most=_LARGEST_SIDECAR))
@@ -185,10 +183,10 @@ def _found(target: Path, identity: Mapping[str, Any], *, resume: bool) -> dict[s
         differing = [key for key in identity if kept["identity"].get(key) != identity[key]]
         progress = {key: kept[key] for key in nothing}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return nothing  # nothing was there, or it is damaged
+        return nothing  # there is no sidecar, or it is damaged
     if differing:
         raise ValueError(
-            f"can't resume {str(target)!r}: what is there was made with another "
+            f"can't resume {str(target)!r}: its draft was made with another "
             f"{' and another '.join(differing)} (without --resume, it starts again)"
         )
     whole = draft_file(target).stat().st_size >= progress["bytes"]

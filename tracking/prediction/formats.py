@@ -1,8 +1,7 @@
-"""How predictions are written, and read again: the formats, by the ending of the file's name.
+"""The formats of predictions, by the ending of the file's name: CSV, Parquet, JSON Lines.
 
-Each format turns a table of rows into bytes that are appended to a draft, so that a draft can be
-cut after any of them and go on; `finish` makes the file of a whole draft. What is read is never
-more than a part of the file at a time.
+A format turns tables into bytes that are appended to a draft. So a draft can be cut after any table
+and resumed; `finish` turns it into the file. Files are read in parts.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tracking.files import create
 from tracking.prediction.drafts import whole_file
@@ -28,23 +28,28 @@ if TYPE_CHECKING:
 _ROW_GROUP = 65536
 
 
-class Format(Protocol):
-    """A way of writing tables, one after the other."""
+class Format(ABC):
+    """Writes tables one after the other, and reads them."""
 
+    @abstractmethod
     def begin(self, schema: pa.Schema) -> bytes:
-        """Return what comes before the first rows."""
+        """Return the bytes before the first rows."""
 
+    @abstractmethod
     def rows(self, table: pa.Table) -> bytes:
-        """Return rows, as they are appended."""
+        """Return the bytes to append for some rows."""
 
     def finish(self, draft: Path) -> Path:
-        """Return a whole file, made of what was appended: it may be that itself."""
+        """Return the finished file of a draft, by default the draft itself."""
+        return draft
 
+    @abstractmethod
     def heads(self, file: Path) -> list[str]:
         """Return the names of a file's columns."""
 
+    @abstractmethod
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Yield some rows at a time, with these of the columns, texts as they were at first."""
+        """Yield some rows at a time with the columns of the schema; texts are unescaped."""
 
 
 def table(chunk: Chunk, probabilities: npt.NDArray[np.float32], classes: Sequence[str]) -> pa.Table:
@@ -57,7 +62,7 @@ def table(chunk: Chunk, probabilities: npt.NDArray[np.float32], classes: Sequenc
 
     Returns:
         Columns `source`, `prediction`, `probability`, `p(<class>)`, `label` if there are labels,
-        and `error`, missing where all is well.
+        and `error`, which is missing if the image could be read.
     """
     import numpy as np
     import pyarrow as pa
@@ -84,38 +89,40 @@ def table(chunk: Chunk, probabilities: npt.NDArray[np.float32], classes: Sequenc
 
 
 def _texts(values: Sequence[str | None]) -> pa.Array:
-    """Return texts; where one is no UTF-8, as a file name may be, each odd byte in hexadecimal."""
+    """Return texts as Arrow has them; bytes that are not UTF-8 are escaped (file names)."""
     import pyarrow as pa
+
+    def utf8(text: str) -> str:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
-        return pa.array([value and _escaped(value) for value in values], pa.string())
-
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return pa.array([value and utf8(value) for value in values], pa.string())
 
 
 def _opened(file: Path) -> pa.NativeFile:
     import pyarrow as pa
 
-    # By the name's bytes: PyArrow takes no text that is no UTF-8.
+    # As bytes: PyArrow rejects names that are not UTF-8.
     return pa.OSFile(os.fsencode(file))
 
 
-class Csv:
-    """CSV. Text that a spreadsheet might run has an apostrophe before it, and so has text with one.
+def to_csv(table: pa.Table) -> bytes:
+    """Return a table as a CSV file, with formulas escaped."""
+    return _Csv().begin(table.schema) + _Csv().rows(table)
 
-    So a leading apostrophe is always to be dropped, and what was there is left.
+
+class _Csv(Format):
+    """CSV. An apostrophe precedes text that a spreadsheet may run, or that begins with one.
+
+    So a reader always drops a leading apostrophe.
     """
 
     def begin(self, schema: pa.Schema) -> bytes:
-        """Return what comes before the first rows."""
         return self._written(schema.empty_table(), header=True)
 
     def rows(self, table: pa.Table) -> bytes:
-        """Return rows, as they are appended."""
         import pyarrow as pa
 
         for index, column in enumerate(table.columns):
@@ -124,7 +131,7 @@ class Csv:
         return self._written(table, header=False)
 
     def _written(self, table: pa.Table, *, header: bool) -> bytes:
-        # Ten times as fast as pandas, and as exact: the shortest digits that give the same number.
+        # Ten times as fast as pandas, and as exact: the shortest digits that restore the number.
         import pyarrow.csv
 
         stream = io.BytesIO()
@@ -132,18 +139,11 @@ class Csv:
         pyarrow.csv.write_csv(table, stream, options)
         return stream.getvalue()
 
-    def finish(self, draft: Path) -> Path:
-        """Return the draft: it is whole."""
-        return draft
-
     def heads(self, file: Path) -> list[str]:
-        """Return the names of a file's columns."""
         with self._open(file) as reader:
-            names: list[str] = reader.schema.names
-            return names
+            return list(reader.schema.names)
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Yield some rows at a time, with these of the columns, texts as they were at first."""
         import pyarrow as pa
         from pyarrow import compute
 
@@ -161,23 +161,21 @@ class Csv:
         import pyarrow.csv
 
         parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        # A class may be called NA, or be an empty text: that is in quotes.
+        # A class may be called NA, or have an empty name, which is in quotes.
         convert = pyarrow.csv.ConvertOptions(
             null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, **columns
         )
         return pyarrow.csv.open_csv(_opened(file), parse_options=parse, convert_options=convert)
 
 
-class JsonLines:
-    """A JSON object a line; a number that is none (NaN) is null, as is what is missing."""
+class _JsonLines(Format):
+    """One JSON object a line. NaN and missing values are null."""
 
     def begin(self, schema: pa.Schema) -> bytes:
-        """Return nothing: each line has the names."""
-        del schema
+        del schema  # each line has the names
         return b""
 
     def rows(self, table: pa.Table) -> bytes:
-        """Return rows, as they are appended."""
         from pyarrow import compute
 
         parts: list[Any] = []
@@ -186,18 +184,12 @@ class JsonLines:
         lines = compute.binary_join_element_wise(*parts, "}\n", "")
         return "".join(lines.to_pylist()).encode()
 
-    def finish(self, draft: Path) -> Path:
-        """Return the draft: it is whole."""
-        return draft
-
     def heads(self, file: Path) -> list[str]:
-        """Return the names of a file's columns: those of its first line."""
         with file.open("rb") as stream:
             first = json.loads(stream.readline() or "{}")
         return list(first) if isinstance(first, dict) else []
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Yield some rows at a time, with these of the columns."""
         import pyarrow.json
 
         parse = pyarrow.json.ParseOptions(
@@ -221,25 +213,22 @@ def _as_json(column: pa.ChunkedArray) -> pa.Array:
     return compute.fill_null(texts, "null")
 
 
-class Parquet:
-    """Parquet. Nothing can be appended to such a file: the draft is an Arrow stream, to the end."""
+class _Parquet(Format):
+    """Parquet. Such a file can't be appended to: the draft is an Arrow stream until the end."""
 
     def begin(self, schema: pa.Schema) -> bytes:
-        """Return what comes before the first rows."""
         return bytes(schema.serialize())
 
     def rows(self, table: pa.Table) -> bytes:
-        """Return rows, as they are appended."""
         (batch,) = table.combine_chunks().to_batches()
         return bytes(batch.serialize())
 
     def finish(self, draft: Path) -> Path:
-        """Write the stream as row groups of a certain size."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole = whole_file(draft)
-        whole.unlink(missing_ok=True)  # of a process that was killed
+        whole.unlink(missing_ok=True)  # a killed process may have left it
         try:
             with (
                 pa.memory_map(os.fsencode(draft)) as stream,
@@ -266,15 +255,12 @@ class Parquet:
             writer.write_table(pa.Table.from_batches(kept), row_group_size=2**30)
 
     def heads(self, file: Path) -> list[str]:
-        """Return the names of a file's columns."""
         import pyarrow.parquet as pq
 
         with _opened(file) as stream:
-            names: list[str] = pq.read_schema(stream).names
-        return names
+            return list(pq.read_schema(stream).names)
 
     def read(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Yield some rows at a time, with these of the columns."""
         import pyarrow.parquet as pq
 
         with _opened(file) as stream, pq.ParquetFile(stream) as stored:
@@ -282,14 +268,14 @@ class Parquet:
                 yield batch.select(schema.names).cast(schema)
 
 
-FORMATS: dict[str, type[Format]] = {".csv": Csv, ".parquet": Parquet, ".jsonl": JsonLines}
+FORMATS: dict[str, Format] = {".csv": _Csv(), ".parquet": _Parquet(), ".jsonl": _JsonLines()}
 
 
 def format_of(path: Path, what: str = "--out") -> Format:
-    """Return the format that the ending of a file's name asks for, or raise ValueError."""
+    """Return the format for the ending of a file's name, or raise ValueError."""
     known = FORMATS.get(path.suffix.lower())
     if known is None:
         raise ValueError(
-            f"{what} must end in {', '.join(FORMATS)}, which says what is written: {str(path)!r}"
+            f"{what} must end in {', '.join(FORMATS)}, which is the format: {str(path)!r}"
         )
-    return known()
+    return known

@@ -1,4 +1,4 @@
-"""Names of many image files, and images kept in Parquet: what a source decodes."""
+"""Read lists of image files, and images in Parquet files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any
 
 from tracking.errors import one_line
 from tracking.prediction import parquet_reader
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Item = str | bytes | ValueError | None
-"""An image: a path, its encoded bytes, why it is refused, or nothing where a row has none."""
+"""An image: a path, its encoded bytes, the reason of its refusal, or None if a row has none."""
 
 MAX_LIST, MAX_NAMES = 2**29, 10**7
-"""Bytes that a list of paths may have, and paths in it."""
+"""The most bytes and paths of a list of paths."""
 
-# Of a Parquet file: what is read together, how long that may take, and what describes it.
+# For a Parquet file: rows that are read at once, the time for them, and the bytes of the footer.
 _ROWS_AT_ONCE = (256, 16, 1)
 _SECONDS = 60.0
 _LARGEST_FOOTER = 2**24
-# Arrow's own ways of allocating ask for much more of the address space than they use.
+# Arrow's own allocators reserve much more address space than they use.
 _READER_ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 
 COLUMNS = ("image", "bytes", "path")
-"""Where images are looked for in Parquet, unless a column is named: the first that is there."""
+"""The columns that may have the images, unless the user names one: the first that exists."""
 
 
 class Paths(Sequence[str]):
-    """Paths, kept as the bytes of one text: some 60 bytes each, where a million `Path` take 300."""
+    """Paths, kept as one text: 60 bytes each, where a `Path` takes 300."""
 
     def __init__(self, text: bytes, separator: bytes, *, prefix: str = "") -> None:
         import numpy as np
@@ -47,33 +47,28 @@ class Paths(Sequence[str]):
         cuts = np.flatnonzero(np.frombuffer(text, np.uint8) == separator[0])
         starts = np.concatenate([[0], cuts + 1])
         ends = np.concatenate([cuts, [len(text)]])
-        there = ends > starts  # empty lines are none
-        self.starts, self.ends = starts[there], ends[there]
+        is_full = ends > starts  # empty lines are no paths
+        self.starts, self.ends = starts[is_full], ends[is_full]
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         return self.prefix + os.fsdecode(self.text[self.starts[index] : self.ends[index]])
 
 
 def listed_paths(names: Iterable[str], *, prefix: str) -> Paths:
-    """Keep names, each with the same prefix."""
+    """Return names as paths with a common prefix."""
     return Paths(b"\0".join(os.fsencode(name) for name in names), b"\0", prefix=prefix)
 
 
 def read_list(text: str) -> Paths:
-    """Read the paths that `@FILE`, or `-` for standard input, lists: one a line.
+    """Read the paths in `@FILE`, or in `-` for standard input, one a line, or raise ValueError.
 
-    A file of them may be a pipe, `@<(find …)`, but no device. Raises ValueError.
-
-    If there is a NUL, that ends them instead (`find -print0`), and they may hold newlines.
+    The file may be a pipe, `@<(find …)`, but no device. If there is a NUL, NULs end the paths
+    (`find -print0`), which may hold newlines then.
     """
     try:
         if text == "-":
@@ -101,7 +96,7 @@ def read_list(text: str) -> Paths:
 
 
 class Table:
-    """A Parquet file with an image a row: its bytes, or the path of a file."""
+    """A Parquet file with one image a row: its bytes, or the path of a file."""
 
     def __init__(self, file: Path, column: str | None) -> None:
         import pyarrow as pa
@@ -128,15 +123,13 @@ class Table:
         return ValueError(f"can't read the Parquet file {str(self.file)!r}: {reason}")
 
     def rows(self, start: int) -> Iterator[tuple[Item, str | int | None]]:
-        """Yield image and label of each row from `start` on; pages are read as they are needed.
+        """Yield image and label of each row from `start` on; pages are read when needed.
 
-        Raises:
-            ValueError: the file is damaged, a part of it takes more memory or time than is allowed,
-                or there are other rows than it says.
+        Raises ValueError if the file is damaged, takes more memory or time than is allowed, or has
+        another number of rows than it declares.
         """
         done = start
-        # Where as many take too much memory, fewer are read.
-        for at_once in _ROWS_AT_ONCE:
+        for at_once in _ROWS_AT_ONCE:  # fewer rows need less memory
             try:
                 for pair in self._read(done, at_once):
                     done += 1
@@ -150,7 +143,7 @@ class Table:
             raise self._error(f"it says that it has {self.num_rows:,} rows, and has {done:,}")
 
     def _read(self, start: int, at_once: int) -> Iterator[tuple[Item, str | int | None]]:
-        """Yield rows as a process of its own reads them; MemoryError where it has too little."""
+        """Yield rows that another process reads; MemoryError if it has too little memory."""
         first, group = start, 0
         while group < len(self.groups) and start >= self.groups[group]:
             start -= self.groups[group]
@@ -175,15 +168,15 @@ class Table:
                 process.kill()
 
     def _check_end(self, process: subprocess.Popen[bytes]) -> None:
-        """Raise if the process has not read all."""
-        _, told = process.communicate()
+        """Raise if the process has not read everything."""
+        _, message = process.communicate()
         if process.returncode == 2:
-            raise self._error(one_line(ValueError(told.decode(errors="replace"))))
-        if process.returncode:  # or killed, by itself or the system, at the limit
+            raise self._error(one_line(ValueError(message.decode(errors="replace"))))
+        if process.returncode:  # TOO_MUCH, or killed at the limit
             raise MemoryError
 
     def paths(self) -> Iterator[str]:
-        """Yield the paths in the table, if it is of paths, without its images."""
+        """Yield the paths in the table; none if it has encoded images."""
         if not self._may_have_paths:
             return
         for item, _ in self.rows(0):
@@ -194,8 +187,8 @@ class Table:
 
 
 def _check_footer(file: Path) -> None:
-    """Raise ValueError if what describes a Parquet file is too large to be looked at."""
-    if not file.is_file():  # opening a named pipe would wait for ever
+    """Raise ValueError if the footer of a Parquet file is too large."""
+    if not file.is_file():  # opening a named pipe would wait forever
         raise ValueError("it is no regular file")
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - 8))
@@ -205,7 +198,7 @@ def _check_footer(file: Path) -> None:
 
 
 def _batches(process: subprocess.Popen[bytes]) -> Iterator[pa.RecordBatch]:
-    """Yield what a process writes, as far as it comes."""
+    """Yield the batches that a process writes, until it ends."""
     import pyarrow as pa
 
     assert process.stdout is not None
@@ -214,7 +207,7 @@ def _batches(process: subprocess.Popen[bytes]) -> Iterator[pa.RecordBatch]:
 
 
 class _Pipe(io.RawIOBase):
-    """What another process writes, which must not take long over it: else TimeoutError."""
+    """The output of another process; TimeoutError if it does not write for `_SECONDS`."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor

@@ -1,8 +1,8 @@
-"""Read the images in a Parquet file, in a process of its own that can't take much memory.
+"""Read the images of a Parquet file in a process with limited memory.
 
-A file of some kilobytes may stand for gigabytes, in ways that nothing in it has to tell; a limit of
-the operating system holds whatever it says. `inputs` starts this and reads what it writes:
-an Arrow stream of `COLUMNS`. Nothing of `tracking` is imported, so that it starts quickly.
+A file of kilobytes can unpack to gigabytes without declaring it, so the operating system sets the
+limit. `inputs` starts this process, which writes an Arrow stream of `COLUMNS`. It imports nothing
+of `tracking`, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_MEMORY = 2 * 10**9
-"""Bytes that the process may take."""
+"""The most bytes that the process may use."""
 MAX_CELL = 2**28
-"""Bytes of one encoded image, at most: of a larger one only its size is passed on."""
+"""The most bytes of one encoded image: for a larger one, only the size is passed on."""
 TOO_MUCH = 3
-"""The exit code where the memory did not suffice; 2 is a bad file, of which a line is told."""
+"""The exit code if the memory is not enough; 2 is a damaged file, with a line on standard error."""
 
 COLUMNS = ("image", "path", "label", "number", "size")
-"""An image's bytes, or where it is; its class's name, or position; the bytes of too large a one."""
+"""An image's bytes or its path; its label as name or position; the size of one that is too large.
+"""
 
 _AT_ONCE = 2**25
 
@@ -29,9 +30,7 @@ def main(argv: list[str]) -> int:
     """Write rows to standard output.
 
     Args:
-        argv: what takes the place of MAX_MEMORY, the file, the column of the images, `label` or
-            nothing, the first row group, how many of its rows are skipped, how many are read at
-            once, and what takes the place of MAX_CELL.
+        argv: MAX_MEMORY, then the arguments of `_batches`.
     """
     most = int(argv[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -51,9 +50,9 @@ def main(argv: list[str]) -> int:
                 sys.stdout.buffer.flush()
     except MemoryError:
         return TOO_MUCH
-    except BrokenPipeError:  # nobody wants more
+    except BrokenPipeError:  # the reader has stopped
         return 0
-    except Exception as error:  # a parser that trips over a damaged file may raise anything
+    except Exception as error:  # a damaged file may raise anything
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 2
     return 0
@@ -65,14 +64,9 @@ def _schema(pa: Any) -> Any:
 
 
 def _batches(
-    file: str,
-    column: str,
-    label: str,
-    first_group: str,
-    skipped: str,
-    at_once: str,
-    max_cell: str,
+    file: str, column: str, label: str, first_group: str, skipped: str, at_once: str, max_cell: str
 ) -> Iterator[Any]:
+    """Yield rows from a group on, after some that are skipped, without `label` if it is ""."""
     import os
 
     import pyarrow as pa
@@ -96,7 +90,7 @@ def _batches(
 
 
 def _plain(batch: Any, column: str, label: str, max_cell: int) -> Any:
-    """Return rows as `COLUMNS` has them, whatever the types in the file are."""
+    """Return rows with the columns `COLUMNS`, for any types in the file."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -104,20 +98,15 @@ def _plain(batch: Any, column: str, label: str, max_cell: int) -> Any:
     sizes = compute.binary_length(images)
     is_large = compute.fill_null(compute.greater(sizes, max_cell), False)
     names, numbers = _labels(batch.column(label) if label else pa.nulls(batch.num_rows))
-    columns = [
-        compute.if_else(is_large, None, images),
-        paths,
-        names,
-        numbers,
-        compute.if_else(is_large, sizes, None),
-    ]
+    small, large = compute.if_else(is_large, None, images), compute.if_else(is_large, sizes, None)
+    columns = [small, paths, names, numbers, large]
     schema = _schema(pa)
     columns = [each.cast(kind) for each, kind in zip(columns, schema.types, strict=True)]
     return pa.record_batch(columns, schema=schema)
 
 
 def _images(column: Any) -> tuple[Any, Any]:
-    """Return the bytes of images, and where they are: one of the two, and nulls."""
+    """Return bytes and paths of images; one of the two is null."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -134,7 +123,7 @@ def _images(column: Any) -> tuple[Any, Any]:
 
 
 def _labels(column: Any) -> tuple[Any, Any]:
-    """Return labels as names, and as positions; what is neither is null."""
+    """Return labels as names and as positions; other labels are null."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -157,12 +146,10 @@ def _is_text(kind: Any) -> bool:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
-    """Yield rows together, or one at a time where they are large."""
-    if batch.nbytes <= _AT_ONCE:
-        yield batch
-    else:
-        for row in range(batch.num_rows):
-            yield batch.slice(row, 1)
+    """Yield rows together, or one by one if they are large."""
+    step = batch.num_rows if batch.nbytes <= _AT_ONCE else 1
+    for row in range(0, batch.num_rows, step):
+        yield batch.slice(row, step)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Label all images of a source: from its chunks through the model into a draft."""
+"""Predict all images of a source: from its chunks through the model into a draft."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from tracking.prediction.drafts import Draft
     from tracking.prediction.formats import Format
 
-# Read and written at once, in images: enough to make the cost of a chunk small.
+# Images that are read and written at once: with so many, the cost of a chunk is small.
 CHUNK = 1024
+
+_COUNTS = ("predicted", "true", "correct")
 
 
 def chunk_size(batch_size: int) -> int:
-    """Return how many images are read and written at once: a multiple of what the model takes."""
+    """Return how many images are read and written at once: a multiple of the batch size."""
     return batch_size * max(1, CHUNK // batch_size)
 
 
-def label(
+def predict_images(
     predictor: Predictor,
     source: Source,
     draft: Draft,
@@ -36,53 +38,47 @@ def label(
     *,
     batch_size: int,
     strict: bool = False,
-) -> Tally:
-    """Label all images from where the draft ends, and write them down.
+) -> RunningCounts:
+    """Predict all images that the draft does not have yet, and append their rows.
 
     Args:
         strict: raise ValueError at the first image that can't be read.
     """
-    tally = Tally(predictor.classes, draft.state)
+    counts = RunningCounts(predictor.classes, draft.state)
     with _progress(source.size, done=draft.rows) as advance, _quiet_pillow():
         for chunk in source.read(chunk_size(batch_size), draft.rows):
             if strict and chunk.errors:
                 index, error = min(chunk.errors.items())
                 raise ValueError(f"{chunk.names[index]!r} {error}")
             probabilities = predictor.probabilities(chunk.images, batch_size=batch_size)
-            tally.add(chunk, probabilities)
+            counts.add(chunk, probabilities)
             rows = out.rows(table(chunk, probabilities, predictor.classes))
-            draft.append(rows, rows=len(chunk.names), state=tally.state())
+            draft.append(rows, rows=len(chunk.names), state=counts.state())
             advance(len(chunk.names))
-    return tally
+    return counts
 
 
-class Tally:
-    """How often each class was predicted, was true, and was both; and how many images failed."""
+class RunningCounts:
+    """How often each class was predicted, true, and both; and how many images failed."""
 
     def __init__(self, classes: Sequence[str], state: Mapping[str, Any]) -> None:
         import numpy as np
 
         self.classes = classes
-        nothing = [0] * len(classes)
+        zeros = [0] * len(classes)
         self.predicted, self.true, self.correct = (
-            np.array(state.get(name, nothing), np.int64)
-            for name in ("predicted", "true", "correct")
+            np.array(state.get(name, zeros), np.int64) for name in _COUNTS
         )
         self.failed: int = state.get("failed", 0)
         self.has_labels: bool = state.get("has_labels", False)
 
     def state(self) -> dict[str, Any]:
-        """Return it as JSON can hold it, for the constructor."""
-        return {
-            "predicted": self.predicted.tolist(),
-            "true": self.true.tolist(),
-            "correct": self.correct.tolist(),
-            "failed": self.failed,
-            "has_labels": self.has_labels,
-        }
+        """Return the counts in JSON's types, for the constructor."""
+        counts = {name: getattr(self, name).tolist() for name in _COUNTS}
+        return {**counts, "failed": self.failed, "has_labels": self.has_labels}
 
     def add(self, chunk: Chunk, probabilities: npt.NDArray[np.float32]) -> None:
-        """Count the images of a chunk; in those that failed there is nothing to be right about."""
+        """Count the images of a chunk. A failed image counts as failed only."""
         import numpy as np
 
         self.failed += len(chunk.errors)
@@ -116,7 +112,7 @@ class Tally:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's warnings of odd files from standard error: each such file has its row."""
+    """Hide Pillow's warnings about files: the row of each file has its error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
@@ -124,12 +120,10 @@ def _quiet_pillow() -> Iterator[None]:
 
 @contextmanager
 def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many images are done; hand out what is to be told of each step."""
+    """Show progress on a terminal; yield the function to call with the images of each step."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    import time
-
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -145,21 +139,18 @@ def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
         TextColumn("images, {task.fields[rate]} a second, left:"),
         TimeRemainingColumn(),
     )
-    start, before = time.monotonic(), done
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, completed=done, rate="–")
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            rate = (done - before) / (time.monotonic() - start)
-            progress.update(task, completed=done, rate=f"{rate:,.0f}")
+            progress.advance(task, count)
+            progress.update(task, rate=f"{progress.tasks[0].speed or 0:,.0f}")
 
         yield advance
 
 
 def use_available_cores() -> None:
-    """Have PyTorch compute on no more cores than a container has a quota for."""
+    """Limit PyTorch's threads to the cores of the container's quota."""
     import torch
 
     from cnn.devices import num_cores

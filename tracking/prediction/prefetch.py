@@ -1,4 +1,4 @@
-"""Work done ahead in threads: what is read and decoded while the model is busy."""
+"""Prefetch in threads: read and decode images while the model is busy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ Made = TypeVar("Made")
 def prefetch(
     work: Callable[[Given], Made], pieces: Iterable[tuple[Given, float]], *, threads: int
 ) -> Iterator[Made]:
-    """Do work on pieces in threads, and yield the results in order.
+    """Call `work` on pieces in threads, and yield the results in order.
 
     Args:
-        work: holds no lock for long: Pillow lets others run while it decodes.
-        pieces: each with its weight. They are taken while those under way weigh less than 1, so
-            that what is kept in memory has a bound.
-        threads: how many work at once.
+        work: releases the interpreter's lock, as Pillow does while it decodes.
+        pieces: each with a weight. The pieces in memory weigh 1 at most.
+        threads: their number.
     """
     under_way: deque[tuple[Future[Made], float]] = deque()
     weight = 0.0
@@ -35,5 +34,5 @@ def prefetch(
                     yield future.result()
             while under_way:
                 yield under_way.popleft()[0].result()
-        finally:  # an error, or nobody wants more
+        finally:  # after an error, or if the caller stops early
             executor.shutdown(cancel_futures=True)

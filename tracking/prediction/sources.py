@@ -1,12 +1,11 @@
-"""What `python -m tracking.predict` labels: image files, arrays, Parquet, or a split of a data set.
+"""Open the sources of `python -m tracking.predict`: image files, arrays, Parquet files, splits.
 
-The one place of `tracking` that uses `cnn`, and only when a command is run: `cnn.images` and
-`cnn.data` are imported inside the functions below, so that training and prediction decode and split
-images by the same code. `import tracking` and `Predictor.predict` never load `cnn`.
+Functions here import `cnn`, so that training and prediction decode and split images by the same
+code. `import tracking` and `Predictor.predict` never load `cnn`.
 
-Everything is read in chunks, and decoded in threads while the model is busy with the chunk before:
-of each image no more than its name stays in memory. Only an `.npz` has to be unpacked whole. What a
-user did wrong is a ValueError of one line; an image that can't be read is a row of its chunk.
+A source is read in chunks and prefetched in threads: only the names of all images stay in memory,
+and a whole `.npz`. A user's mistake is a ValueError of one line. An image that can't be read is a
+row with an error.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def check(text: str) -> None:
-    """Raise ValueError unless there is what `text` names. Quick: nothing is read."""
+    """Raise ValueError unless the source exists. It is quick: nothing is read."""
     if text == "-":
         return
     if text.startswith("@"):
@@ -65,26 +64,26 @@ def open_source(
     data_dir: Path,
     column: str | None = None,
 ) -> Source:
-    """Open what a user named, for a model to label.
+    """Open a source for a model to predict.
 
     Args:
         text: a folder, an image, a list of paths (`@FILE`, `-`), an `.npy`, `.npz` or `.parquet`
             file, or `NAME:SPLIT`.
         classes: the model's class names; images of other classes count as unlabelled.
-        metadata: the model's: a split is drawn with its `seed`.
-        data_dir: where `cnn.data` keeps data sets.
-        column: where the images are in a Parquet file.
+        metadata: the model's; its `seed` draws a split.
+        data_dir: the folder of data sets.
+        column: the column of a Parquet file with the images.
     """
     path = Path(text)
     suffix = "" if is_list(text) or os.path.isdir(text) else path.suffix.lower()  # noqa: PTH112
     if column and suffix not in TABLES:
-        raise ValueError(f"--column is for Parquet files: {text!r} is none")
+        raise ValueError(f"--column is for Parquet files, not for {text!r}")
     if is_list(text):
         return _open_files(read_list(text), classes, text, also=text[1:])
     if not os.path.lexists(path):
         name, split = split_named(text)
         return open_split(name, split, classes, metadata, data_dir)
-    if os.path.isdir(text):  # noqa: PTH112 -- where `Path` raises an error for a name too long
+    if os.path.isdir(text):  # noqa: PTH112 -- `Path` raises for a name that is too long
         return _noted(_open_folder(path, classes), text, metadata, data_dir)
     if suffix in ARRAYS:
         return _open_array(path, classes)
@@ -95,7 +94,7 @@ def open_source(
 
 
 def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Path) -> Source:
-    """Add a note if files are of a data set that the model was not trained on."""
+    """Add a note if the model was trained on another data set than that of the files."""
     known, trained_on = dataset_of(text, data_dir), metadata.get("dataset_digest")
     if known is None or trained_on is None or trained_on in known.digests:
         return source
@@ -110,17 +109,17 @@ def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Pat
 
 
 def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
-    from cnn.images import note_on_passed_over, walk
+    from cnn.folders import note_on_skipped, walk
 
     prefix = str(folder / "x")[:-1]  # '' for the working folder
     passed_over: Counter[str] = Counter()
     paths = listed_paths(walk(folder, passed_over), prefix=prefix)
     source = _open_files(paths, classes, str(folder))
-    return replace(source, notes=(*note_on_passed_over(passed_over), *source.notes))
+    return replace(source, notes=(*note_on_skipped(passed_over), *source.notes))
 
 
 def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = "") -> Source:
-    """Open image files; the label of each is the name of its folder, if that is a class."""
+    """Open image files; the label of an image is the name of its folder, if this is a class."""
     if not len(paths):
         raise ValueError(f"no images in {text!r}")
 
@@ -131,11 +130,11 @@ def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = 
     folders = (path.rpartition("/")[0] if "/" in path else "." for path in paths)
     names = [folder_name(folder) for folder in folders]
     labels, notes = known_labels(names, classes)
-    folders_names = sorted(set(names))
-    if labels is None and len(folders_names) > 1:  # they look like classes
+    folder_names = sorted(set(names))
+    if labels is None and len(folder_names) > 1:  # they look like classes
         notes = (
             f"the model may be of another data set: its classes are {listed(classes)}, and none of "
-            f"the images' folders is called so, but {listed(folders_names)}",
+            f"the images' folders is called so, but {listed(folder_names)}",
         )
 
     def rows(start: int) -> Iterator[Row]:
@@ -157,7 +156,7 @@ def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = 
 
 
 def _open_table(file: Path, classes: Sequence[str], column: str | None) -> Source:
-    """Open a Parquet file; a column `label` of class names or their positions holds the labels."""
+    """Open a Parquet file; its column `label` has class names or their positions."""
     table = Table(file, column)
     if not table.num_rows:
         raise ValueError(f"no images in {str(file)!r}")
@@ -203,15 +202,13 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
 
-    def pieces(part: slice) -> Iterator[slice]:
-        """Yield what is mapped at once: of large images few."""
-        step = max(1, BYTES_AHEAD // images[0].nbytes)
-        for first in range(part.start, part.stop, step):
-            yield slice(first, min(first + step, part.stop))
+    step = max(1, BYTES_AHEAD // images[0].nbytes)  # images that are mapped at once
 
     def chunk(part: slice) -> Chunk:
+        firsts = range(part.start, part.stop, step)
+        pieces = [slice(first, min(first + step, part.stop)) for first in firsts]
         return Chunk(
-            images=np.concatenate([resize(_part(images, some)) for some in pieces(part)]),
+            images=np.concatenate([resize(_part(images, piece)) for piece in pieces]),
             names=[f"{file}[{index}]" for index in range(part.start, part.stop)],
             labels=labels and labels[part],
         )
@@ -226,12 +223,10 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
 
 
 def _part(images: npt.NDArray[Any], part: slice) -> npt.NDArray[Any]:
-    """Return some of the images. A file is mapped anew: what was read of it stays with a map."""
+    """Return some of the images. A file is mapped again, because a map keeps what was read."""
     import numpy as np
 
-    if isinstance(images, np.memmap) and images.filename is not None:
+    if isinstance(images, np.memmap) and (file := images.filename):
         order: Any = "C" if images.flags.c_contiguous else "F"
-        images = np.memmap(
-            images.filename, images.dtype, "r", images.offset, images.shape, order=order
-        )
+        images = np.memmap(file, images.dtype, "r", images.offset, images.shape, order=order)
     return images[part]

@@ -1,10 +1,11 @@
-"""Which data set some images are of, and the splits of one."""
+"""Find the data set that images belong to, and open a split of a data set."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,16 @@ class KnownData:
     """A data set that runs on this machine may have been trained on."""
 
     name: str
-    """As their param `dataset` has it."""
+    """The value of their param `dataset`."""
     digests: tuple[str, ...]
-    """As their param `dataset_digest` has it: the present one first, then earlier ones."""
+    """Values of their param `dataset_digest`: the present one first, then earlier ones."""
 
 
 def dataset_of(text: str, data_dir: Path) -> KnownData | None:
-    """Return the data set that what a user named is of, as far as that can be told quickly.
+    """Return the data set of a source, None if it is unknown.
 
-    `NAME:SPLIT` is of NAME. A folder or a file is of the innermost folder around it that `cnn.data`
-    has read before, as the cache in `data_dir` remembers it. Of others (lists, arrays, tables,
-    folders that were never trained on), nothing is known.
+    `NAME:SPLIT` belongs to NAME. A folder or a file belongs to the innermost folder around it that
+    the cache in `data_dir` knows. Lists, arrays, tables and other folders are unknown.
 
     Raises:
         ValueError: there is no such data set, or it can't be read.
@@ -44,7 +44,7 @@ def dataset_of(text: str, data_dir: Path) -> KnownData | None:
         return KnownData(name=dataset.name, digests=(dataset.digest,))
     place = Path(text).resolve()
     if not place.is_dir() and place.suffix.lower() in (*ARRAYS, *TABLES):
-        return None  # it may lie among the images, and be made of others
+        return None  # it may lie among images, and hold others
     digests = _digests_by_folder(data_dir)
     for folder in map(str, (place, *place.parents)):
         if folder in digests:
@@ -54,26 +54,19 @@ def dataset_of(text: str, data_dir: Path) -> KnownData | None:
 
 def _digests_by_folder(data_dir: Path) -> dict[str, tuple[str, ...]]:
     """Return the folders that `cnn.data` has read, each with its digests, the latest first."""
-    found: dict[str, dict[str, None]] = {}
-    index = sorted((data_dir / "cache" / "index").glob("*.json"), key=_age)
-    for file in index:
-        try:
+    entries: list[tuple[float, str, str]] = []
+    for file in (data_dir / "cache" / "index").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: `cnn.data` mends it
             entry = json.loads(file.read_text("utf-8"))
-            found.setdefault(str(entry["source"]), {})[str(entry["digest"])] = None
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: `cnn.data` will mend it
+            entries.append((-file.stat().st_mtime, str(entry["source"]), str(entry["digest"])))
+    found: dict[str, dict[str, None]] = {}
+    for _, folder, digest in sorted(entries):
+        found.setdefault(folder, {})[digest] = None
     return {folder: tuple(digests) for folder, digests in found.items()}
 
 
-def _age(file: Path) -> float:
-    try:
-        return -file.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
 def split_named(text: str) -> tuple[str, str]:
-    """Return data set and split of `NAME:SPLIT`, or raise ValueError, with what else is taken."""
+    """Return data set and split of `NAME:SPLIT`, or raise ValueError with all kinds of sources."""
     name, colon, split = text.rpartition(":")
     if not colon or not name:
         raise ValueError(
@@ -90,13 +83,13 @@ def split_named(text: str) -> tuple[str, str]:
 def open_split(
     name: str, split: str, classes: Sequence[str], metadata: Mapping[str, Any], data_dir: Path
 ) -> Source:
-    """Open a split as it was when the model was trained, by the same seed."""
+    """Open a split of the model's training, drawn by the same seed."""
     import torch
 
     from cnn import data
 
     if "seed" not in metadata:
-        raise ValueError(f"can't tell {split} from the rest: the model has no seed in its metadata")
+        raise ValueError(f"can't draw the split {split}: the model has no seed in its metadata")
     dataset = data.load(name, data_dir=data_dir, seed=metadata["seed"])
     images: data.Split = getattr(dataset, split)
     names = [dataset.classes[label] for label in images.labels.tolist()]
@@ -128,7 +121,7 @@ def open_split(
 
 
 def _files_below(name: str) -> list[str]:
-    from cnn.images import find_images
+    from cnn.folders import find_images
 
     folder = Path(name)
     return [str(file) for file in find_images(folder)] if folder.is_dir() else []
