@@ -176,10 +176,8 @@ def predict(predictor: Predictor, source: str, out: str) -> None:
     """Predict as the command does, up to the file's last byte, with a model that is loaded."""
     from tracking import predict as command
 
-    with (
-        redirect_stdout(None),
-        mock.patch.object(command, "_choose_model", return_value=(predictor, "")),
-    ):
+    patched = mock.patch.object(command, "_choose_model", return_value=(predictor, ""))
+    with redirect_stdout(None), patched:
         code = command.main([source, "--out", out])
     assert code == 0
 
