@@ -24,7 +24,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -52,14 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ |= {k: v for k, v in MLFLOW_SETTINGS.items() if k not in os.environ}
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)
-    bench = Bench(options=options)
     with tempfile.TemporaryDirectory() as folder, chdir(folder), mlflow_access(options.server):
         server = "MLflow's server" if options.server else "no server"
         print(f"{machine()}; SQLite, {server}\n", flush=True)
         if "costs" in options.parts:
-            print(f"{costs_table(bench.costs())}\n", flush=True)
+            print(f"{costs_table(measure_costs(options))}\n", flush=True)
         if "workers" in options.parts:
-            print(workers_table(bench.efficiencies()), flush=True)
+            print(workers_table(measure_workers(options)), flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,72 +86,72 @@ def _row(text: str) -> tuple[int, float]:
     return int(workers), float(seconds)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What is measured, in databases in the working folder."""
+Options = argparse.Namespace
 
-    options: argparse.Namespace
 
-    def settings(self, sampler: str, *, trials: int, workers: int = COST_WORKERS) -> Settings:
-        """Return the settings of a sweep."""
-        return Settings(
-            search={
-                "loss": Choices(("l1", "mse", "cross_entropy")),
-                "learning_rate": LogRange(0.001, 1.0),
-                "batch_size": Choices((16, 32, 64, 128)),
-            },
-            trials=trials,
-            epochs=self.options.epochs,
-            seed=0,
-            sampler=sampler,
-            pruner=PRUNERS[sampler],
-            optimizer="sgd",
-            schedule="one_cycle",
-            device="cpu",
-            precision="float32",
-            study=sampler,
-            storage="sqlite:///optuna.db",
-            experiment="scaling",
-            timeout=0,
-            workers=workers,
-            max_failures=99,
-            tracking_timeout=60,
-        )
+def make_settings(
+    options: Options, sampler: str, *, trials: int, workers: int = COST_WORKERS
+) -> Settings:
+    """Return the settings of a sweep, in databases in the working folder."""
+    return Settings(
+        search={
+            "loss": Choices(("l1", "mse", "cross_entropy")),
+            "learning_rate": LogRange(0.001, 1.0),
+            "batch_size": Choices((16, 32, 64, 128)),
+        },
+        trials=trials,
+        epochs=options.epochs,
+        seed=0,
+        sampler=sampler,
+        pruner=PRUNERS[sampler],
+        optimizer="sgd",
+        schedule="one_cycle",
+        device="cpu",
+        precision="float32",
+        study=sampler,
+        storage="sqlite:///optuna.db",
+        experiment="scaling",
+        timeout=0,
+        workers=workers,
+        max_failures=99,
+        tracking_timeout=60,
+    )
 
-    def lengthen(self, sampler: str, num_trials: int) -> None:
-        """Bring the study of a sampler to a number of trials, by copies of its first ones."""
-        import optuna
 
-        measure(self.settings(sampler, trials=NUM_ORIGINALS), epoch_seconds=0)
-        study = optuna.load_study(study_name=sampler, storage="sqlite:///optuna.db")
-        trials = study.get_trials()
-        missing = max(0, num_trials - len(trials))
-        study.add_trials(itertools.islice(itertools.cycle(trials[:NUM_ORIGINALS]), missing))
+def lengthen(options: Options, sampler: str, num_trials: int) -> None:
+    """Bring the study of a sampler to a number of trials, by copies of its first ones."""
+    import optuna
 
-    def costs(self) -> dict[tuple[str, int], list[Measured]]:
-        """Measure what a trial and an epoch cost, by sampler and number of earlier trials."""
-        options = self.options
-        rows: dict[tuple[str, int], list[Measured]] = defaultdict(list)
-        for history in sorted(options.history):
-            for sampler in options.samplers:
-                self.lengthen(sampler, history)
-            for repeat, sampler in itertools.product(range(options.repeats), options.samplers):
-                trials = history + (repeat + 1) * options.trials
-                settings = self.settings(sampler, trials=trials)
-                rows[sampler, history].append(measure(settings, epoch_seconds=0))
-        return rows
+    settings = make_settings(options, sampler, trials=NUM_ORIGINALS)
+    measure(settings, epoch_seconds=0)
+    study = optuna.load_study(study_name=sampler, storage=settings.storage)
+    trials = study.get_trials()
+    missing = max(0, num_trials - len(trials))
+    study.add_trials(itertools.islice(itertools.cycle(trials[:NUM_ORIGINALS]), missing))
 
-    def efficiencies(self) -> list[Measured]:
-        """Measure with each number of workers, in the longest study of the first sampler."""
-        sampler, rows = self.options.samplers[0], []
-        self.lengthen(sampler, max(self.options.history))
-        for workers, epoch_seconds in self.options.workers:
-            settings = self.settings(sampler, trials=ENDLESS, workers=workers)
-            rows.append(
-                measure(settings, epoch_seconds=epoch_seconds, seconds=self.options.seconds)
-            )
-            give_up_unfinished(settings)
-        return rows
+
+def measure_costs(options: Options) -> dict[tuple[str, int], list[Measured]]:
+    """Measure what a trial and an epoch cost, by sampler and number of earlier trials."""
+    rows: dict[tuple[str, int], list[Measured]] = defaultdict(list)
+    for history in sorted(options.history):
+        for sampler in options.samplers:
+            lengthen(options, sampler, history)
+        for repeat, sampler in itertools.product(range(options.repeats), options.samplers):
+            trials = history + (repeat + 1) * options.trials
+            settings = make_settings(options, sampler, trials=trials)
+            rows[sampler, history].append(measure(settings, epoch_seconds=0))
+    return rows
+
+
+def measure_workers(options: Options) -> list[Measured]:
+    """Measure with each number of workers, in the longest study of the first sampler."""
+    sampler, rows = options.samplers[0], []
+    lengthen(options, sampler, max(options.history))
+    for workers, seconds in options.workers:
+        settings = make_settings(options, sampler, trials=ENDLESS, workers=workers)
+        rows.append(measure(settings, epoch_seconds=seconds, seconds=options.seconds))
+        give_up_unfinished(settings)
+    return rows
 
 
 def give_up_unfinished(settings: Settings) -> None:
@@ -196,19 +194,11 @@ def costs_table(rows: Mapping[tuple[str, int], Sequence[Measured]]) -> str:
     header = ["sampler, pruner", "trials", *parts, "a trial, whole", "requests", "memory"]
     lines = []
     for (sampler, history), of in rows.items():
-        lines.append(
-            [
-                f"`{sampler}`, `{PRUNERS[sampler]}`",
-                f"{history:,}",
-                *(
-                    f"{statistics.median(row.milliseconds(part) for row in of):.1f}"
-                    for part in parts
-                ),
-                spread([1000 * row.driver_seconds / row.trials for row in of]),
-                f"{statistics.median(sum(row.requests.values()) / row.trials for row in of):.0f}",
-                f"{of[-1].memory:.0f}",
-            ]
-        )
+        times = [statistics.median(row.milliseconds(part) for row in of) for part in parts]
+        requests = statistics.median(sum(row.requests.values()) / row.trials for row in of)
+        cells = [f"`{sampler}`, `{PRUNERS[sampler]}`", f"{history:,}", *(f"{t:.1f}" for t in times)]
+        cells.append(spread([1000 * row.driver_seconds / row.trials for row in of]))
+        lines.append([*cells, f"{requests:.0f}", f"{of[-1].memory:.0f}"])
     return markdown(header, lines)
 
 
