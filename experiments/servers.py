@@ -370,7 +370,7 @@ def build_parser() -> Parser:
         "full",
         allow_abbrev=False,
     )
-    add_flag(parser, "--dir", Path("servers"), "the folder for all data, logs and passwords")
+    add_flag(parser, "--dir", Path("servers"), "all data, logs and passwords")
     text = f"name or address to answer at, {EVERYWHERE} for all of this machine"
     add_flag(parser, "--host", "127.0.0.1", text)
     add_flag(parser, "--postgresql-port", 5432, "", type=port, metavar="PORT")
