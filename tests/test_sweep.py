@@ -202,7 +202,10 @@ def test_a_disk_that_is_full_of_event_files_stops_a_sweep_in_a_line(
         (["--timeout", "-1"], "--timeout must be seconds ≥ 0"),
         (["--device", "tpu"], "device 'tpu' is not here"),
         (["--storage", "sqlite:////proc/none/o.db"], "'sqlite:////proc/none/o.db' can't be opened"),
-        (["--storage", "optuna.db"], "'optuna.db' is not the address of a database: use sqlite:///"),
+        (
+            ["--storage", "optuna.db"],
+            "'optuna.db' is not the address of a database: use sqlite:///",
+        ),
         (
             ["--tensorboard", "/dev/null"],
             "can't write --tensorboard: there is no folder '/dev/null'",
