@@ -1,10 +1,12 @@
-"""What the benchmarks share: the machine, a small data set, and how figures are written."""
+"""What all benchmarks share: the command line, tables in Markdown, median and range, a data set."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,16 @@ if TYPE_CHECKING:
     from cnn.data import Dataset
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the description as it is, and adds each option's default to its help."""
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `python -m benchmarks.NAME`; its help begins with the description."""
+    prog = f"python -m benchmarks.{name}"
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=_Help)
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -43,27 +55,35 @@ def matrix_product_rate(size: int = 2048, seconds: float = 1.0) -> float:
     return 2 * size**3 / min(times)
 
 
-def small_data(source: str, folder: Path, num_images: int, data_dir: Path) -> Dataset:
-    """Return a data set of the first training images of another one, written to a folder.
-
-    As PNG, which loses nothing; as many of each class, a tenth of them for validation.
-    """
+@cache
+def made_up(num_training: int, num_validation: int, *, contrast: float, tint: float) -> Dataset:
+    """Return a data set of ten classes: each has a pattern and a tint, shifted, with noise."""
+    import numpy as np
     import torch
-    from PIL import Image
 
-    from cnn.data import load
+    from cnn.data import Dataset, Split
 
-    whole = load(source, data_dir=data_dir, seed=0)
-    of_a_class = num_images // len(whole.classes)
-    for split, part, count in (
-        ("train", whole.train, of_a_class),
-        ("test", whole.test, max(1, of_a_class // 10)),
-    ):
-        labels = part.labels
-        for label, name in enumerate(whole.classes):
-            (folder / split / name).mkdir(parents=True)
-            rows = torch.nonzero(labels == label).flatten()[:count]
-            images, _ = part.batch(rows)
-            for number, image in enumerate(images.numpy()):
-                Image.fromarray(image).save(folder / split / name / f"{number:05d}.png")
-    return load(str(folder), data_dir=data_dir, seed=0)
+    generator = np.random.default_rng(0)
+    coarse = generator.standard_normal((10, 8, 8, 3), np.float32)
+    tints = generator.standard_normal((10, 1, 1, 3), np.float32)
+    patterns = contrast * coarse.repeat(4, axis=1).repeat(4, axis=2) + tint * tints
+    count = num_training + num_validation
+    labels = np.arange(count) % 10
+    y, x = (np.arange(32) + generator.integers(16, size=(2, count, 1))) % 32
+    images = patterns[labels[:, None, None], y[:, :, None], x[:, None, :]]  # (N, 32, 32, 3)
+    images += 127 + 50 * generator.standard_normal(images.shape, np.float32)
+    pool = torch.from_numpy(images.clip(0, 255).astype(np.uint8))
+    rows = torch.arange(count)
+    train, validation = (
+        Split(all_images=pool, all_labels=torch.from_numpy(labels), rows=part)
+        for part in (rows[:num_training], rows[num_training:])
+    )
+    return Dataset(
+        name="made up",
+        classes=tuple("0123456789"),
+        train=train,
+        validation=validation,
+        test=validation,
+        digest="0" * 32,
+        source="benchmarks.common.made_up",
+    )

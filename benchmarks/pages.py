@@ -1,61 +1,47 @@
-"""Pages of MLflow and of Optuna's dashboard in a real browser: `python -m benchmarks.pages --help`.
+"""Pictures of MLflow's pages of a comparison in a real browser: `python -m benchmarks.pages`.
 
-Starts a real `mlflow server` on what was recorded of a comparison, or `optuna-dashboard` on a
-study, goes through the pages in Chromium, fails where one doesn't show what it should, and keeps a
-picture of each: those in docs/ are from here. A test does the same with a small comparison.
+It starts `mlflow server` on the records of a comparison, and opens the pages in Chromium. It fails
+if one does not show what it should, and keeps a picture of each for the documentation. A test does
+the same with a small comparison.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import make_parser
+from benchmarks.processes import QUIET, mlflow_command, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-FIGURES = Path(__file__).parent / "figures"
-START_SECONDS = 180
+FIGURES = Path("benchmarks/figures")
 PAGE_MILLISECONDS = 60_000
-SETTLED_MILLISECONDS = 1_500
+DRAWING_MILLISECONDS = 1_500
 """For what is drawn after its text is there."""
+
+# MLflow's assistant takes a third of the page, unless it was closed before.
+NO_ASSISTANT = """
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+"""
 
 
 def main() -> None:
-    """Go through the pages."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pages",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", help="of the comparison; with --dashboard, of a study")
-    parser.add_argument("--store", default="sqlite:///mlflow.db", metavar="URI")
-    parser.add_argument("--out", type=Path, default=FIGURES, metavar="DIR")
-    parser.add_argument(
-        "--dashboard",
-        metavar="URL",
-        help="the storage of the study: look at Optuna's dashboard (pip install optuna-dashboard) "
-        "instead of MLflow's pages",
-    )
+    """Make the pictures."""
+    parser = make_parser("pages", __doc__)
+    parser.add_argument("name", help="of the comparison")
+    parser.add_argument("--store", default="sqlite:///mlflow.db", help="MLflow's database")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="the folder for the pictures")
     options = parser.parse_args()
-    if options.dashboard:
-        with dashboard(options.dashboard) as address:
-            pages = look_at_study(address, options.name, options.out)
-    else:
-        with served(options.store) as address:
-            pages = look(address, options.name, options.out)
-    print(*(f"{page}: {picture}" for page, picture in pages.items()), sep="\n")
+    with served(options.store) as address:
+        pictures = look(address, options.name, options.out)
+    print(*(f"{page}: {picture}" for page, picture in pictures.items()), sep="\n")
 
 
 def chromium() -> str | None:
@@ -64,136 +50,78 @@ def chromium() -> str | None:
 
 
 def served(store: str) -> AbstractContextManager[str]:
-    """Start MLflow's server on a store, in the working folder, and hand out its address."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    return started([*command, "--workers", "1"], health="/health")
+    """Run MLflow's server on a store, in the working folder, and give its address."""
+    return serving(mlflow_command(store), health="/health", environment=QUIET)
 
 
-def dashboard(storage: str) -> AbstractContextManager[str]:
-    """Start Optuna's dashboard of a storage, and hand out its address.
-
-    A password is for `PGPASSWORD`, and not for the URL: a command line can be read by all.
-    """
-    command = str(Path(sys.executable).with_name("optuna-dashboard"))
-    return started([command, "--server", "wsgiref", storage], health="/dashboard")
-
-
-@contextmanager
-def started(
-    command: list[str], *, health: str, settings: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """Start a server on a free port, wait until it answers, and hand out its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    environment |= settings or {}
-    with Path("server.log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(server, f"{address}{health}")
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_for(server: subprocess.Popen[bytes], address: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        with suppress(OSError), urllib.request.urlopen(address):
-            return
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"no server: {Path('server.log').read_text()[-2000:]}")
-        time.sleep(0.2)
-
-
-@dataclass
-class Ids:
-    """What the pages' addresses are made of."""
-
-    name: str
-    """Of the comparison."""
-    experiment: str
-    parent: str
-    stages: dict[str, str]
-    """Runs of the stages, by name."""
-    confirmed: list[str]
-    """Runs of the repeats."""
-
-
-def find(address: str, name: str) -> Ids:
-    """Return the runs of a comparison."""
+def find(address: str, name: str) -> tuple[Any, list[Any], list[Any]]:
+    """Return the runs of a comparison: its own, those of its stages, those of its repeats."""
     from mlflow import MlflowClient
 
     client = MlflowClient(address)
     experiments = [each.experiment_id for each in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.comparison = '{name}'", max_results=1000)
-    by_role: dict[str, list[Any]] = {"comparison": [], "sweep": [], "trial": []}
-    for run in runs:
-        by_role[run.data.tags["role"]].append(run)
-    (parent,) = by_role["comparison"]
-    return Ids(
-        name=name,
-        experiment=parent.info.experiment_id,
-        parent=parent.info.run_id,
-        stages={run.info.run_name: run.info.run_id for run in by_role["sweep"]},
-        confirmed=[
-            run.info.run_id for run in by_role["trial"] if run.data.tags["stage"] == "confirm"
-        ],
-    )
+    (parent,) = (run for run in runs if run.data.tags["role"] == "comparison")
+    stages = [run for run in runs if run.data.tags["role"] == "sweep"]
+    trials = [run for run in runs if run.data.tags["role"] == "trial"]
+    return parent, stages, [run for run in trials if run.data.tags["stage"] == "confirm"]
 
 
 def look(address: str, name: str, out: Path) -> dict[str, Path]:
-    """Go through MLflow's pages of a comparison, and return the picture of each.
+    """Open MLflow's pages of a comparison, and return the picture of each.
 
     Raises:
         playwright.sync_api.Error: a page doesn't show what it should.
     """
-    ids = find(address, name)
-    looks = {
-        "runs": _runs,
-        "comparison": _comparison,
-        "report": _report,
-        "compare": _compare,
-        "trial": _trial,
-    }
+    parent, stages, confirmed = find(address, name)
+    experiment = parent.info.experiment_id
+    runs = f"{address}/#/experiments/{experiment}/runs"
     pictures = {}
     with _browser() as page:
-        page.add_init_script(_NO_ASSISTANT)
-        for which, visit in looks.items():
-            visit(page, f"{address}/#", ids)
-            pictures[which] = _picture(page, out / f"mlflow-{which}.png")
-    return pictures
+        page.add_init_script(NO_ASSISTANT)
 
-
-def look_at_study(address: str, name: str, out: Path) -> dict[str, Path]:
-    """Go through a study's pages in Optuna's dashboard, and return the picture of each.
-
-    Raises:
-        playwright.sync_api.Error: a page doesn't show what it should.
-    """
-    pictures = {}
-    looks = {
-        "history": ("History", ["Objective 0", "Best Trial", "learning_rate"]),
-        "analytics": ("Analytics", ["Hyperparameter Relationships", "Contour"]),
-    }
-    with _browser() as page:
-        page.goto(f"{address}/dashboard")
-        page.get_by_text(f". {name}").click()
-        for which, (link, texts) in looks.items():
-            page.get_by_role("link", name=link).click()
-            page.get_by_text(f"{name} (id=").wait_for()
+        def show(url: str, *texts: str, exact: bool = True) -> None:
+            page.goto(url)
             for text in texts:
-                page.get_by_text(text).first.wait_for()
-            pictures[which] = _picture(page, out / f"optuna-{which}.png")
+                page.get_by_text(text, exact=exact).first.wait_for()
+
+        def keep(which: str) -> None:
+            pictures[which] = _picture(page, out / f"mlflow-{which}.png")
+
+        # The list: the comparison, and below it its stages.
+        show(runs, name)
+        row = page.get_by_text(name, exact=True).first
+        row.locator("xpath=ancestor::*[@role='gridcell']").get_by_role("button").first.click()
+        for stage in stages:
+            page.get_by_text(stage.info.run_name, exact=True).first.wait_for()
+        keep("runs")
+
+        # The comparison's own page: the answer, and links to its stages.
+        links = [stage.info.run_name[:30] for stage in stages]
+        answer = "The whole report is among the artifacts"
+        show(f"{runs}/{parent.info.run_id}", name, answer, *links, exact=False)
+        keep("comparison")
+
+        # The report, an artifact, with its interactive plots, which its scripts draw.
+        show(f"{runs}/{parent.info.run_id}/artifacts/report/report.html")
+        report = page.frame_locator("iframe")
+        report.get_by_role("heading", level=1).wait_for()
+        report.locator(".plot .main-svg").first.wait_for()
+        keep("report")
+
+        # Runs side by side: the parallel coordinates, and the table below them.
+        ids = json.dumps([run.info.run_id for run in confirmed])
+        title = f"Comparing {len(confirmed)} Runs"
+        url = f"{address}/#/compare-runs?runs={ids}&experiments={json.dumps([experiment])}"
+        show(url, title, exact=False)
+        page.locator("svg").get_by_text("loss", exact=True).first.wait_for()
+        for param in ("batch_size", "learning_rate", "val/accuracy"):
+            page.get_by_text(param, exact=True).first.wait_for(state="attached")
+        keep("compare")
+
+        # A repeat: its metrics, and its model.
+        show(f"{runs}/{confirmed[0].info.run_id}", "val/accuracy", "test/accuracy", "model")
+        keep("trial")
     return pictures
 
 
@@ -210,62 +138,11 @@ def _browser() -> Iterator[Page]:
 
 
 def _picture(page: Page, file: Path) -> Path:
-    """Take a picture once all is drawn."""
-    page.wait_for_timeout(SETTLED_MILLISECONDS)
+    """Take a picture once everything is drawn."""
+    page.wait_for_timeout(DRAWING_MILLISECONDS)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=file)
     return file
-
-
-# MLflow's assistant takes a third of the page, unless it was closed before.
-_NO_ASSISTANT = """
-localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
-localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
-"""
-
-
-def _runs(page: Page, base: str, ids: Ids) -> None:
-    """The list: the comparison, and below it its stages."""
-    page.goto(f"{base}/experiments/{ids.experiment}/runs")
-    name = page.get_by_text(ids.name, exact=True).first
-    name.wait_for()
-    name.locator("xpath=ancestor::*[@role='gridcell']").get_by_role("button").first.click()
-    for stage in ids.stages:
-        page.get_by_text(stage, exact=True).first.wait_for()
-
-
-def _comparison(page: Page, base: str, ids: Ids) -> None:
-    """The comparison's own page: the answer, and links to its stages."""
-    page.goto(f"{base}/experiments/{ids.experiment}/runs/{ids.parent}")
-    page.get_by_text(ids.name, exact=True).first.wait_for()
-    page.get_by_text("The whole report is among the artifacts").wait_for()
-    for stage in ids.stages:
-        page.get_by_text(stage[:30]).first.wait_for()
-
-
-def _report(page: Page, base: str, ids: Ids) -> None:
-    """The report, as an artifact that is shown, with its interactive plots."""
-    page.goto(f"{base}/experiments/{ids.experiment}/runs/{ids.parent}/artifacts/report/report.html")
-    report = page.frame_locator("iframe")
-    report.get_by_role("heading", level=1).wait_for()
-    report.locator(".plot .main-svg").first.wait_for()  # drawn by its scripts
-
-
-def _compare(page: Page, base: str, ids: Ids) -> None:
-    """Runs compared: the chart of parallel coordinates, and what they have in common below it."""
-    runs, experiments = json.dumps(ids.confirmed), json.dumps([ids.experiment])
-    page.goto(f"{base}/compare-runs?runs={runs}&experiments={experiments}")
-    page.get_by_text(f"Comparing {len(ids.confirmed)} Runs").wait_for()
-    page.locator("svg").get_by_text("loss", exact=True).first.wait_for()
-    for param in ("batch_size", "learning_rate", "val/accuracy"):
-        page.get_by_text(param, exact=True).first.wait_for(state="attached")
-
-
-def _trial(page: Page, base: str, ids: Ids) -> None:
-    """A repeat: its metrics, its data set, and its model."""
-    page.goto(f"{base}/experiments/{ids.experiment}/runs/{ids.confirmed[0]}")
-    for text in ("val/accuracy", "test/accuracy", "model"):
-        page.get_by_text(text, exact=True).first.wait_for()
 
 
 if __name__ == "__main__":

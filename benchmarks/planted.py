@@ -1,25 +1,23 @@
-"""How often what `experiments.comparison.assessment` says is true, where the truth is known.
+"""How often is true what a comparison says? `python -m benchmarks.planted`.
 
-    python -m benchmarks.planted
+It draws studies of which the truth is known. Losses have true accuracies. Each repeat adds noise
+that all of its losses share (from the split), and noise of each loss, of which a part is common to
+the validation and the test split. It prints:
 
-Studies are drawn: losses have true accuracies, each repeat adds luck that all of its losses share
-(the split) and luck of each loss, of which a part is shared by validation and test split. Printed:
-
-- with one loss half a point better than two equal ones: how often each statement comes out, and how
+- with one loss half a point better than two equal ones: how often each statement is made, and how
   often it is true;
-- with equal losses only: how often any are told apart, which 5 % may be;
-- how often nominal 95 % intervals of a mean cover it, by ways of making them.
+- with that lead: how often it is shown by the number of repeats that is said to show it;
+- with equal losses only: how often any are said to differ. At most 5 % are allowed.
 
-A share's Monte-Carlo standard error is at most 0.5 / √studies: 1.1 points of 2,000.
+The Monte-Carlo standard error of a share is at most 0.5 / √studies: 1.1 points for 2,000.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -28,37 +26,36 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from benchmarks.common import markdown
+from benchmarks.common import make_parser, markdown
 from experiments.comparison.assessment import Assessment, assess
 from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
 from experiments.comparison.tables import ALPHA, MIN_EFFECT, interval, repeats_needed
 
 Floats = npt.NDArray[np.float64]
 
-LUCK, SPLIT = 0.004, 0.003
-"""Standard deviations of accuracies: of each loss in each repeat, and of all of a repeat's."""
+NOISE, SPLIT_NOISE = 0.004, 0.003
+"""Standard deviations of accuracy: of each loss in each repeat, and of all losses in a repeat."""
 IMAGES = 10_000
-"""Of the test split; an accuracy is a number of images."""
+"""Of the test split: an accuracy is a number of these images."""
 
 REPEATS = (5, 10, 20, 40)
 MANY = 10_000
-"""Studies, where a study takes no time."""
-RESAMPLES = 1999
+"""Studies, where one takes no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What studies are drawn from."""
+    """The truth that studies are drawn from."""
 
     means: dict[str, float]
     """The expected accuracy of each loss."""
     shared: float
-    """The correlation of what a loss' luck adds in validation with what it adds in the test."""
+    """The correlation of a loss' noise in validation with its noise in the test."""
 
     @property
     def spread(self) -> float:
         """Return the standard deviation of paired differences."""
-        return LUCK * math.sqrt(2)
+        return NOISE * math.sqrt(2)
 
     def draw(
         self, rng: np.random.Generator, n: int, studies: int | None = None
@@ -67,9 +64,9 @@ class World:
         shape = (n,) if studies is None else (studies, n)
         size = (*shape, len(self.means))
         training = rng.normal(size=size) * math.sqrt(self.shared)
-        means = np.array(list(self.means.values())) + SPLIT * rng.normal(size=(*shape, 1))
+        means = np.array(list(self.means.values())) + SPLIT_NOISE * rng.normal(size=(*shape, 1))
         validation, test = (
-            np.rint((means + LUCK * (training + rest)) * IMAGES) / IMAGES
+            np.rint((means + NOISE * (training + rest)) * IMAGES) / IMAGES
             for rest in rng.normal(size=(2, *size)) * math.sqrt(1 - self.shared)
         )
         return validation, test
@@ -85,15 +82,15 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
 
     A repeat without a test accuracy diverged.
     """
+    config = {"outcome": "complete", "learning_rate": 0.03, "batch_size": 64}
     repeats = [
         {
             **dict.fromkeys(REPEAT_COLUMNS, 0.5),
+            **config,
             "loss": loss,
             "trial": seed * len(losses) + column,
             "seed": seed,
             "outcome": "diverged" if math.isnan(test[seed, column]) else "complete",
-            "learning_rate": 0.03,
-            "batch_size": 64,
             "val_accuracy": validation[seed, column],
             "test_accuracy": test[seed, column],
             "test_evaluations": 1,
@@ -102,14 +99,7 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
         for column, loss in enumerate(losses)
     ]
     trials = [
-        {
-            **dict.fromkeys(TRIAL_COLUMNS, 0.5),
-            "loss": loss,
-            "trial": trial,
-            "outcome": "complete",
-            "learning_rate": 0.03,
-            "batch_size": 64,
-        }
+        {**dict.fromkeys(TRIAL_COLUMNS, 0.5), **config, "loss": loss, "trial": trial}
         for loss in losses
         for trial in range(12)
     ]
@@ -139,27 +129,22 @@ def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.
 
 def main() -> None:
     """Draw, assess and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.planted",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--studies", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser = make_parser("planted", __doc__)
+    parser.add_argument("--studies", type=int, default=2000, help="of the first table")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
     options = parser.parse_args()
-    gc.freeze()  # statsmodels collects garbage in each correction: let it have less to look at
+    gc.freeze()  # statsmodels collects garbage in each correction: give it less to look at
     rng = np.random.default_rng(options.seed)
     lead = f"{100 * MIN_EFFECT:g} points"
     print(f"One loss {lead} better than two equal ones, {options.studies:,} studies\n")
     print(f"{planted(rng, options.studies)}\n")
-    print(f"A lead of {lead} shown at the repeats that were said to be needed, {MANY:,} studies")
+    print(f"A lead of {lead}, shown by the repeats that are said to show it, {MANY:,} studies")
     print(f"\n{power(rng, MANY)}\n")
-    print(f"Equal losses that are told apart, {MANY:,} studies\n\n{equal(rng, MANY)}\n")
-    print(f"What nominal 95 % intervals cover, {MANY:,} studies\n\n{coverage(rng, MANY)}")
+    print(f"Equal losses that are said to differ, {MANY:,} studies\n\n{equal(rng, MANY)}")
 
 
 def planted(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of what is said of a planted truth, and how often it is true."""
+    """Return a table of the statements about a planted truth, and how often they are true."""
     columns = {}
     for n in REPEATS:
         counts: Counter[str] = Counter()
@@ -188,7 +173,7 @@ CLAIMS = {
 
 
 def judge(assessment: Assessment) -> Counter[str]:
-    """Return how often each of `CLAIMS` was made or is true, and " of": how often it could be."""
+    """Count how often each of `CLAIMS` is made or true, and with " of", how often it could be."""
     counts: Counter[str] = Counter()
 
     def count(said: str, is_true: bool) -> None:
@@ -227,12 +212,12 @@ def judge(assessment: Assessment) -> Counter[str]:
 
 
 def share(counts: Counter[str], said: str) -> str:
-    """Return how often something was said, of how often it could be."""
+    """Return the share in which something was said, of the times that it could be."""
     return f"{counts[said] / counts[f'{said} of']:.1%}"
 
 
 def power(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of how often a lead is shown by as many repeats as are said to show it."""
+    """Return a table of how often a lead is shown by the repeats that are said to show it."""
     rows = []
     for level in (ALPHA, ALPHA / 3, ALPHA / 15):
         n = int(repeats_needed(TRUTH.spread, level))
@@ -242,7 +227,7 @@ def power(rng: np.random.Generator, studies: int) -> str:
 
 
 def equal(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of how often equal losses are told apart, which 5 % are allowed to be."""
+    """Return a table of how often equal losses are said to differ; 5 % are allowed."""
     rows = []
     for losses, n, shared in product((2, 3, 6), (5, 10), (0.0, 0.5, 1.0)):
         shares = told_apart(rng, losses=losses, n=n, shared=shared, studies=studies)
@@ -255,7 +240,7 @@ def equal(rng: np.random.Generator, studies: int) -> str:
 def told_apart(
     rng: np.random.Generator, *, losses: int, n: int, shared: float, studies: int
 ) -> tuple[float, float, float, float]:
-    """Return in what share of studies equal losses are told apart.
+    """Return the share of studies in which equal losses are said to differ.
 
     Any; the winner from another; that, if p-values were corrected for the winner's pairs only; and
     how often the interval of the winner's accuracy covers it.
@@ -278,81 +263,6 @@ def told_apart(
         float(is_found_alone.any(1).mean()),
         float(((low <= 0.7) & (high >= 0.7)).mean()),
     )
-
-
-def coverage(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of how often nominal 95 % intervals of a mean cover it."""
-    rows = []
-    for (name, draw), n in product(POPULATIONS.items(), (5, 10, 20)):
-        mean = float(draw(rng, (2_000_000,)).mean())
-        values = draw(rng, (studies, n))
-        values = values[np.ptp(values, axis=1) > 1e-9]  # no way gives an interval without spread
-        cells = []
-        for way in WAYS.values():
-            low, high = way(values, rng)
-            width = np.median(high - low) / np.median(np.subtract(*interval(values)[::-1]))
-            cells.append(f"{((low <= mean) & (mean <= high)).mean():.1%}, {width:.2f}")
-        rows.append([name, f"{n}", *cells])
-    return markdown(["values", "n", *(f"{way}: covers, width" for way in WAYS)], rows)
-
-
-def by_t(values: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:  # noqa: ARG001
-    """Return Student's intervals of the means of values (studies, n)."""
-    return interval(values)
-
-
-def by_scipy(method: str) -> Way:
-    """Return bootstrap intervals by one of the methods of `scipy.stats.bootstrap`."""
-
-    def way(values: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-        found = [
-            stats.bootstrap(
-                (part,), np.mean, axis=-1, n_resamples=RESAMPLES, method=method, rng=rng
-            ).confidence_interval
-            for part in np.array_split(values, max(1, len(values) // 100))
-        ]
-        return np.concatenate([f.low for f in found]), np.concatenate([f.high for f in found])
-
-    return way
-
-
-def by_studentized(values: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Return bootstrap-t intervals (Efron and Tibshirani 1993, section 12.5)."""
-    n, lows, highs = values.shape[-1], [], []
-    for part in np.array_split(values, max(1, len(values) // 100)):
-        drawn = rng.integers(n, size=(len(part), RESAMPLES, n))
-        resamples = np.take_along_axis(part[:, None], drawn, axis=-1)
-        mean, error = part.mean(-1), stats.sem(part, axis=-1)
-        errors = np.maximum(stats.sem(resamples, axis=-1), 1e-12)
-        t = (resamples.mean(-1) - mean[:, None]) / errors
-        low, high = np.quantile(t, [ALPHA / 2, 1 - ALPHA / 2], axis=-1)
-        lows.append(mean - high * error)
-        highs.append(mean - low * error)
-    return np.concatenate(lows), np.concatenate(highs)
-
-
-def digits(rng: np.random.Generator, size: tuple[int, ...]) -> Floats:
-    """Return accuracies on 360 test images, like those of scikit-learn's digits."""
-    return rng.binomial(360, np.clip(rng.normal(0.985, 0.004, size), 0, 1)) / 360
-
-
-Way = Callable[[Floats, np.random.Generator], tuple[Floats, Floats]]
-WAYS: dict[str, Way] = {
-    "Student's t": by_t,
-    "percentile": by_scipy("percentile"),
-    "BCa": by_scipy("BCa"),
-    "studentized": by_studentized,
-}
-POPULATIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Floats]] = {
-    "normal": lambda rng, size: rng.normal(size=size),
-    "skewness −0.5": lambda rng, size: -rng.gamma(16, size=size),
-    "skewness −1": lambda rng, size: -rng.gamma(4, size=size),
-    "difference of two of skewness −1": lambda rng, size: (
-        rng.gamma(4, size=size) - rng.gamma(4, size=size)
-    ),
-    "shares of 360": digits,
-    "difference of two shares of 360": lambda rng, size: digits(rng, size) - digits(rng, size),
-}
 
 
 if __name__ == "__main__":

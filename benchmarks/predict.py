@@ -1,12 +1,15 @@
-"""How fast images are labelled, and in how much memory: `python -m benchmarks.predict`.
+"""How fast does prediction run, and in how much memory? `python -m benchmarks.predict`.
 
-Beside `python -m tracking.predict` on an array, on a folder of JPEG files and on Parquet with their
-bytes: the bare model at its best batch size (the stored graph, float32, images in memory, nothing
-written), one call of `mlflow.pyfunc`, decoding alone, and the loop of most scripts (`ImageFolder`
-and a `DataLoader`, a table of pandas at the end). In turns, in one process, each with its model
-loaded before; images a second, median and range, and the ratio to what is the limit there.
+It measures `python -m tracking.predict` on an array, on a folder of JPEG files and on a Parquet
+file of their bytes, beside the limits and the usual ways:
 
-Memory is the peak of a process of its own that labels a memory-mapped `.npy`, made on the fly.
+- the bare model at its best batch size: the stored graph, images in memory, no output;
+- one call of `mlflow.pyfunc`;
+- decoding alone;
+- the loop of most scripts: `ImageFolder`, a `DataLoader`, a table of pandas at the end.
+
+All run in turns, in one process, with the model loaded before: images/s, median and range, and the
+ratio to both limits. Memory is the peak of a process that predicts a memory-mapped `.npy` file.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
@@ -26,7 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from benchmarks.common import REPOSITORY, markdown, spread
+import numpy as np
+
+from benchmarks.common import REPOSITORY, make_parser, markdown, spread
 from cnn.devices import machine, num_cores
 
 if TYPE_CHECKING:
@@ -34,10 +39,10 @@ if TYPE_CHECKING:
 
 CLASSES = [str(k) for k in range(10)]
 BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
+Ways = Mapping[str, Callable[[], object]]
 
-# Labels a file, and prints the peak of its resident memory in KiB, mapped files included. Not
-# `ru_maxrss`, which on Linux a process takes over from the one that started it: here, from the one
-# that has just written all images through a map.
+# Predicts a file, and prints the peak of its resident memory in KiB, mapped files included. Not
+# `ru_maxrss`: on Linux, a process inherits that from the process that started it.
 PEAK = (
     "import sys; from pathlib import Path; from tracking.predict import main\n"
     "code = main(sys.argv[1:])\n"
@@ -48,96 +53,106 @@ PEAK = (
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--images", type=int, default=10_000, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each way (default: %(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="of images (default: JPEG files of noise)"
-    )
-    parser.add_argument(
-        "--side", type=int, default=32, help="of the JPEG files made (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--memory", type=int, nargs="*", default=[10_000, 1_000_000], metavar="IMAGES",
-        help="how many images memory is measured with; none leaves it out (default: %(default)s)",
-    )  # fmt: skip
+    parser = make_parser("predict", __doc__)
+    add = parser.add_argument
+    add("--images", type=int, default=10_000, help="number of images")
+    add("--rounds", type=int, default=5, help="each way runs once in each")
+    about = "of images (default: JPEG files of noise)"
+    add("--folder", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=about)
+    add("--side", type=int, default=32, help="pixels of a file of noise")
+    sizes, about = [10_000, 1_000_000], "numbers of images to measure memory with; may be none"
+    add("--memory", type=int, nargs="*", default=sizes, metavar="IMAGES", help=about)
     options = parser.parse_args()
-    if options.folder is not None:
-        options.folder = options.folder.resolve()
+    source = options.folder.resolve() if "folder" in options else None
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        uri = store_model(Path(folder))
+        model = store_model(Path(folder))
         print(machine(), "\n", sep="")
-        compare(uri, options)
+        compare(model, image_files(source, options.images, options.side), options.rounds)
         if options.memory:
-            report_memory(uri, options.memory)
+            report_memory(model, options.memory)
 
 
 def store_model(folder: Path) -> str:
-    """Record a CNN that has learnt nothing, and return the folder that it is stored in."""
-    import mlflow
-    import numpy as np
-
+    """Store an untrained CNN, and return its folder."""
     from cnn.losses import softmax
     from cnn.networks import Classifier, build_cnn
-    from tracking.tracker import Tracker
+    from tracking.models.recording import save_model
 
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    run = Tracker.open("benchmark").start_run("model")
-    uri = run.log_model(
-        Classifier(build_cnn(10, seed=0), softmax).eval(),
-        input_example=np.zeros((2, 32, 32, 3), np.uint8),
-        classes=CLASSES,
-        step=1,
-    )
-    found = mlflow.MlflowClient().get_logged_model(uri.removeprefix("models:/"))
-    return str(found.artifact_location)
+    network = Classifier(build_cnn(10, seed=0), softmax).eval()
+    example = np.zeros((2, 32, 32, 3), np.uint8)
+    save_model(network, folder / "model", input_example=example, metadata={"classes": CLASSES})
+    return str(folder / "model")
 
 
-# Throughput
+def image_files(source: Path | None, number: int, side: int) -> list[Path]:
+    """Return image files: those of a folder, or new ones in a folder for each class."""
+    from PIL import Image
+
+    from cnn.folders import find_images
+
+    if source is not None:
+        found = find_images(source)
+        return found[:: max(1, len(found) // number)][:number]
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        file = Path("files", CLASSES[index % 10], f"{index:06}.jpg")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        small = generator.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((side, side)).save(file)
+    return find_images(Path("files").resolve())
 
 
-def compare(uri: str, options: argparse.Namespace) -> None:
+def compare(model: str, files: list[Path], rounds: int) -> None:
     """Time each way in turns, and print a table."""
     import mlflow
-    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     import torch
 
     from tracking.models.predictor import load_model
 
-    predictor = load_model(uri)
-    pyfunc: Any = mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})
-    files = files_to_read(options)
+    predictor = load_model(model)
+    pyfunc: Any = mlflow.pyfunc.load_model(model, model_config={"device": "cpu"})
     count = len(files)
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
     np.save("a.npy", images)
-    write_parquet(files)
+    table = pa.table({"image": [file.read_bytes() for file in files]})
+    pq.write_table(table, "files.parquet", row_group_size=1000)
     Path("list").write_bytes(b"\0".join(os.fsencode(file) for file in files))
-    best = best_batch_size(predictor, images)
     array = torch.from_numpy(images)
-    ways: dict[str, Callable[[], object]] = {
-        f"bare model, batches of {best}": lambda: bare(predictor, array, best),
+    by_size = in_turns(
+        {str(size): partial(bare, predictor, array[:4096], size) for size in BATCH_SIZES}, rounds=3
+    )
+    best = min(by_size, key=lambda size: statistics.median(by_size[size]))
+    limits = (f"bare model, batches of {best}", "decoding alone")
+    ways: Ways = {
+        limits[0]: lambda: bare(predictor, array, int(best)),
         "predict, array to CSV": lambda: predict(predictor, "a.npy", "a.csv"),
         "predict, array to Parquet": lambda: predict(predictor, "a.npy", "a.parquet"),
         "predict, array to JSON Lines": lambda: predict(predictor, "a.npy", "a.jsonl"),
         "mlflow.pyfunc, one call": lambda: pyfunc.predict(images),
-        "decoding alone": lambda: decode_all(files),
+        limits[1]: lambda: decode_all(files),
         "predict, JPEG files": lambda: predict(predictor, "@list", "a.csv"),
-        "predict, Parquet of JPEG bytes": lambda: predict(
-            predictor, "a.parquet.in.parquet", "a.csv"
-        ),
-        "ImageFolder and DataLoader": lambda: usual(predictor, files),
+        "predict, Parquet of JPEG bytes": lambda: predict(predictor, "files.parquet", "a.csv"),
+        "ImageFolder and DataLoader": lambda: usual_loop(predictor, files),
     }
-    times = in_turns(ways, options.rounds)
-    print_rates(times, count, next(iter(ways)))
+    times = in_turns(ways, rounds)
+    rows = []
+    for name, seconds in times.items():
+        # Of the same round: the other work of the machine changes with time.
+        ratios = [
+            spread(
+                [other / own for other, own in zip(times[limit], seconds, strict=True)], digits=2
+            )
+            for limit in limits
+        ]
+        rows.append([name, spread([count / each for each in seconds]), *ratios])
+    print(markdown(["way", "images/s", "of the bare model", "of decoding alone"], rows))
 
 
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds that each way took in each round, but for a first one."""
+def in_turns(ways: Ways, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds that each way took in each round, after a first one."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
@@ -146,61 +161,6 @@ def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
             if number:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def print_rates(times: dict[str, list[float]], count: int, bare_name: str) -> None:
-    """Print rates, and ratios of the same round: what else the machine does changes with time."""
-    rows = []
-    for name, seconds in times.items():
-        ratios = [
-            [other / own for other, own in zip(times[limit], seconds, strict=True)]
-            for limit in (bare_name, "decoding alone")
-        ]
-        shares = [spread(values, digits=2) for values in ratios]
-        rows.append([name, spread([count / s for s in seconds]), *shares])
-    print(markdown(["way", "images/s", "of the bare model", "of decoding alone"], rows))
-
-
-def files_to_read(options: argparse.Namespace) -> list[Path]:
-    """Return image files: those of a folder, or new ones in a class each."""
-    import numpy as np
-    from PIL import Image
-
-    from cnn.folders import find_images
-
-    if options.folder is not None:
-        found = find_images(options.folder)
-        return found[:: max(1, len(found) // options.images)][: options.images]
-    generator = np.random.default_rng(0)
-    for index in range(options.images):
-        file = Path("files", CLASSES[index % 10], f"{index:06}.jpg")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        small = generator.integers(0, 256, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(small).resize((options.side, options.side)).save(file)
-    return find_images(Path("files").resolve())
-
-
-def write_parquet(files: list[Path]) -> None:
-    """Write the files' bytes into a Parquet file, in row groups of a thousand."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({"image": [file.read_bytes() for file in files]})
-    pq.write_table(table, "a.parquet.in.parquet", row_group_size=1000)
-
-
-def best_batch_size(predictor: Predictor, images: Any) -> int:
-    """Return the batch size at which the bare model is fastest, and print all."""
-    import torch
-
-    array = torch.from_numpy(images[:4096])
-    ways: dict[str, Callable[[], object]] = {
-        str(size): partial(bare, predictor, array, size) for size in BATCH_SIZES
-    }
-    times = in_turns(ways, 3)
-    rows = [[name, spread([len(array) / s for s in seconds])] for name, seconds in times.items()]
-    print(markdown(["bare model, batch size", "images/s"], rows), "\n")
-    return int(min(times, key=lambda name: statistics.median(times[name])))
 
 
 def bare(predictor: Predictor, array: Any, size: int) -> None:
@@ -213,19 +173,17 @@ def bare(predictor: Predictor, array: Any, size: int) -> None:
 
 
 def predict(predictor: Predictor, source: str, out: str) -> None:
-    """Label a source as the command does, to the file's last byte, with a model that is loaded."""
+    """Predict as the command does, up to the file's last byte, with a model that is loaded."""
     from tracking import predict as command
 
-    with (
-        redirect_stdout(None),
-        mock.patch.object(command, "_choose_model", return_value=(predictor, "")),
-    ):
+    patched = mock.patch.object(command, "_choose_model", return_value=(predictor, ""))
+    with redirect_stdout(None), patched:
         code = command.main([source, "--out", out])
     assert code == 0
 
 
 def decode_all(files: list[Path]) -> None:
-    """Decode with as many threads as there are cores, and keep nothing."""
+    """Decode with a thread for each core, and keep nothing."""
     from cnn.images import decode
 
     def some(part: list[Path]) -> None:
@@ -237,67 +195,47 @@ def decode_all(files: list[Path]) -> None:
         list(executor.map(some, parts))
 
 
-def usual(predictor: Predictor, files: list[Path]) -> None:
-    """Label files as most scripts do, on the same model: a loader of two workers, batches of 64."""
+def usual_loop(predictor: Predictor, files: list[Path]) -> None:
+    """Predict as most scripts do, with the same model: a loader of two workers, batches of 64."""
     import pandas as pd
     import torch
     from torch.utils.data import DataLoader, Subset
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    root = files[0].parents[1]
     transform = transforms.Compose([transforms.Resize((32, 32)), transforms.PILToTensor()])
-    folder = ImageFolder(str(root), transform)
+    folder = ImageFolder(str(files[0].parents[1]), transform)
     wanted = {str(file) for file in files}
     rows = [k for k, (name, _) in enumerate(folder.samples) if name in wanted]
     loader = DataLoader(Subset(folder, rows), batch_size=64, num_workers=2)
-    found = []
     with torch.inference_mode():
-        for images, _ in loader:
-            found.append(predictor.model(images.permute(0, 2, 3, 1).contiguous()))
+        found = [predictor.model(images.permute(0, 2, 3, 1).contiguous()) for images, _ in loader]
     pd.DataFrame(torch.cat(found).numpy()).to_csv("usual.csv")
 
 
-# Memory
-
-
-def report_memory(uri: str, counts: list[int]) -> None:
-    """Label so many images in a process each, and print the peaks."""
+def report_memory(model: str, counts: list[int]) -> None:
+    """Predict images in a process of its own for each number, and print the peaks."""
     rows = []
     for count in counts:
-        make_npy(Path("many.npy"), count)
+        shape = (count, 32, 32, 3)
+        array = np.lib.format.open_memmap("many.npy", "w+", np.uint8, shape)
+        generator = np.random.default_rng(0)
+        for start in range(0, count, 10_000):
+            part = array[start : start + 10_000]
+            part[:] = generator.integers(0, 256, part.shape, np.uint8)
         for out in ("many.csv", "many.parquet"):
-            start = time.perf_counter()
-            peak = peak_of(["many.npy", "--model", uri, "--out", out])
-            size = Path(out).stat().st_size / 1e6
-            seconds = time.perf_counter() - start
-            rows.append([f"{count:,}", out, f"{peak:,.0f}", f"{size:,.1f}", f"{seconds:,.0f}"])
-            print(*rows[-1], file=sys.stderr, flush=True)
-    header = ["images", "output", "peak resident memory, MB", "output, MB", "s"]
-    print("\n", markdown(header, rows), sep="")
-
-
-def make_npy(file: Path, count: int) -> None:
-    """Write images of 32×32 pixels, a few at a time."""
-    import numpy as np
-
-    array = np.lib.format.open_memmap(file, "w+", np.uint8, (count, 32, 32, 3))
-    generator = np.random.default_rng(0)
-    for start in range(0, count, 10_000):
-        stop = min(start + 10_000, count)
-        array[start:stop] = generator.integers(0, 256, (stop - start, 32, 32, 3), np.uint8)
-
-
-def peak_of(arguments: list[str]) -> float:
-    """Return the peak of the resident memory, in MB, of a process that labels."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout.splitlines()[-1]) * 1024 / 1e6
+            begin = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", PEAK, "many.npy", "--model", model, "--out", out],
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            peak = int(done.stdout.splitlines()[-1]) * 1024 / 1e6
+            seconds = time.perf_counter() - begin
+            rows.append([f"{count:,}", out, f"{peak:,.0f}", f"{seconds:,.0f}"])
+    print(f"\n{markdown(['images', 'output', 'peak resident memory, MB', 's'], rows)}")
 
 
 if __name__ == "__main__":

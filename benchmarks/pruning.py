@@ -1,30 +1,26 @@
 """How many epochs does pruning save, and what does it cost? `python -m benchmarks.pruning`.
 
-    python -m benchmarks.pruning --study NAME [--storage sqlite:///optuna.db] [--figure FILE]
+It reads the learning curves of a study without pruning (a sweep with `--sampler random --pruner
+none`), and replays sweeps over them. A replay draws `--trials` of the curves in random order and
+gives them, epoch by epoch, to Optuna, whose pruner decides which trials end early. Every pruner
+gets the same draws, with one worker and with two, whose epochs take 1 ± 0.1 units of time. Draws
+share curves, so their spread is that of order and choice among these trials, not of new trainings.
 
-reads the learning curves that a study of random search without pruning has recorded (a sweep with
-`--sampler random --pruner none`), and replays sweeps over them: each draws `--trials` of the curves
-in random order and hands them, epoch by epoch, to Optuna, whose pruner says which trials end early.
-Every pruner gets the same draws, with one worker and with two: then the one whose epoch is over
-first reports next, and an epoch takes 1 ± 0.1 units of time. Draws share curves: their spread is
-that of order and choice among these trials, not that of training them anew.
+For each pruner, median and quartiles over all replays:
 
-For each pruner, over all replays, median and quartiles:
-
-- *to the best*: epochs that all trials together had been trained for when a complete trial had the
-  best accuracy that the same trials have without pruning; `never` if none has;
-- *to within half a point*: likewise, for that accuracy less 0.5 points, which is about what the
-  luck of a run is worth;
+- *to the best*: epochs of all trials together until a complete trial has the best accuracy that the
+  same trials have without pruning; `never` if none has;
+- *to within half a point*: the same for that accuracy less 0.5 points, about the spread of a run;
 - *in all*: epochs of the whole sweep;
 - *regret*: by how many points the best complete trial is worse than the best without pruning: the
   mean, and the worst;
-- *each loss' best*: share of the replays in which the best trial of a loss, or one of the same loss
-  within half a point of it, is complete. It is no goal of pruning, but of comparing losses.
+- *each loss' best*: share of the replays in which the best trial of a loss, or one of that loss
+  within half a point of it, is complete. This matters for comparing losses, not for pruning.
 
-**The default is chosen by this rule**, written down before there were curves. Of the pruners that
-come within half a point in at least 95 % of the replays: the one that needs the fewest epochs for
-it, in the median, with two workers. If others need at most 5 % more: the one of them with the
-fewest epochs in all. A user wants a setting that is as good as any, soon; the last digit is luck.
+**The default is chosen by this rule**, written down before there were curves. Consider the pruners
+that come within half a point in at least 95 % of the replays. Choose the one that needs the fewest
+epochs for that, in the median, with two workers. If others need at most 5 % more, choose the one of
+them with the fewest epochs in all.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ import argparse
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +38,8 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import Trial, TrialState
 
-from experiments.study.pruners import PRUNERS, OneEpochPruner, make_pruner
+from benchmarks.common import make_parser, markdown
+from experiments.study.pruners import PRUNERS, make_pruner
 
 HALF_A_POINT = 0.005
 OFTEN_ENOUGH = 0.95
@@ -50,26 +47,10 @@ AS_SOON = 1.05
 WORKERS = (1, 2)
 COLORS = ["#000000", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#56B4E9", "#D55E00"]
 
-MakePruner = Callable[[int], BasePruner]
-
-VARIANTS: dict[str, MakePruner] = {
-    "median, from epoch 1": lambda _: optuna.pruners.MedianPruner(5, n_warmup_steps=1),
-    "median, from epoch 1, 2 first": lambda _: optuna.pruners.MedianPruner(2, n_warmup_steps=1),
-    "median, from epoch 3": lambda _: optuna.pruners.MedianPruner(5, n_warmup_steps=3),
-    "hyperband, halving": lambda epochs: optuna.pruners.HyperbandPruner(1, epochs, 2),
-    "asha, halving": lambda _: optuna.pruners.SuccessiveHalvingPruner(1, 2),
-    "asha, quartering": lambda _: optuna.pruners.SuccessiveHalvingPruner(1, 4),
-    "asha, from epoch 2": lambda _: optuna.pruners.SuccessiveHalvingPruner(2, 3),
-    "one_epoch, best half": lambda _: OneEpochPruner(2),
-    "one_epoch, best quarter": lambda _: OneEpochPruner(4),
-    "one_epoch, best fifth": lambda _: OneEpochPruner(5),
-}
-"""Other arguments than those of `PRUNERS`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What a trial that nothing cuts short comes to."""
+    """The accuracies of a trial that is not pruned."""
 
     loss: str
     accuracies: Sequence[float]  # one an epoch
@@ -78,15 +59,15 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What a sweep over some curves came to."""
+    """The result of a sweep over some curves."""
 
     epochs: int
-    """That all trials together were trained for."""
+    """Of all trials together."""
     complete: list[tuple[int, Curve]]
-    """Each complete trial, with the epochs of all trials when it was."""
+    """Each complete trial, with the epochs of all trials up to its end."""
 
     def epochs_to(self, accuracy: float) -> float:
-        """Return the epochs after which a complete trial had this accuracy; inf: never."""
+        """Return the epochs until a complete trial has this accuracy; inf: never."""
         return min((e for e, c in self.complete if c.accuracies[-1] >= accuracy), default=math.inf)
 
     def best(self) -> float:
@@ -96,18 +77,16 @@ class Replay:
 
 def main() -> None:
     """Read, replay, print and draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pruning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--study", required=True, metavar="NAME")
-    parser.add_argument("--storage", default="sqlite:///optuna.db", metavar="URL")
-    parser.add_argument("--trials", type=int, default=30, help="of a sweep (default: %(default)s)")
-    parser.add_argument("--replays", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--variants", action="store_true", help="other arguments of them, too")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw curves and replays")
+    parser = make_parser("pruning", __doc__)
+    add = parser.add_argument
+    name = "of a study without pruning"
+    add("--study", required=True, default=argparse.SUPPRESS, metavar="NAME", help=name)
+    add("--storage", default="sqlite:///optuna.db", metavar="URL", help="the study's database")
+    add("--trials", type=int, default=30, help="of a replay")
+    add("--replays", type=int, default=1000, help="for each pruner and number of workers")
+    add("--seed", type=int, default=0, help="of the draws")
+    picture = "file for a figure of the curves and the replays"
+    add("--figure", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=picture)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     epochs, curves = read_curves(options.storage, options.study)
@@ -119,29 +98,20 @@ def main() -> None:
     for workers in WORKERS:
         replays = {
             name: [
-                replay(draw, make(epochs), workers=workers, seed=options.seed + number)
+                replay(draw, make_pruner(name, epochs), workers=workers, seed=options.seed + number)
                 for number, draw in enumerate(draws)
             ]
-            for name, make in pruners(options.variants).items()
+            for name in PRUNERS
         }
-        print(f"\n{workers} worker{'s' if workers > 1 else ''}:\n\n{markdown(draws, replays)}")
+        print(f"\n{workers} worker{'s' if workers > 1 else ''}:\n\n{table(draws, replays)}")
         of_two = replays
     print(f"\nby the rule, the default is: {choose(draws, of_two)}")
-    if options.figure:
-        draw_figure(curves, draws, {n: of_two[n] for n in PRUNERS}, options.figure)
-
-
-def pruners(with_variants: bool) -> dict[str, MakePruner]:
-    """Return what makes each pruner, from the number of epochs."""
-    own: dict[str, MakePruner] = {
-        name: lambda epochs, name=name: make_pruner(name, epochs)  # type: ignore[misc]
-        for name in PRUNERS
-    }
-    return own | (VARIANTS if with_variants else {})
+    if "figure" in options:
+        draw_figure(curves, draws, of_two, options.figure)
 
 
 def read_curves(storage: str, name: str) -> tuple[int, list[Curve]]:
-    """Return the epochs of a study's trials, and the curves of those that are over.
+    """Return the epochs of a study's trials, and the curves of those that have ended.
 
     Raises:
         ValueError: the study's trials are not independent of each other, or were pruned.
@@ -162,21 +132,21 @@ def read_curves(storage: str, name: str) -> tuple[int, list[Curve]]:
 
 
 def draw_trials(curves: Sequence[Curve], trials: int, replays: int, seed: int) -> list[list[Curve]]:
-    """Return what is tried in each replay, in order.
+    """Return the trials of each replay, in order.
 
     Raises:
-        ValueError: there are not so many curves.
+        ValueError: there are fewer curves.
     """
     if trials > len(curves):
-        raise ValueError(f"--trials {trials}, but the study has {len(curves)} that are over")
-    dice = random.Random(seed)
-    return [dice.sample(curves, trials) for _ in range(replays)]
+        raise ValueError(f"--trials {trials}, but only {len(curves)} trials have ended")
+    rng = random.Random(seed)
+    return [rng.sample(curves, trials) for _ in range(replays)]
 
 
 def replay(curves: Sequence[Curve], pruner: BasePruner, *, workers: int, seed: int) -> Replay:
-    """Sweep over some curves, as `experiments.study.controller` would, with so many trials at once.
+    """Sweep over some curves, as `experiments.study.controller` does, with a number of workers.
 
-    The seed is that of the workers' pace and, by the study's name, of Hyperband's brackets.
+    The seed sets the times of epochs and, by the study's name, the brackets of Hyperband.
     """
     study = optuna.create_study(
         study_name=f"replay {seed}",
@@ -184,19 +154,19 @@ def replay(curves: Sequence[Curve], pruner: BasePruner, *, workers: int, seed: i
         sampler=optuna.samplers.RandomSampler(seed=0),
         pruner=pruner,
     )
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     waiting = list(reversed(curves))
-    under_way: list[tuple[float, int, int, Trial, Curve]] = []
+    running: list[tuple[float, int, int, Trial, Curve]] = []
 
     def train(now: float, epoch: int, trial: Trial, curve: Curve) -> None:
-        over = now + dice.uniform(0.9, 1.1)
-        heapq.heappush(under_way, (over, trial.number, epoch, trial, curve))
+        over = now + rng.uniform(0.9, 1.1)
+        heapq.heappush(running, (over, trial.number, epoch, trial, curve))
 
     for _ in range(min(workers, len(waiting))):
         train(0, 1, study.ask(), waiting.pop())
     epochs, complete = 0, []
-    while under_way:
-        now, _, epoch, trial, curve = heapq.heappop(under_way)
+    while running:
+        now, _, epoch, trial, curve = heapq.heappop(running)
         epochs += 1
         trial.report(curve.accuracies[epoch - 1], epoch)
         if epoch == len(curve.accuracies):  # a diverged one, too, after which none is pruned
@@ -230,17 +200,17 @@ def choose(draws: Sequence[Sequence[Curve]], replays: dict[str, list[Replay]]) -
 def epochs_to(
     draws: Sequence[Sequence[Curve]], replays: Sequence[Replay], tolerance: float
 ) -> list[float]:
-    """Return how many epochs each replay took to come so close to the best of its draw."""
+    """Return the epochs of each replay until it is as close to the best of its draw."""
     pairs = zip(draws, replays, strict=True)
     return [replay.epochs_to(best(draw) - tolerance) for draw, replay in pairs]
 
 
-def markdown(draws: Sequence[Sequence[Curve]], replays: dict[str, list[Replay]]) -> str:
+def table(draws: Sequence[Sequence[Curve]], replays: dict[str, list[Replay]]) -> str:
     """Return a table with a row for each pruner."""
     losses = sorted({curve.loss for draw in draws for curve in draw})
-    head = ["pruner", "to the best", "reached", "to within half a point", "reached", "in all"]
-    head += ["regret", *(f"{loss}'s best" for loss in losses)]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    header = ["pruner", "to the best", "reached", "to within half a point", "reached", "in all"]
+    header += ["regret", *(f"{loss}'s best" for loss in losses)]
+    rows = []
     for name, of in replays.items():
         cells = [f"`{name}`"]
         for tolerance in (0, HALF_A_POINT):
@@ -251,13 +221,12 @@ def markdown(draws: Sequence[Sequence[Curve]], replays: dict[str, list[Replay]])
             100 * (best(draw) - replay.best()) for draw, replay in zip(draws, of, strict=True)
         ]
         cells.append(f"{np.mean(regrets):.2f}, {max(regrets):.2f}")
-        cells += [f"{share_kept(draws, of, loss):.1%}" for loss in losses]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, *(f"{share_kept(draws, of, loss):.1%}" for loss in losses)])
+    return markdown(header, rows)
 
 
 def share_kept(draws: Sequence[Sequence[Curve]], replays: Sequence[Replay], loss: str) -> float:
-    """Return in how many of the replays with a loss its best, or nearly, is complete."""
+    """Return the share of replays in which the best trial of a loss, or nearly, is complete."""
     kept = []
     for draw, replay in zip(draws, replays, strict=True):
         of_loss = [curve for curve in draw if curve.loss == loss and curve.is_complete]
@@ -268,7 +237,7 @@ def share_kept(draws: Sequence[Sequence[Curve]], replays: Sequence[Replay], loss
 
 
 def quartiles(values: Sequence[float]) -> str:
-    """Return median and quartiles of epochs, each one of the values; inf is never."""
+    """Return median and quartiles of epochs, each of them one of the values; inf is never."""
     low, middle, high = (
         float(np.percentile(values, percent, method="lower")) for percent in (25, 50, 75)
     )
@@ -282,7 +251,7 @@ def draw_figure(
     replays: dict[str, list[Replay]],
     file: Path,
 ) -> None:
-    """Draw the curves, and how many of the replays are close to the best after so many epochs."""
+    """Draw the curves, and the share of replays that are close to the best, by epochs."""
     import matplotlib as mpl
 
     mpl.use("Agg")

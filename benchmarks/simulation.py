@@ -1,4 +1,4 @@
-"""Workers that only sleep, for `benchmarks.scaling`: they cost nothing, whatever their number."""
+"""Workers that only sleep, for `benchmarks.scaling`: any number of them costs nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cnn.config import TrainConfig
-from cnn.data import Dataset, Split
+from cnn.data import Dataset
 from cnn.networks import build_cnn
 from experiments.engine.base import EpochEnded, Event, JobEnded
 
@@ -23,20 +21,19 @@ BEST_LEARNING_RATES = {"l1": 0.3, "mse": 0.2, "cross_entropy": 0.02}
 @dataclass
 class _Job:
     config: TrainConfig
-    begun: float
-    told_to_stop: float = math.inf
+    began: float
+    stopped: float = math.inf
 
 
 class SimulatedPool:
-    """Workers that train for as long as it would take, and learn as plausibly, without a processor.
+    """Workers that take the time of a training, and report plausible accuracies.
 
-    As real ones they go on with the next epoch before the driver has heard of the last, so that one
-    who is pruned has trained an epoch for nothing; and are idle until they are handed a job.
+    Like real workers, they begin the next epoch before the driver has read the last one. So a trial
+    that is pruned has trained one epoch too many. A worker without a job is idle.
 
     Args:
         num_workers: how many.
-        epoch_seconds: what an epoch takes, ± 10 %; 0: a driver finds the next one done whenever it
-            looks.
+        epoch_seconds: of an epoch, ± 10 %; 0: the next epoch has ended whenever the driver asks.
     """
 
     def __init__(self, num_workers: int, *, epoch_seconds: float) -> None:
@@ -44,9 +41,9 @@ class SimulatedPool:
         self.jobs: dict[int, _Job] = {}
         self.due: list[tuple[float, int, int]] = []
         self.trained: list[tuple[float, float]] = []
-        """When each job that is over began and ended, by `time.monotonic`."""
+        """When each job that has ended began and ended, by `time.monotonic`."""
         self.all_busy = math.inf
-        """When every worker had a job for the first time."""
+        """When every worker had a job for the first time; inf: never."""
         network = build_cnn(10, seed=0)
         self.weights = {name: value.numpy() for name, value in network.state_dict().items()}
 
@@ -54,12 +51,12 @@ class SimulatedPool:
         """Open nothing."""
 
     def hardware(self) -> str:
-        """Return that there is none."""
+        """Return the name of no hardware."""
         return "simulated"
 
     @property
     def num_idle(self) -> int:
-        """How many workers have nothing to do."""
+        """How many workers are idle."""
         return self.num_workers - len(self.jobs)
 
     def submit(self, job: int, config: TrainConfig) -> None:
@@ -72,46 +69,46 @@ class SimulatedPool:
             self.all_busy = min(self.all_busy, now)
 
     def stop(self, job: int) -> None:
-        """Have a job stop after the epoch under way."""
+        """Stop a job after its present epoch."""
         if job in self.jobs:
-            self.jobs[job].told_to_stop = time.monotonic()
+            self.jobs[job].stopped = time.monotonic()
 
     def forget(self, config: TrainConfig) -> None:
         """Remove no checkpoint."""
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what happened, once something has, or nothing after `timeout` seconds."""
+        """Return the next events, or none after `timeout` seconds."""
         end = time.monotonic() + timeout
         first = self.due[0][0] if self.due else math.inf
         time.sleep(max(0, min(first, end) - time.monotonic()))
         return list(self._happened(time.monotonic()))
 
     def busy_seconds(self, begin: float, end: float) -> float:
-        """Return how long all workers together have trained between two times, of the past."""
+        """Return how long all workers together have trained between two times in the past."""
         for _ in self._happened(end):
             pass
-        spans = [*self.trained, *((job.begun, end) for job in self.jobs.values())]
-        return sum(max(0, min(end, ended) - max(begin, begun)) for begun, ended in spans)
+        spans = [*self.trained, *((job.began, end) for job in self.jobs.values())]
+        return sum(max(0, min(end, ended) - max(begin, began)) for began, ended in spans)
 
-    def _train(self, job: int, number: int, begun: float) -> None:
+    def _train(self, job: int, number: int, began: float) -> None:
         pace = random.Random(f"{job} {number}").uniform(0.9, 1.1)
-        heapq.heappush(self.due, (begun + pace * self.epoch_seconds, job, number))
+        heapq.heappush(self.due, (began + pace * self.epoch_seconds, job, number))
 
     def _happened(self, now: float) -> Iterator[Event]:
         while self.due and self.due[0][0] <= now:
             ended, job, number = heapq.heappop(self.due)
             training = self.jobs[job]
             yield epoch_of(job, number, training.config)
-            if number < training.config.epochs and ended < training.told_to_stop:
+            if number < training.config.epochs and ended < training.stopped:
                 self._train(job, number + 1, ended)
                 continue
-            self.trained.append((training.begun, ended))
+            self.trained.append((training.began, ended))
             del self.jobs[job]
             yield JobEnded(job=job, weights=self.weights)
 
 
 def epoch_of(job: int, number: int, config: TrainConfig) -> EpochEnded:
-    """Return what an epoch comes to: the better, the closer to its loss' best learning rate."""
+    """Return the end of an epoch: the closer to the best learning rate, the more accurate."""
     off = math.log10(config.learning_rate / BEST_LEARNING_RATES[config.loss])
     luck = random.Random(f"{job} {number}").gauss(0, 0.01)
     accuracy = 0.7 * math.exp(-(off**2) / 2) * (1 - math.exp(-number / 4)) + luck
@@ -125,21 +122,3 @@ def epoch_of(job: int, number: int, config: TrainConfig) -> EpochEnded:
         "time/images_per_second": 9000.0,
     }
     return EpochEnded(job=job, number=number, metrics=metrics, diverged=False)
-
-
-def no_data() -> Dataset:
-    """Return a data set of ten classes that nobody trains on."""
-    split = Split(
-        all_images=torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
-        all_labels=torch.zeros(1, dtype=torch.int64),
-        rows=torch.zeros(1000, dtype=torch.int64),
-    )
-    return Dataset(
-        name="simulated",
-        classes=tuple("0123456789"),
-        train=split,
-        validation=split,
-        test=split,
-        digest="0" * 32,
-        source="benchmarks/simulation.py",
-    )

@@ -100,9 +100,9 @@ def show_runs(page: Page) -> None:
     """Take a picture of all trials in MLflow: parallel coordinates, with the accuracy."""
     import mlflow
 
-    from benchmarks.pages import _NO_ASSISTANT, served
+    from benchmarks.pages import NO_ASSISTANT, served
 
-    page.add_init_script(_NO_ASSISTANT)
+    page.add_init_script(NO_ASSISTANT)
     with served("sqlite:///mlflow.db") as address:
         client = mlflow.MlflowClient(address)
         experiment = client.get_experiment_by_name("cnn-sweep").experiment_id

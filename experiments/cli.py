@@ -200,11 +200,9 @@ def run(parser: Parser, do: Callable[[argparse.Namespace], int], argv: Sequence[
 
 
 def report_stop(outcome: str, reason: str) -> int:
-    """Say why a sweep stopped before its end, and return the exit code.
+    """Say why a sweep is interrupted or failed, and return the exit code.
 
-    Args:
-        outcome: interrupted or failed.
-        reason: empty after a signal.
+    After a signal, the reason is empty.
     """
     if outcome == "failed":
         line = f"stopped: {printable(reason)}"
@@ -220,9 +218,7 @@ def workers_and_data(
 ) -> Iterator[tuple[Settings, Dataset, WorkerPool]]:
     """Open the workers of a command line, and the data in all of them.
 
-    Args:
-        options: the command line.
-        make_settings: returns the settings, checked, for a number of workers.
+    `make_settings` returns the settings, checked, for a number of workers.
     """
     open_workers = on_ray if options.engine == "ray" else on_this_machine
     # The workers start while we import.

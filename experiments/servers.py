@@ -288,9 +288,7 @@ def mlflow_command(database: str, artifacts: str) -> list[str]:
 def mlflow_settings(passwords: Passwords, users: str) -> dict[str, str]:
     """Return the environment of an MLflow server with users, and write its settings file.
 
-    Args:
-        passwords: the settings file is written to their folder.
-        users: the URL of the database of users.
+    `users` is the URL of the database of users.
     """
     settings = passwords.folder / "mlflow-users.ini"
     settings.write_text(MLFLOW_USERS.format(database=users))
@@ -372,7 +370,7 @@ def build_parser() -> Parser:
         "full",
         allow_abbrev=False,
     )
-    add_flag(parser, "--dir", Path("servers"), "the folder for all data, logs and passwords")
+    add_flag(parser, "--dir", Path("servers"), "all data, logs and passwords")
     text = f"name or address to answer at, {EVERYWHERE} for all of this machine"
     add_flag(parser, "--host", "127.0.0.1", text)
     add_flag(parser, "--postgresql-port", 5432, "", type=port, metavar="PORT")

@@ -102,27 +102,12 @@ def fails(job: int, config: TrainConfig) -> Iterable[Event]:
     yield JobFailed(job=job, error="RuntimeError: no luck", details="Traceback …\nno luck\n")
 
 
-# For the command line, which opens its pool itself.
-
-
-class PoolOfFakes(FakePool):
-    """The pool that the command line opens."""
-
-    def __enter__(self) -> PoolOfFakes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def open(self, data: object, data_dir: object) -> None:
-        pass
-
-
-def use_pool(monkeypatch: pytest.MonkeyPatch, script: object) -> None:
+def use_pool(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    """Have the command line open a pool that does as a script says."""
     monkeypatch.setattr(
         experiments.engine.processes,
         "ProcessPool",
-        lambda num_workers, num_threads, gpus: PoolOfFakes(script, num_workers),  # type: ignore[arg-type]
+        lambda num_workers, num_threads, gpus: FakePool(script, num_workers),
     )
 
 

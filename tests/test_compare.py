@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from fake_pool import diverges, script_of_ten, use_pool
 from mlflow import MlflowClient
@@ -17,7 +18,10 @@ from benchmarks import pages
 from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
+from experiments import cli
 from experiments.compare import build_parser, main
+from experiments.study import parameters
+from experiments.study.parameters import PARAMETERS, LogRangeParameter
 from experiments.study.samplers import SAMPLERS
 from experiments.study.settings import Settings
 
@@ -182,3 +186,34 @@ def test_mlflows_pages_show_a_comparison_in_a_browser(compared: str, tmp_path: P
         f"mlflow-{name}.png" for name in pictures
     }
     assert min(file.stat().st_size for file in pictures.values()) > 20_000
+
+
+def test_a_parameter_in_the_table_is_searched_named_and_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decay = LogRangeParameter(
+        name="weight_decay",
+        label="weight decay",
+        short="wd",
+        form=".2g",
+        help="weight decay",
+        metavar="RATE",
+        default=None,
+    )
+    monkeypatch.setitem(parameters.BY_NAME, decay.name, decay)
+    for module in (parameters, cli):
+        monkeypatch.setattr(module, "PARAMETERS", (*PARAMETERS, decay))
+    assert main([*SMALL, "--weight-decay-min", "1e-4", "--weight-decay-max", "1e-2"]) == 0
+    report = Path("reports/c/report.md").read_text()
+    (heads,) = (line for line in report.splitlines() if line.startswith("| loss | learning rate"))
+    assert "| batch size | weight decay |" in heads
+    trials = pd.read_csv("reports/c/data/trials.csv")
+    assert trials["weight_decay"].between(1e-4, 1e-2).all()
+    runs = MlflowClient().search_runs(["1"], "tags.role = 'trial'")
+    for run in runs:
+        rate = float(run.data.params["weight_decay"])
+        assert f" wd={rate:.2g}" in run.info.run_name
+    repeats = [run for run in runs if run.data.tags["stage"] == "confirm"]
+    winners = {run.data.params["weight_decay"] for run in repeats}
+    assert len(repeats) == 4
+    assert {float(winner) for winner in winners} <= set(trials["weight_decay"])

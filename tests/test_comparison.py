@@ -34,6 +34,7 @@ from experiments.engine.base import EpochEnded
 from experiments.interrupts import Interrupts
 from experiments.reporting.figure_data import best_settings
 from experiments.study.events import TrialProgressed
+from experiments.study.opening import open_checked_storage
 from tracking.runs import Run as TrackedRun
 from tracking.selection import load_run
 
@@ -253,7 +254,7 @@ def at_the_first_search(event: Event) -> bool:
 
 
 def between_two_searches(event: Event) -> bool:
-    return is_stage(event, "search for the best setting of cross_entropy")
+    return is_stage(event, "search for the best configuration of cross_entropy")
 
 
 def before_the_confirmation(event: Event) -> bool:
@@ -373,7 +374,7 @@ def test_losses_and_repeats_that_diverge_are_left_out(plan: Plan, data: Dataset)
 def test_where_no_loss_ends_there_is_nothing_to_confirm(plan: Plan, data: Dataset) -> None:
     ended = run(plan, data, diverges)[-1]
     assert isinstance(ended, ComparisonEnded)
-    assert (ended.outcome, ended.reason) == ("failed", "no loss has a trial that is complete")
+    assert (ended.outcome, ended.reason) == ("failed", "no loss has a complete trial")
 
 
 def test_a_comparison_that_is_not_there_is_told_from_those_that_are(whole: Whole) -> None:
@@ -393,8 +394,9 @@ def test_a_plan_without_a_name_has_one_that_follows_from_it(tmp_path: Path, data
     plan = plan_in(tmp_path)
     nameless = replace(plan, settings=replace(plan.settings, study=None))
     other = replace(nameless, settings=replace(nameless.settings, seed=8))
+    storage = open_checked_storage(plan.settings, bool)
     names = [
-        _open_record(each, data, bool, retest=False)[0].study_name
+        _open_record(each, data, storage, retest=False).study_name
         for each in (nameless, replace(nameless, repeats=5), other)
     ]
     assert all(name.startswith(f"compare-{data.name}-") for name in names)

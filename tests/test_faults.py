@@ -1,4 +1,4 @@
-"""What kills, full disks and servers that go away leave: short versions of `benchmarks.faults`."""
+"""Kills, full disks and servers that stop lose nothing: short versions of `benchmarks.faults`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,12 +22,11 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from fake_pool import FakePool, trains, weights
+from fake_pool import FakePool, script_of_ten
 from mlflow import MlflowClient
 
 import experiments.engine.processes
-from benchmarks import faults
-from cnn.data import load
+from benchmarks import faults, processes, recorded
 from cnn.losses import PROBABILITIES
 from cnn.networks import CNN, Classifier
 from experiments.engine.base import Event
@@ -130,11 +130,11 @@ def test_what_fails_to_make_a_database_leaves_none(tmp_path: Path) -> None:
 # The command line, with workers that do as a script says
 
 
-class PoolOfFakes(FakePool):
+class DisturbedPool(FakePool):
     """The pool that the command line opens; in the last epoch, something happens."""
 
     def __init__(self, happens: Callable[[], object]) -> None:
-        super().__init__(script)
+        super().__init__(script_of_ten)
         self.happens = happens
 
     def wait(self, timeout: float) -> list[Event]:
@@ -144,12 +144,6 @@ class PoolOfFakes(FakePool):
         return events
 
 
-def script(job: int, config: Any) -> Iterator[Event]:
-    *epochs, _ = trains(lambda job, _: 0.9 - job / 100)(job, config)
-    yield from epochs
-    yield weights(job, num_classes=10)
-
-
 def nothing() -> None:
     pass
 
@@ -157,7 +151,7 @@ def nothing() -> None:
 def sweep(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object] = nothing) -> int:
     """Run the command line for two trials of two epochs, and return its exit code."""
     monkeypatch.setattr(
-        experiments.engine.processes, "ProcessPool", lambda *_, **__: PoolOfFakes(happens)
+        experiments.engine.processes, "ProcessPool", lambda *_, **__: DisturbedPool(happens)
     )
     command = ["--trials", "2", "--epochs", "2", "--workers", "1", "--study", "faults"]
     command += ["--tracking-timeout", "0", "--pruner", "none", "--data-dir", os.environ["DATA"]]
@@ -188,18 +182,11 @@ def assert_nothing_is_lost(folder: Path) -> None:
             assert len(run.outputs.model_outputs) == 1
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    load("digits", data_dir=folder, seed=0)
-    return folder
-
-
 @pytest.fixture
-def world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits: Path) -> Path:
+def world(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, digits_cache: Path) -> Path:
     """Give the test a working folder of its own, with MLflow's tables."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    monkeypatch.setenv("DATA", str(digits))
+    monkeypatch.setenv("DATA", str(digits_cache))
     return Path.cwd()
 
 
@@ -219,7 +206,7 @@ def disk(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     mounted.__exit__(None, None, None)
 
 
-def test_a_full_disk_is_told_from_bad_input_whoever_says_it() -> None:
+def test_a_full_disk_is_told_from_bad_input_in_all_its_messages() -> None:
     for text in (
         "(sqlite3.OperationalError) database or disk is full",
         "[Errno 28] No space left on device: 'data'",
@@ -270,8 +257,8 @@ def test_a_locked_study_stops_a_sweep_in_a_line_and_the_same_command_continues_i
 
 HOLDING = """
 import sys, time
-from experiments.study.storage import held
-with held("sqlite:///optuna.db", "faults"):
+from experiments.study.storage import study_lock
+with study_lock("sqlite:///optuna.db", "faults"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -314,7 +301,7 @@ def test_a_read_only_disk_is_one_line(
     assert_nothing_is_lost(disk)
 
 
-def test_a_run_that_is_taken_up_names_the_process_that_works_on_it_now(
+def test_a_run_that_is_resumed_names_the_process_that_works_on_it_now(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(sqlite3.connect(world / "optuna.db", isolation_level=None)) as other:
@@ -340,65 +327,82 @@ def test_a_model_that_a_full_disk_does_not_take_raises_and_ends_no_process(disk:
         save_model(model, disk / "model", input_example=images, metadata={"classes": ["a", "b"]})
 
 
-# The real thing
+# Real sweeps
 
 SMALL = faults.sweep_command(2, 2)
 if taskset := shutil.which("taskset"):
-    # One core and so one thread: two that wait for each other crawl where others work, too.
+    # One core and so one thread: two that wait for each other are slow on a busy machine.
     SMALL = (taskset, "--cpu-list", str(min(os.sched_getaffinity(0))), *SMALL)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what the sweep records that is disturbed below."""
-    calm = faults.Place(folder=tmp_path_factory.mktemp("faults") / "calm", command=SMALL)
-    calm.folder.mkdir()
-    faults.undisturbed(calm, number=1)
-    return faults.state(calm)
+    """Return the records of the sweep that is disturbed below."""
+    calm = faults.Sweep(folder=tmp_path_factory.mktemp("faults") / "calm", command=SMALL)
+    faults.run_undisturbed(calm)
+    return recorded.read(calm.folder)
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> faults.Place:
+def disturbed(tmp_path: Path) -> faults.Sweep:
     (tmp_path / "sweep").mkdir()
-    return faults.Place(folder=tmp_path / "sweep", command=SMALL)
+    return faults.Sweep(folder=tmp_path / "sweep", command=SMALL)
 
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_as_the_undisturbed_one(
-    undisturbed: dict[str, Any], place: faults.Place
+    undisturbed: dict[str, Any], disturbed: faults.Sweep
 ) -> None:
-    process = place.start()
+    process = disturbed.start()
 
     def wait_for(happened: Callable[[], object]) -> None:
         while not happened():
-            assert not faults.ended(process, 0.01), place.printed()
+            assert not processes.ended(process, 0.01), disturbed.printed()
 
     try:
         # Not by time: machines differ. First while the tables are made.
-        wait_for((place.folder / "mlflow.db.draft").exists)
+        wait_for((disturbed.folder / "mlflow.db.draft").exists)
         process.kill()
         process.wait()
-        process = place.start()
-        wait_for(lambda: faults.count(place.folder, faults.EPOCHS) >= 1)
-        os.kill(faults.children(process.pid)[0], signal.SIGKILL)
-        wait_for(lambda: faults.count(place.folder, faults.EPOCHS) >= 3)
+        process = disturbed.start()
+        wait_for(lambda: disturbed.num_epochs() >= 1)
+        os.kill(processes.children(process.pid)[0], signal.SIGKILL)
+        wait_for(lambda: disturbed.num_epochs() >= 3)
         process.kill()
         process.wait()
-        process = place.start()
-        assert process.wait() == 0, place.printed()
+        process = disturbed.start()
+        assert process.wait() == 0, disturbed.printed()
     finally:
         process.kill()
         process.wait()
-    assert faults.compare(undisturbed, faults.state(place)) == []
+    assert recorded.compare(undisturbed, recorded.read(disturbed.folder)) == []
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_server_goes_away_ends_as_the_undisturbed_one(
-    undisturbed: dict[str, Any], place: faults.Place
+def test_a_sweep_whose_server_stops_ends_as_the_undisturbed_one(
+    undisturbed: dict[str, Any], disturbed: faults.Sweep
 ) -> None:
-    told = faults.Told()
-    at_once = faults.Pace(start_up=0.01, work=0, number=1)  # once there is an epoch
-    with faults.without_server(place, at_once, Random(0), told) as place:
-        assert not told.problems
-        assert faults.compare(undisturbed, faults.state(place)) == []
-    assert told.done.total() == 1
+    at_once = faults.Faults(number=1, start_up=0.01, work=0, rng=Random(0))  # after an epoch
+    with faults.without_server(disturbed, at_once) as sweep:
+        assert not at_once.problems
+        assert recorded.compare(undisturbed, recorded.read(sweep.folder, sweep.uri)) == []
+    assert at_once.done.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda found: found["trials"].pop(1), "there are 1 trials, not 2"),
+        (lambda found: found["runs"].clear(), "trial 0 has 0 runs"),
+        (lambda found: found["models"].add("another"), "model another belongs to no run"),
+        (lambda found: found["probabilities"].update({"0": b""}), "trial 0: probabilities b''"),
+        (lambda found: found["registered"].clear(), "registered is {}"),
+    ],
+)
+@pytest.mark.slow
+def test_what_a_sweep_lost_is_a_difference(
+    undisturbed: dict[str, Any], change: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    found = {name: copy(records) for name, records in undisturbed.items()}
+    change(found)
+    assert any(line.startswith(problem) for line in recorded.compare(undisturbed, found))

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: tried on the CPU, so that it works when there is a GPU for a few minutes."""
+"""`benchmarks.gpu`, tried on the CPU, so that it works when a GPU is there for a few minutes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, usual
-from benchmarks.gpu import made_up, measure_accuracy, measure_speed, require, run_checks
+from benchmarks import gpu, gpu_checks, tutorial
+from benchmarks.common import made_up
+from benchmarks.gpu import measure_accuracy, measure_speed
+from benchmarks.gpu_checks import require, run_checks
 from cnn.config import PRECISIONS
 
 # What a machine with PyTorch and NumPy alone does not have.
-ABSENT = [
-    "PIL",
-    "matplotlib",
-    "mlflow",
-    "optuna",
-    "pandas",
-    "psutil",
-    "pyarrow",
-    "pytest",
-    "requests",
-]
-ABSENT += ["requests", "rich", "scipy", "sklearn", "sqlalchemy", "torchvision"]
+ABSENT = "PIL matplotlib mlflow optuna pandas psutil pyarrow pytest requests rich scipy sklearn"
+ABSENT += " sqlalchemy torchvision"
 
 WITHOUT = """
 import runpy, sys
@@ -41,7 +33,7 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT, " ".join(ABSENT), *arguments],
+        [sys.executable, "-c", WITHOUT, ABSENT, *arguments],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -58,9 +50,9 @@ def test_it_runs_with_pytorch_and_numpy_alone() -> None:
     lines = done.stdout.splitlines()
     assert torch.__version__ in lines[0]
     assert lines[-1].endswith("All holds.")
-    assert sum("| holds |" in line for line in lines) == len(gpu.CHECKS)
-    tutorial = gpu.TUTORIAL.split(",")[0]
-    for batch_size, way in itertools.product((16, 64), (tutorial, *PRECISIONS)):
+    assert sum("| holds |" in line for line in lines) == len(gpu_checks.CHECKS)
+    baseline = gpu.TUTORIAL.split(",")[0]
+    for batch_size, way in itertools.product((16, 64), (baseline, *PRECISIONS)):
         rows = [line for line in lines if line.startswith(f"| {batch_size} | {way}")]
         assert any("n = 2" in row for row in rows)
 
@@ -73,7 +65,7 @@ def test_where_there_is_no_gpu_it_says_so_in_a_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_check_that_fails_is_told_and_the_others_are_made(
+def test_a_check_that_fails_is_printed_and_the_others_are_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fails(device: str) -> None:
@@ -119,7 +111,7 @@ def test_another_accuracy_does_not_hold(
     monkeypatch.setattr(gpu, "train", lambda config, data: [Trained(config)])
     data = made_up(20, 20, contrast=1, tint=1)
     wrong = measure_accuracy(data, "cpu", 4, time.perf_counter() + 60)
-    assert wrong == ["accuracy of bfloat16 on cpu is another"]
+    assert wrong == ["accuracy of bfloat16 on cpu differs"]
     assert "-2.00 points (-2.00 to -2.00) | 8 |" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "TOLERANCE", 0.03)
     assert measure_accuracy(data, "cpu", 4, time.perf_counter() + 60) == []
@@ -129,8 +121,6 @@ def test_without_torchvision_the_tutorial_sees_the_same_tensors() -> None:
     from PIL import Image
 
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    assert usual.HAS_TORCHVISION
-    plain, theirs = usual.plain_to_tensor(image), usual.TO_TENSOR(Image.fromarray(image))
-    assert torch.equal(plain, theirs)
-    plain, theirs = usual.plain_normalised(image), usual.NORMALISED(Image.fromarray(image))
-    assert torch.equal(plain, theirs)
+    assert tutorial.HAS_TORCHVISION
+    expected = tutorial.NORMALISED(Image.fromarray(image))
+    assert torch.equal(tutorial.plain_normalised(image), expected)

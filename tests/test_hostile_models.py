@@ -143,8 +143,8 @@ def size(number: object) -> dict[str, object]:
         ({"storage_offset": size(1)}, "larger than its record"),
         ({"storage_offset": size(10**30)}, "larger than its record"),
         ({"storage_offset": size(-1)}, "larger than its record"),
-        ({"storage_offset": size(0.0)}, "the size {'as_int': 0.0} is none"),
-        ({"storage_offset": size(False)}, "the size {'as_int': False} is none"),
+        ({"storage_offset": size(0.0)}, "the size {'as_int': 0.0} is no integer"),
+        ({"storage_offset": size(False)}, "the size {'as_int': False} is no integer"),
         ({"sizes": [size(2)], "strides": [size(1)]}, "larger than its record"),
         ({"sizes": [size(10**12)], "strides": [size(0)]}, "larger than its record"),
         ({"sizes": [size(0)], "strides": [size(1)]}, "larger than its record"),
@@ -224,6 +224,9 @@ def signed(shape: list[Any]) -> Callable[[dict[str, Any]], None]:
     return lambda about: about["signature"].update(inputs=json.dumps([spec]))
 
 
+NESTED = {"inputs": "[" * 9999, "outputs": "[]"}
+
+
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
@@ -233,7 +236,7 @@ def signed(shape: list[Any]) -> Callable[[dict[str, Any]], None]:
         (signed([-1, 32.0, 32, 3]), "it takes uint8 (-1, 32.0, 32, 3), not images"),
         (signed([-1, True, 32, 3]), "it takes uint8 (-1, True, 32, 3), not images"),
         (signed([-1, "x" * 1000, 32, 3]), "it takes uint8 (-1, 'xxx"),
-        (lambda about: about.update(signature={"inputs": "[" * 9999, "outputs": "[]"}), "none of"),
+        (lambda about: about.update(signature=NESTED), "is not of one tensor"),
         (lambda about: about.update(signature={"inputs": {}, "outputs": [1]}), "no signature"),
         (lambda about: about.update(signature="x"), "no mapping as signature"),
         (lambda about: about["metadata"].update(seed="x"), "'x' as seed, which is no integer from"),

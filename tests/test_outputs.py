@@ -366,9 +366,9 @@ def test_a_kill_leaves_no_half_file_and_is_resumed(
     np.save("a.npy", images(50))
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_outputs import predictor_of, predict, labelling, drafts\n"
+        "from test_outputs import predictor_of, predict, pipeline, drafts\n"
         "predict._choose_model = lambda _: (predictor_of(), '')\n"
-        "labelling.CHUNK = 1\n"
+        "pipeline.CHUNK = 1\n"
         "append = drafts.Draft.append\n"
         "def watched(self, content, **options):\n"
         "    append(self, content, **options)\n"

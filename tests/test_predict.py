@@ -660,7 +660,7 @@ def test_a_bad_source_is_one_line(
         ),
         (
             ["--experiment", "study", "--column", "image"],
-            "--column is for Parquet files: 'a.npy' is none",
+            "--column is for Parquet files, not for 'a.npy'",
         ),
         (
             ["--experiment", "study", "--study", "other"],
@@ -694,7 +694,7 @@ def test_empty_options_count_as_not_given(desk: Path) -> None:
         ("missing/out.csv", "can't write --out: there is no folder"),
         ("shut/out.csv", "can't write --out: "),
         ("shut.csv", "can't write --out: "),
-        (".", "--out must end in .csv, .parquet, .jsonl, which says what is written: '.'"),
+        (".", "--out must end in .csv, .parquet, .jsonl, which is the format: '.'"),
         ("out.txt", "--out must end in .csv, .parquet, .jsonl"),
         ("folder.csv", "can't write --out: "),
         ("pipe.csv", "can't write --out: '"),
@@ -898,7 +898,7 @@ def test_for_a_source_of_no_known_data_set_it_is_said_which_the_model_is_of(
 def test_load_best_warns_of_runs_on_other_data_sets(
     of_two: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "load_model", lambda uri: uri)
+    monkeypatch.setattr("tracking.selection.load_model", lambda uri: uri)
     with pytest.warns(UserWarning, match="on 'colours'; not among") as caught:
         load_best("two")
     assert caught[0].filename == __file__

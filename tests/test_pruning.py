@@ -273,7 +273,7 @@ def test_the_best_that_is_pruned_is_never_reached_and_regretted() -> None:
     assert done.epochs_to(0.80) == math.inf
     assert done.epochs_to(0.704) == 3 + 1 + 3 + 2 + 3
     assert pruning.best(CURVES) - done.best() == pytest.approx(0.096)
-    table = pruning.markdown([CURVES], {"one_epoch": [done]})
+    table = pruning.table([CURVES], {"one_epoch": [done]})
     expected = "| `one_epoch` | never (never–never) | 0.0% | never (never–never) | 0.0% |"
     expected += " 13 (13–13) | 9.60, 9.60 | 0.0% | 0.0% | 100.0% |"
     assert table.splitlines()[-1] == expected
@@ -317,7 +317,7 @@ def test_draws_are_of_different_trials_and_seeded() -> None:
     draws = draw_trials(CURVES, 4, 50, seed=0)
     assert draws == draw_trials(CURVES, 4, 50, seed=0) != draw_trials(CURVES, 4, 50, seed=1)
     assert all(len({id(curve) for curve in draw}) == 4 for draw in draws)
-    with pytest.raises(ValueError, match="--trials 7, but the study has 6 that are over"):
+    with pytest.raises(ValueError, match="--trials 7, but only 6 trials have ended"):
         draw_trials(CURVES, 7, 1, seed=0)
 
 
@@ -335,7 +335,7 @@ def recorded(folder: Path, pruner: str) -> str:
     return storage
 
 
-def test_curves_are_those_of_trials_that_are_over(tmp_path: Path) -> None:
+def test_curves_are_those_of_trials_that_have_ended(tmp_path: Path) -> None:
     assert read_curves(recorded(tmp_path, "none"), "s") == (
         3,
         [

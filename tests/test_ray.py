@@ -15,7 +15,7 @@ from real_workers import config, wait_for_end
 from real_workers import data as data
 from real_workers import data_dir as data_dir
 
-from benchmarks import faults
+from benchmarks import faults, processes, recorded
 from cnn.data import Dataset
 from cnn.devices import num_cores
 from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded, JobFailed, JobMoved
@@ -324,25 +324,24 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
     command = (sys.executable, "-m", "experiments.sweep", "--trials", "4", "--epochs", "6")
     command += ("--batch-sizes", "32", "--sampler", "random", "--pruner", "none")
     command += ("--study", "faults", "--workers")
-    calm = faults.Place(folder=tmp_path / "calm", command=(*command, str(num_cores())))
+    calm = faults.Sweep(folder=tmp_path / "calm", command=(*command, str(num_cores())))
     on_ray = ("2", "--engine", "ray", "--ray-address", str(nodes.address))
-    stormy = faults.Place(folder=tmp_path / "stormy", command=(*command, *on_ray))
-    for place in (calm, stormy):
-        place.folder.mkdir()
-    faults.undisturbed(calm, number=1)
+    stormy = faults.Sweep(folder=tmp_path / "stormy", command=(*command, *on_ray))
+    stormy.folder.mkdir()
+    faults.run_undisturbed(calm)
 
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     first, second = nodes.add_node(**small), nodes.add_node(**small)
     process = stormy.start()
 
     def wait_for_epochs(number: int) -> None:
-        while faults.count(stormy.folder, faults.EPOCHS) < number:
-            assert not faults.ended(process, 0.01), stormy.printed()
+        while stormy.num_epochs() < number:
+            assert not processes.ended(process, 0.01), stormy.printed()
 
     def wait_until_one_has_moved() -> None:
         with closing(sqlite3.connect(stormy.folder / "mlflow.db", timeout=60)) as database:
             while not database.execute("SELECT * FROM tags WHERE key = 'moved'").fetchall():
-                assert not faults.ended(process, 0.01), stormy.printed()
+                assert not processes.ended(process, 0.01), stormy.printed()
 
     try:
         wait_for_epochs(3)  # one of two has ended one, and is within another
@@ -353,7 +352,7 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
         process.kill()
         process.wait()
         process = stormy.start()
-        assert faults.ended(process, 120), stormy.printed()
+        assert processes.ended(process, 120), stormy.printed()
         assert process.returncode == 0, stormy.printed()
     finally:
         process.kill()
@@ -361,15 +360,15 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
         for node in (first, second):
             nodes.remove_node(node, allow_graceful=False)
     assert "raylet" not in stormy.printed()  # what Ray has to say is in a file
-    recorded = faults.state(stormy)
-    assert faults.compare(faults.state(calm), recorded) == []
-    assert [run.data.tags["moved"] for run in recorded["runs"] if "moved" in run.data.tags]
+    found = recorded.read(stormy.folder)
+    assert recorded.compare(recorded.read(calm.folder), found) == []
+    assert [run.data.tags["moved"] for run in found["runs"] if "moved" in run.data.tags]
 
 
 def test_a_sweep_on_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.sweep", "--trials", "2", "--epochs", "1"]
     command += ["--engine", "ray", "--pruner", "none"]
-    with faults.start_in(command, tmp_path, log=tmp_path / "log.txt") as process:
+    with processes.start(command, tmp_path) as process:
         assert process.wait() == 0, (tmp_path / "log.txt").read_text()
     assert (tmp_path / "log.txt").read_text().count(" complete ") == 4  # as they end, and the table
     with pytest.raises(ProcessLookupError):

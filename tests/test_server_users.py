@@ -7,7 +7,6 @@ for it.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import experiments.sweep
 import tracking.best
 import tracking.predict
 import tracking.promote
-from benchmarks import faults
+from benchmarks import processes
 from cnn.config import TrainConfig
 from cnn.data import load
 from experiments.engine.base import Event
@@ -62,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """Run the server; yield its address without `http://`."""
-    port = faults.free_port()
+    port = processes.free_port()
     settings = folder / "auth.ini"
     settings.write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
@@ -73,11 +72,11 @@ def address(folder: Path) -> Iterator[str]:
         "MLFLOW_AUTH_ADMIN_PASSWORD": password("admin"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "for the pages that make users",
     }
-    server = faults.start_server(
+    server = processes.start_mlflow(
         folder / "server", port, "--app-name", "basic-auth", environment=environment
     )
     yield f"127.0.0.1:{port}"
-    faults.stop_group(server, signal.SIGTERM)
+    processes.stop_group(server)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ import experiments.engine.processes
 import experiments.servers
 import experiments.supervision
 import experiments.sweep
-from benchmarks.faults import free_port
+from benchmarks.processes import free_port
 from experiments.accounts import OWNER, USER_CONNECTIONS, Passwords
 from experiments.servers import build_parser, main
 from experiments.supervision import Server, running, stop_orphaned

@@ -159,7 +159,7 @@ def test_what_a_dead_process_left_is_resumed_while_another_runs(
     assert_each_trial_was_trained_once(settings, coloured_noise)
     # It was only suspended: what it had is no longer its own, and it notices.
     *_, lost, ended = dead
-    assert lost.reason == "another process has taken it up"
+    assert lost.reason == "another process has resumed it"
     assert ended == SweepEnded(outcome="complete", reason="")
     assert_each_trial_was_trained_once(settings, coloured_noise)
 

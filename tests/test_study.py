@@ -676,7 +676,7 @@ def test_the_table_does_not_settle_ties_by_the_validation_loss_of_different_loss
         ({"device": "tpu"}, "device 'tpu' is not here"),
         ({"study": " "}, "--study takes up to 400 printable characters, not ' '"),
         ({"study": "a\x1b[2J"}, "--study takes up to 400 printable characters"),
-        ({"study": "x" * 401}, "--study takes up to 400 characters"),
+        ({"study": "x" * 401}, "--study takes up to 400 printable characters"),
         ({"study": "a'b\"c"}, "with both kinds of quotes: choose another --study"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
 from torch import nn
 
-from benchmarks import gpu
+from benchmarks.gpu_checks import CHECKS
 from cnn import training
 from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Split
@@ -706,7 +706,7 @@ def test_an_unknown_precision_is_refused_with_the_choices():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("check", gpu.CHECKS)
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check):
     check("cuda")
 

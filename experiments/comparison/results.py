@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from experiments.comparison.testing import CONFUSION_FILE
+from experiments.study.parameters import searched
 from experiments.study.storage import open_storage, storage_errors
 from experiments.study.trials import finished_trials
 from tracking.errors import without_passwords
@@ -48,6 +49,13 @@ METRICS = {
     "test_ece": "test/ece",
 }
 """The metrics of a trial's run, by their names here."""
+
+
+def with_searched(columns: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
+    """Return columns of trials, with those of parameters that only some studies search."""
+    others = [name for name in searched(plan) if name not in columns]
+    at = columns.index("batch_size") + 1
+    return [*columns[:at], *others, *columns[at:]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,8 +133,8 @@ def load_results(name: str, storage: str) -> Results:
             plan=plan | repeated | {"given_test": about["given_test"]},
             classes=classes,
             sizes=about["sizes"],
-            trials=pd.DataFrame(trials, columns=list(TRIAL_COLUMNS)),
-            repeats=pd.DataFrame(repeats, columns=list(REPEAT_COLUMNS)),
+            trials=pd.DataFrame(trials, columns=with_searched(TRIAL_COLUMNS, plan)),
+            repeats=pd.DataFrame(repeats, columns=with_searched(REPEAT_COLUMNS, plan)),
             curves=pd.DataFrame(curves, columns=list(CURVE_COLUMNS)),
             confusions=_confusions(client, repeats, len(classes)),
             studies=studies,

@@ -63,14 +63,9 @@ def compare(
 ) -> Generator[Event]:
     """Bring a comparison to its end, and yield what happens.
 
-    Args:
-        plan: what to do.
-        data: the data set, split with the search's seed.
-        pool: the workers, which have opened the same data.
-        interrupts: asked several times a second, as `sweep` does.
-        open_data: returns the data set, split with another seed.
-        retest: show the models the test split again.
-        publish: takes the results, once they are complete, and the comparison's run.
+    `data` is split with the search's seed; `open_data` returns it split with another. The workers
+    of `pool` have opened it. `retest` tests models again that have seen the test split. `publish`
+    takes the complete results, their assessment, and the comparison's run.
 
     Raises:
         ValueError: something can't be used, as with `sweep`; or a second set of models would see

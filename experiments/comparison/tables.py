@@ -32,7 +32,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from experiments.comparison.results import Results
+from experiments.comparison.results import Results, with_searched
+from experiments.study.parameters import BY_NAME
 from experiments.study.ranking import best_first
 
 Floats = npt.NDArray[np.float64]
@@ -122,7 +123,7 @@ def summarise(results: Results, repeats: pd.DataFrame) -> pd.DataFrame:
             for loss in results.plan["losses"]
             for of_loss in [repeats[repeats["loss"] == loss]]
         ],
-        columns=TABLE_COLUMNS,
+        columns=with_searched(TABLE_COLUMNS, results.plan),
     ).astype({"batch_size": "Int64"})
     return table.sort_values("val_accuracy", ascending=False, kind="stable", ignore_index=True)
 
@@ -152,7 +153,7 @@ def _best_configuration(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str
     """Return the configuration of the repeats, else of the best trial, else nothing."""
     best = best_first(trials[trials["outcome"] == "complete"])
     for row in (repeats if len(repeats) else best).head(1).to_dict("records"):
-        return {name: row[name] for name in ("learning_rate", "batch_size")}
+        return {name: row[name] for name in BY_NAME if name in row and name != "loss"}
     return {}
 
 

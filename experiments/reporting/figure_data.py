@@ -32,9 +32,6 @@ def best_settings(results: Results) -> pd.DataFrame:
     return ordered.drop_duplicates("loss").set_index("loss", drop=False)
 
 
-# Accuracy against budget
-
-
 def draws_are_independent(results: Results) -> bool:
     """Return whether the draws were independent, which expected validation performance needs."""
     return bool(results.plan["sampler"] == "random")
@@ -79,9 +76,6 @@ def budget(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["loss", "trials", "val_accuracy"])
 
 
-# Learning curves
-
-
 def learning_curves(results: Results) -> pd.DataFrame:
     """Return means and ranges over the trainings of each loss' best configuration, epoch by epoch.
 
@@ -111,9 +105,6 @@ def learning_curves(results: Results) -> pd.DataFrame:
             ).reset_index()
         )
     return pd.concat(parts, ignore_index=True)
-
-
-# The search
 
 
 ALL_LOSSES = "all losses"
@@ -180,9 +171,6 @@ def joint_study(results: Results) -> optuna.Study:
                     )
                 )
     return joint
-
-
-# Confusions, time
 
 
 def confusions(results: Results) -> pd.DataFrame:

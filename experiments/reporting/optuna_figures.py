@@ -69,9 +69,7 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
 def _name_traces(history: go.Figure, losses: Sequence[str]) -> None:
     """Make a loss' trials and its best so far one entry of the legend, with a style of its own.
 
-    Args:
-        history: three traces for each study: trials, best so far, infeasible trials (none).
-        losses: of the studies.
+    `history` has three traces for each loss: trials, best so far, infeasible trials (none).
     """
     for number, loss in enumerate(losses):
         color = COLORS[number % len(COLORS)]
@@ -94,8 +92,7 @@ def _name_traces(history: go.Figure, losses: Sequence[str]) -> None:
 def _shade_lines(parallel: go.Figure) -> None:
     """Draw better trials as stronger lines; some of Optuna's blues are too faint.
 
-    Args:
-        parallel: a trace for each trial, the objective (0 to 1) first; the last is the colour bar.
+    `parallel` has a trace for each trial, with the objective (0 to 1) first, and a colour bar.
     """
     *trials, color_bar = parallel.data
     for trial in trials:

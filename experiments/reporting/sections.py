@@ -25,6 +25,7 @@ from experiments.reporting.parts import (
     plain,
 )
 from experiments.reporting.small_multiples import SmallMultiples, draw_panels
+from experiments.study.parameters import BY_NAME, Parameter, searched
 
 if TYPE_CHECKING:
     from experiments.comparison.assessment import Assessment
@@ -170,10 +171,14 @@ def _best_settings(results: Results, best: pd.DataFrame) -> Table:
     def counted(outcome: str) -> Callable[[Mapping[Any, Any]], str]:
         return lambda row: str(outcomes.get((row["loss"], outcome), 0))
 
+    def value_of(parameter: Parameter) -> Callable[[Mapping[Any, Any]], str]:
+        form = parameter.form.replace("d", ".0f")  # of an integer that may be missing
+        return lambda row: number(row[parameter.name], form)
+
+    parameters = [BY_NAME[name] for name in searched(results.plan) if name != "loss"]
     columns: Columns = {
         "loss": lambda row: row["loss"],
-        "learning rate": lambda row: number(row["learning_rate"], ".3g"),
-        "batch size": lambda row: number(row["batch_size"], ".0f"),
+        **{each.label: value_of(each) for each in parameters},
         "validation accuracy, %": lambda row: number(100 * row["val_accuracy"], ".2f"),
         **{outcome: counted(outcome) for outcome in ("complete", "diverged", "failed")},
     }

@@ -157,11 +157,9 @@ def draw_png(multiples: SmallMultiples) -> bytes:
 
 
 def _inline(figure: Figure, label: str) -> str:
-    """Return a figure as SVG for a page with others, in the page's colours.
+    """Return a figure in the colours of `_PAGE` as SVG in the page's own colours.
 
-    Args:
-        figure: drawn in the colours of `_PAGE`.
-        label: the description for screen readers, unique on the page.
+    The label is for screen readers, and unique on the page.
     """
     import matplotlib as mpl
 
