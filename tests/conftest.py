@@ -78,6 +78,25 @@ def do_not_wait_for_the_disk(connection: object, _: object) -> None:
         connection.execute("PRAGMA synchronous = OFF")
 
 
+_ENGINES: set[sqlalchemy.Engine] = set()
+
+
+@listens_for(sqlalchemy.Engine, "engine_connect")
+def note_engine(connection: sqlalchemy.Connection) -> None:
+    _ENGINES.add(connection.engine)
+
+
+@pytest.fixture(autouse=True)
+def no_connection_stays_open() -> Iterator[None]:
+    """Close what Optuna and MLflow keep open, to use it again: they do until their process ends.
+
+    An engine that is used again, by a fixture of a whole module, connects again.
+    """
+    yield
+    while _ENGINES:
+        _ENGINES.pop().dispose()
+
+
 @pytest.fixture(scope="session")
 def traced_once() -> Iterator[None]:
     """Have the sweeps of all tests share the models that they record, and so their graphs.

@@ -183,6 +183,15 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
     assert (done.returncode, done.stdout) == (0, "goes on\n")
 
 
+def test_a_command_leaves_no_semaphore_to_be_complained_of() -> None:
+    script = (
+        "import multiprocessing; from tracking.cli import leave\n"
+        "lock = multiprocessing.get_context('spawn').RLock()\nleave(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_command_works_in_a_thread(capsys: pytest.CaptureFixture[str]) -> None:
     codes = []
     thread = threading.Thread(

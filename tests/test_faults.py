@@ -304,7 +304,7 @@ def test_a_read_only_disk_is_one_line(
 def test_a_run_that_is_resumed_names_the_process_that_works_on_it_now(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with sqlite3.connect(world / "optuna.db", isolation_level=None) as other:
+    with closing(sqlite3.connect(world / "optuna.db", isolation_level=None)) as other:
         sweep(monkeypatch, lambda: other.execute("BEGIN EXCLUSIVE"))
         other.execute("ROLLBACK")
     client = MlflowClient(f"sqlite:///{world}/mlflow.db")

@@ -252,6 +252,9 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
+    if multiprocessing := sys.modules.get("multiprocessing.util"):
+        # From Python 3.14 on, its tracker prints a warning of semaphores that are left, as tqdm's.
+        multiprocessing._run_finalizers(0)
     os._exit(code)
 
 
