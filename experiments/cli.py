@@ -58,7 +58,6 @@ def make_parser(module: str, description: str, epilog: str) -> Parser:
         description=description,
         epilog=f"{LOSSES_TEXT}\n{epilog}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     data = parser.add_argument_group("data")
     add_flag(

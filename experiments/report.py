@@ -22,7 +22,6 @@ def build_parser() -> Parser:
         description="Report on a comparison of losses that experiments.compare made, finished or "
         "not: a page that needs no network, the same as Markdown, and all data as CSV.",
         epilog="exit codes: 0 done; 2 bad input; 1 the disk or a database refused",
-        allow_abbrev=False,
     )
     parser.add_argument("name", metavar="STUDY", help="the name of the comparison")
     add_storage_flag(parser)

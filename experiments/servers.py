@@ -368,7 +368,6 @@ def build_parser() -> Parser:
         "stops both; the same command starts them again with the same data.",
         epilog="exit codes: 0 stopped; 2 bad input; 1 a server dies repeatedly, or the disk is "
         "full",
-        allow_abbrev=False,
     )
     add_flag(parser, "--dir", Path("servers"), "all data, logs and passwords")
     text = f"name or address to answer at, {EVERYWHERE} for all of this machine"

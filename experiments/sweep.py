@@ -125,9 +125,9 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     if table is not None and len(table):
         searched = [each for each in PARAMETERS if each.name in table]
         texts = {each.name: table[each.name].map(each.text) for each in searched}
-        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format)
+        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format, na_action="ignore")
         shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
-        print(f"\n{shown.to_string(index=False)}\n")
+        print(f"\n{shown.to_string(index=False, na_rep='–')}\n")
     if ended.outcome != "complete":
         return cli.report_stop(ended.outcome, ended.reason)
     complete = None if table is None else table[table["outcome"] == "complete"]

@@ -13,6 +13,8 @@ import pytest
 from fake_pool import diverges, script_of_ten, use_pool
 from mlflow import MlflowClient
 from mlflow.tracking._tracking_service.utils import _get_store
+from optuna import get_all_study_names, load_study
+from optuna.trial import TrialState
 from PIL import Image
 
 from cnn.config import PRECISIONS
@@ -103,6 +105,20 @@ def test_the_same_command_again_does_nothing_and_says_so(
     assert "2 already finished" in out
     assert "nothing is left to do" in out
     assert "best: trial 0" in out
+
+
+def test_a_trial_that_another_tool_ended_without_parameters_is_a_row_with_dashes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([*SMALL, "--pruner", "none"])
+    (name,) = get_all_study_names("sqlite:///optuna.db")
+    study = load_study(study_name=name, storage="sqlite:///optuna.db")
+    study.tell(study.ask(), state=TrialState.FAIL)
+    capsys.readouterr()
+    assert main(["--trials", "3", *SMALL[2:], "--pruner", "none"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n +2 +fail +– +– +– +0 +–\n", out)
+    assert re.search(r"\n +0 +complete +\w+ +[\d.e-]+ +(16|32|64|128) ", out)
 
 
 def test_a_best_trial_whose_run_was_deleted_for_good_is_passed_over_and_said_to_be(

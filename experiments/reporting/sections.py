@@ -172,8 +172,7 @@ def _best_settings(results: Results, best: pd.DataFrame) -> Table:
         return lambda row: str(outcomes.get((row["loss"], outcome), 0))
 
     def value_of(parameter: Parameter) -> Callable[[Mapping[Any, Any]], str]:
-        form = parameter.form.replace("d", ".0f")  # of an integer that may be missing
-        return lambda row: number(row[parameter.name], form)
+        return lambda row: number(row[parameter.name], parameter.form)
 
     parameters = [BY_NAME[name] for name in searched(results.plan) if name != "loss"]
     columns: Columns = {

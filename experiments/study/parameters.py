@@ -64,8 +64,8 @@ class Parameter:
     metavar: str
 
     def text(self, value: Any) -> str:
-        """Return a value as text."""
-        return f"{value:{self.form}}"
+        """Return a value as text: a dash if it is missing, as a trial's that another tool ended."""
+        return "–" if value is None or value != value else f"{value:{self.form}}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ PARAMETERS: tuple[ChoiceParameter | LogRangeParameter, ...] = (
         name="batch_size",
         label="batch size",
         short="bs",
-        form="d",
+        form=".0f",  # of a column with a missing value, pandas makes floats
         width=4,
         help="batch sizes, in images a step",
         metavar="IMAGES",
