@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.register_profile("tests", max_examples=60 if config.getoption("--slow") else 15)
+    settings.register_profile("tests", max_examples=60 if config.getoption("--slow") else 10)
     settings.load_profile("tests")
 
 

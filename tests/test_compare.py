@@ -91,6 +91,7 @@ def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     assert {"report/report.html", "report/report.md", "report/data"} <= stored
 
 
+@pytest.mark.slow
 def test_the_same_command_again_looks_at_nothing_twice(
     compared: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +189,7 @@ def test_mlflows_pages_show_a_comparison_in_a_browser(compared: str, tmp_path: P
     assert min(file.stat().st_size for file in pictures.values()) > 20_000
 
 
+@pytest.mark.slow
 def test_a_parameter_in_the_table_is_searched_named_and_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -272,10 +272,10 @@ def between_two_models(event: Event) -> bool:
 @pytest.mark.parametrize(
     "when",
     [
-        at_the_first_search,
-        between_two_searches,
-        before_the_confirmation,
-        before_the_test_split,
+        pytest.param(at_the_first_search, marks=pytest.mark.slow),
+        pytest.param(between_two_searches, marks=pytest.mark.slow),
+        pytest.param(before_the_confirmation, marks=pytest.mark.slow),
+        pytest.param(before_the_test_split, marks=pytest.mark.slow),
         between_two_models,
     ],
 )
@@ -306,6 +306,7 @@ def num_tested(events: list[Event]) -> int:
     return sum(isinstance(event, ModelTested) for event in events)
 
 
+@pytest.mark.slow
 def test_the_test_split_is_looked_at_once_unless_a_second_time_is_asked_for(
     plan: Plan, data: Dataset
 ) -> None:
@@ -343,6 +344,7 @@ def test_a_run_that_is_deleted_while_the_test_split_is_shown_is_passed_over(
     assert sum(isinstance(event, ModelTested) for event in events) == 3  # of four
 
 
+@pytest.mark.slow
 def test_there_can_be_more_repeats_before_it_was_looked_at(plan: Plan, data: Dataset) -> None:
     run(plan, data, stop_when=before_the_test_split)
     assert num_tested(run(replace(plan, repeats=3), data)) == 6

@@ -522,6 +522,7 @@ PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:80
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize(("scheme", "ink"), [("0", "rgb(230, 230, 230)"), ("1", "rgb(27, 27, 27)")])
 def test_the_page_fits_a_phone_and_asks_for_nothing(

@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_from_bad_input_in_all_its_messages() -> None:
     assert not is_transient(ValueError("unknown loss 'mes'"))
 
 
-@pytest.mark.parametrize("spare", [0, 20_000])
+@pytest.mark.parametrize("spare", [pytest.param(0, marks=pytest.mark.slow), 20_000])
 def test_a_full_disk_stops_a_sweep_in_a_line_and_the_same_command_continues_it(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], spare: int
 ) -> None:
@@ -229,7 +229,7 @@ def test_a_full_disk_stops_a_sweep_in_a_line_and_the_same_command_continues_it(
     assert_nothing_is_lost(disk)
 
 
-@pytest.mark.parametrize("spare", [0, 100_000])
+@pytest.mark.parametrize("spare", [pytest.param(0, marks=pytest.mark.slow), 100_000])
 def test_a_disk_that_is_full_from_the_first_start_on_is_one_line(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], spare: int
 ) -> None:
@@ -264,6 +264,7 @@ with study_lock("sqlite:///optuna.db", "faults"):
 """
 
 
+@pytest.mark.slow
 def test_a_second_sweep_of_a_study_is_refused_in_a_line_until_the_first_is_dead(
     world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

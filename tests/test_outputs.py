@@ -358,6 +358,7 @@ def test_resumed_it_ends_with_the_bytes_of_an_undisturbed_run(
     assert sorted(path.name for path in desk.iterdir()) == sorted([out, "photos", f"whole{ending}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_a_kill_leaves_no_half_file_and_is_resumed(
     ending: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

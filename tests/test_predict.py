@@ -813,6 +813,7 @@ def test_help_explains_every_option_and_loads_nothing_heavy() -> None:
         assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_labelling_an_array_from_python_never_loads_cnn(desk: Path) -> None:
     script = (
         "import sys, numpy as np, tracking\n"

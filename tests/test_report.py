@@ -293,7 +293,9 @@ def test_a_link_to_a_folder_stays_a_link(desk: Path) -> None:
 # Figures
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 10, 31, 100, 300])
+@pytest.mark.parametrize(
+    "num_classes", [1, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 31, 100, 300))]
+)
 def test_figures_are_of_a_size_that_can_be_looked_at(num_classes: int, tmp_path: Path) -> None:
     measures = measured(*sample(200, num_classes))
     for name, draw in figures.FIGURES.items():

@@ -638,6 +638,7 @@ def stand_in(name: str, script: str, folder: Path) -> Callable[..., AbstractCont
     return lambda *_: running(name, ["/bin/sh", "-c", script], log, signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["postgresql", "mlflow_on"])
 def test_a_server_that_dies_again_and_again_ends_both(
     free: list[str],
@@ -721,6 +722,7 @@ def kill_a_command(log: Path, which: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="only Linux can do that")
 def test_a_server_ends_with_a_command_that_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -734,6 +736,7 @@ def test_a_server_ends_with_a_command_that_is_killed(
     assert sleeping() == []
 
 
+@pytest.mark.slow
 def test_a_server_that_outlives_its_command_is_stopped_by_the_next_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -799,6 +802,7 @@ sys.exit(servers.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
 def test_a_signal_stops_both(free: list[str], name: str, tmp_path: Path) -> None:
     process = subprocess.Popen(

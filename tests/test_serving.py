@@ -145,6 +145,7 @@ numpy.save(probabilities, mlflow.pyfunc.load_model(model).predict(numpy.load(ima
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_by_mlflow_where_there_is_none_of_our_code(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def in_folders(*folders: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_folder_may_have_any_name(tmp_path: Path, database: Path) -> None:
     folders = [tmp_path / name for name in ODD_NAMES]
     for folder in folders:
@@ -77,6 +78,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, database: Path) -> None:
         assert kept.is_relative_to(folder / "mlruns")
 
 
+@pytest.mark.slow
 def test_mlflow_makes_its_database_beside_no_folder_of_an_encoded_name(tmp_path: Path) -> None:
     folder = tmp_path / "été, it's (1)"
     folder.mkdir()

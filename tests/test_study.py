@@ -349,21 +349,21 @@ class Killed(BaseException):
     ("where", "times"),
     [
         ("mlflow.MlflowClient.create_run", 2),
-        ("tracking.runs.Run.log_params", 2),
-        ("optuna.trial.Trial.set_user_attr", 1),
-        ("optuna.trial.Trial._suggest", 2),
+        pytest.param("tracking.runs.Run.log_params", 2, marks=pytest.mark.slow),
+        pytest.param("optuna.trial.Trial.set_user_attr", 1, marks=pytest.mark.slow),
+        pytest.param("optuna.trial.Trial._suggest", 2, marks=pytest.mark.slow),
         ("optuna.trial.Trial.report", 2),
         ("mlflow.MlflowClient.log_batch", 4),
-        ("mlflow.MlflowClient.log_inputs", 2),
+        pytest.param("mlflow.MlflowClient.log_inputs", 2, marks=pytest.mark.slow),
         ("mlflow.MlflowClient.create_logged_model", 1),
-        ("mlflow.MlflowClient.log_model_artifacts", 1),
+        pytest.param("mlflow.MlflowClient.log_model_artifacts", 1, marks=pytest.mark.slow),
         ("mlflow.MlflowClient.finalize_logged_model", 1),
-        ("mlflow.MlflowClient.log_outputs", 1),
+        pytest.param("mlflow.MlflowClient.log_outputs", 1, marks=pytest.mark.slow),
         ("mlflow.MlflowClient.set_terminated", 1),
         ("optuna.study.Study.tell", 1),
     ],
 )
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_a_sweep_killed_anywhere_ends_as_the_undisturbed_one(
     settings: Settings,
     data: Dataset,
@@ -451,7 +451,10 @@ def test_an_interrupted_trial_resumes_under_its_number_in_its_run(
     assert parent_run().info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("random", "qmc", "gp"))],
+)
 def test_a_resumed_study_goes_the_way_of_the_undisturbed_one(
     settings: Settings, data: Dataset, sampler: str
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_killed_worker_fails_its_job_and_another_takes_the_next(pool: ProcessP
     assert isinstance(wait_for_end(pool)[-1], JobEnded)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_are_not_started_for_ever(data: Dataset, tmp_path: Path) -> None:
     with ProcessPool(1) as pool:
         pool.open(data, tmp_path)  # where it is not
@@ -107,6 +108,7 @@ def test_workers_that_cannot_start_are_not_started_for_ever(data: Dataset, tmp_p
             wait_for_end(pool)
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_main_process_is_killed(data: Dataset, data_dir: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
@@ -222,6 +224,7 @@ def test_a_checkpoint_that_cannot_be_kept_does_not_end_the_training(
     file.rmdir()
 
 
+@pytest.mark.slow
 def test_a_worker_that_died_while_it_was_idle_is_no_failure_of_the_next_job(
     pool: ProcessPool,
 ) -> None:
