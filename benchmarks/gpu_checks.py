@@ -194,7 +194,7 @@ class Regularised(nn.Module):
         return outputs
 
 
-def build_regularised(num_classes: int, *, seed: int) -> nn.Module:
+def build_regularised(num_classes: int, *, seed: int, **_: object) -> nn.Module:
     """Return the network above, the same for the same seed."""
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
@@ -203,7 +203,7 @@ def build_regularised(num_classes: int, *, seed: int) -> nn.Module:
 
 def check_other_networks(device: str) -> None:
     """Dropout and batch normalisation: what is recorded is stored, repeats, and resumes."""
-    with patch.object(training, "build_cnn", build_regularised):
+    with patch.object(training, "build_network", build_regularised):
         for precision in precisions(device):
             config = small_config(device, precision=precision)
             before = _generators(device)

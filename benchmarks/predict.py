@@ -76,10 +76,10 @@ def main() -> None:
 def store_model(folder: Path) -> str:
     """Store an untrained CNN, and return its folder."""
     from cnn.losses import softmax
-    from cnn.networks import Classifier, build_cnn
+    from cnn.networks import Classifier, build_network
     from tracking.models.recording import save_model
 
-    network = Classifier(build_cnn(10, seed=0), softmax).eval()
+    network = Classifier(build_network(10, seed=0), softmax).eval()
     example = np.zeros((2, 32, 32, 3), np.uint8)
     save_model(network, folder / "model", input_example=example, metadata={"classes": CLASSES})
     return str(folder / "model")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.networks import build_cnn
+from cnn.networks import build_network
 from experiments.engine.base import EpochEnded, Event, JobEnded
 
 BEST_LEARNING_RATES = {"l1": 0.3, "mse": 0.2, "cross_entropy": 0.02}
@@ -44,7 +44,7 @@ class SimulatedPool:
         """When each job that has ended began and ended, by `time.monotonic`."""
         self.all_busy = math.inf
         """When every worker had a job for the first time; inf: never."""
-        network = build_cnn(10, seed=0)
+        network = build_network(10, seed=0)
         self.weights = {name: value.numpy() for name, value in network.state_dict().items()}
 
     def open(self, data: Dataset, data_dir: Path) -> None:

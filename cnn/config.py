@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from cnn.augmentation import AUGMENTATIONS
 from cnn.losses import get_loss
-from cnn.optimizers import OPTIMIZERS, SCHEDULES
+from cnn.networks import get_factory
+from cnn.optimizers import OPTIMIZERS, SCHEDULES, WARMUP
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,7 +27,7 @@ class TrainConfig:
     """
 
     loss: str
-    """A name of `cnn.losses.LOSSES`."""
+    """A name of `cnn.losses.LOSSES`, or a reference as `cnn.losses.get_loss` takes it."""
     learning_rate: float
     """The highest of the schedule, > 0."""
     batch_size: int
@@ -42,6 +44,14 @@ class TrainConfig:
     """As the optimizer defines it, ≥ 0."""
     schedule: str = "one_cycle"
     """How the learning rate changes: a name of `SCHEDULES`."""
+    warmup: float | None = None
+    """Share of the steps in which the learning rate rises, in [0, 1); None: as `WARMUP` says."""
+    network: str = "cnn"
+    """A name as `cnn.networks.get_factory` takes it."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes, in [0, 1): see `cnn.losses.smoothed`."""
+    augment: str = "none"
+    """Random changes of the training images: a name of `AUGMENTATIONS`."""
     precision: str = "float32"
     """Of the network's arithmetic, a name of `PRECISIONS`. Weights are stored in float32."""
     device: str = "cpu"
@@ -49,15 +59,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         get_loss(self.loss)
+        get_factory(self.network)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("augment", self.augment, AUGMENTATIONS)
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", WARMUP[self.schedule])
         _check("learning_rate", self.learning_rate, "finite and > 0", lambda v: 0 < v < math.inf)
         _check("batch_size", self.batch_size, "an integer ≥ 1", _is_integer_from(1))
         _check("epochs", self.epochs, "an integer ≥ 1", _is_integer_from(1))
         _check("seed", self.seed, "an integer from 0 to 2**32 - 1", _is_integer_from(0, 2**32 - 1))
         _check("momentum", self.momentum, "≥ 0 and < 1", lambda v: 0 <= v < 1)
         _check("weight_decay", self.weight_decay, "finite and ≥ 0", lambda v: 0 <= v < math.inf)
+        _check("warmup", self.warmup, "≥ 0 and < 1", lambda v: 0 <= v < 1)
+        _check("label_smoothing", self.label_smoothing, "≥ 0 and < 1", lambda v: 0 <= v < 1)
         is_device = re.compile(r"cpu|cuda(:\d+)?").fullmatch
         _check("device", self.device, "cpu, cuda or cuda:N", is_device)
 

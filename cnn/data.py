@@ -84,6 +84,11 @@ class Dataset:
     notes: tuple[str, ...] = ()  # from `load`: what the user should know of the data, a line each
     checked: FileStates | None = None  # from `load`, for `open_cached`
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.train.all_images.shape[1]
+
 
 def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
     """Return a data set by its name (see DATASETS) or by the path of a folder of images.

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
 from torch import Tensor
 
+from cnn.references import is_reference, resolve
+
 LABEL_SMOOTHING = 0.1
 FOCAL_GAMMA = 2.0
 POLY1_EPSILON = 2.0
@@ -70,7 +72,7 @@ class Loss:
     @property
     def name(self) -> str:
         """What users type: the function's name."""
-        return self.function.__name__
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
     def __post_init__(self) -> None:
         if self.outputs_to_probabilities not in PROBABILITIES:
@@ -89,7 +91,11 @@ class Loss:
                 f"outputs are of shape {tuple(outputs.shape)} and labels of shape "
                 f"{tuple(labels.shape)}; they must be (N, K) and (N,)"
             )
-        return self.function(outputs, labels)
+        value = self.function(outputs, labels)
+        if not isinstance(value, Tensor) or value.shape != ():
+            shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"loss {self.name} returns {shape}: it must return a scalar tensor")
+        return value
 
 
 def l1(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -235,10 +241,43 @@ _TABLE = (
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
 
 
+def smoothed(loss: Callable[[Tensor, Tensor], Tensor], share: float) -> Callable[..., Tensor]:
+    """Return a loss under label smoothing, (1 − ε) L(o, y) + ε Σ_k L(o, k) / K.
+
+    That is its mean if a share ε of the labels were drawn from all classes. For cross-entropy it
+    is the label smoothing of Szegedy et al. 2016, section 7. For losses that are linear or
+    quadratic in the target, smoothed targets have the same gradient.
+    """
+    if not share:
+        return loss
+
+    def smooth(outputs: Tensor, labels: Tensor) -> Tensor:
+        size, num_classes = outputs.shape
+        each = torch.arange(num_classes, device=labels.device).repeat(size)  # (N K,)
+        spread = loss(outputs.repeat_interleave(num_classes, 0), each)
+        return (1 - share) * loss(outputs, labels) + share * spread
+
+    return smooth
+
+
 def get_loss(name: str) -> Loss:
-    """The loss of that name, as users type it. Raises ValueError, with the choices, for others."""
+    """Return a loss: one of `LOSSES`, or a user's own.
+
+    Args:
+        name: of a loss, or `package.module:loss` or `file.py:loss`. Such a loss is a function
+            `(outputs (N, K), labels (N,)) -> scalar` whose outputs are logits, or a `Loss`.
+
+    Raises:
+        ValueError: there is no such loss.
+    """
     if isinstance(name, str) and name in LOSSES:
         return LOSSES[name]
+    if isinstance(name, str) and is_reference(name):
+        found = resolve(name)
+        return found if isinstance(found, Loss) else Loss(found, "softmax", name)
     close = difflib.get_close_matches(str(name), LOSSES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown loss {name!r}{hint}; choose from {', '.join(LOSSES)}")
+    raise ValueError(
+        f"unknown loss {name!r}{hint}; choose from {', '.join(LOSSES)}, "
+        "package.module:loss or file.py:loss"
+    )

@@ -11,34 +11,43 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 
-def one_cycle(progress: float) -> float:
-    """Return the share of the peak learning rate at `progress` in [0, 1] through the training.
+def one_cycle(progress: float, warmup: float = 0.3) -> float:
+    """Return the share of the peak learning rate at `progress` in (0, 1) through the training.
 
-    It rises from 1/25 to 1 over the first 30 %, then falls to 0.000004, along half cosines. That is
+    It rises from 1/25 to 1 in the warm-up, then falls to 0.000004, along half cosines. That is
     `torch.optim.lr_scheduler.OneCycleLR` with its defaults, without cycled momentum and without its
     edge cases at one or two steps. (Smith and Topin 2018, arXiv:1708.07120.)
     """
-    start, warm_up, end = 1 / 25, 0.3, 1 / 25e4
-    if progress < warm_up:
-        return _half_cosine(start, 1.0, progress / warm_up)
-    return _half_cosine(1.0, end, (progress - warm_up) / (1 - warm_up))
+    start, end = 1 / 25, 1 / 25e4
+    if progress < warmup:
+        return _half_cosine(start, 1.0, progress / warmup)
+    return _half_cosine(1.0, end, (progress - warmup) / (1 - warmup))
 
 
-def cosine(progress: float) -> float:
-    """Return half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
-    return _half_cosine(1.0, 0.0, progress)
+def cosine(progress: float, warmup: float = 0.0) -> float:
+    """Rise linearly in the warm-up, then fall from 1 to 0 along half a cosine.
+
+    Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5; warm-up of Goyal et al. 2017,
+    arXiv:1706.02677, section 2.2.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return _half_cosine(1.0, 0.0, (progress - warmup) / (1 - warmup))
 
 
-def constant(progress: float) -> float:  # noqa: ARG001 - the signature of all schedules
-    """Return 1."""
-    return 1.0
+def constant(progress: float, warmup: float = 0.0) -> float:
+    """Rise linearly in the warm-up, then stay at 1."""
+    return progress / warmup if progress < warmup else 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+SCHEDULES: dict[str, Callable[..., float]] = {
     "one_cycle": one_cycle,
     "cosine": cosine,
     "constant": constant,
 }
+
+WARMUP = {"one_cycle": 0.3, "cosine": 0.0, "constant": 0.0}
+"""The share of the steps in each schedule's warm-up, unless told."""
 
 
 State = Mapping[str, Tensor]

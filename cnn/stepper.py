@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn.config import PRECISIONS, TrainConfig
-from cnn.losses import Loss
+from cnn.losses import Loss, smoothed
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 
 
@@ -42,7 +42,8 @@ class Stepper:
     """
 
     def __init__(self, model: nn.Module, loss: Loss, config: TrainConfig, *, steps: int) -> None:
-        self.model, self.loss, self.config = model, loss, config
+        self.model, self.config = model, config
+        self.loss = smoothed(loss, config.label_smoothing)
         self.learning_rate = 0.0
         self.schedule = SCHEDULES[config.schedule]
         self.steps, self.step = steps, 0
@@ -97,7 +98,7 @@ class Stepper:
         """Take a step on a batch, and return its loss () and outputs (N, K) before the step."""
         # The schedule's rate at the step's middle, which is never 0.
         progress = (self.step + 0.5) / self.steps
-        self.learning_rate = self.config.learning_rate * self.schedule(progress)
+        self.learning_rate = self.config.learning_rate * self.schedule(progress, self.config.warmup)
         self.step += 1
         outputs = self.network(images).float()
         loss = self.loss(outputs, labels)

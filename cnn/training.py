@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cnn.augmentation import Augmentation
 from cnn.config import TrainConfig
 from cnn.data import Dataset, Split
 from cnn.losses import Loss, get_loss
-from cnn.networks import build_cnn
+from cnn.networks import build_network
 from cnn.stepper import Checkpoint, Stepper
 
 EVALUATION_BATCH_SIZE = 250  # fits a CPU's cache: 1.4 times as fast there as batches of 1,000
@@ -101,7 +102,9 @@ def train(
     device = torch.device(config.device)
     training, validation = data.train.to(device), data.validation.to(device)
     loss = get_loss(config.loss)
-    model = build_cnn(len(data.classes), seed=config.seed).to(device)
+    model = build_network(
+        len(data.classes), seed=config.seed, name=config.network, image_size=data.image_size
+    ).to(device)
     num_batches = math.ceil(len(training) / config.batch_size)
     stepper = Stepper(model, loss, config, steps=config.epochs * num_batches)
     never_finite = _not_finite(model)
@@ -112,8 +115,18 @@ def train(
     for number in range(first, config.epochs + 1):
         start = time.perf_counter()
         order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
-        with _drawing_from(_epoch_seeds(config.seed, number)[1], device):
-            trained, num_images = _train_epoch(stepper, training, order, config.batch_size)
+        steps_seed, changes_seed = _epoch_seeds(config.seed, number)[1:]
+        augmentation = Augmentation(
+            config.augment,
+            num_images=len(training),
+            image_size=data.image_size,
+            seed=changes_seed,
+            device=device,
+        )
+        with _drawing_from(steps_seed, device):
+            trained, num_images = _train_epoch(
+                stepper, training, order, config.batch_size, augmentation
+            )
         trained_at = time.perf_counter()
         validated = evaluate(model, validation, loss)
         losses_are_finite = math.isfinite(trained.loss) and math.isfinite(validated.loss)
@@ -204,7 +217,11 @@ class _Batches:
 
 
 def _train_epoch(
-    stepper: Stepper, training: Split, order: Tensor, batch_size: int
+    stepper: Stepper,
+    training: Split,
+    order: Tensor,
+    batch_size: int,
+    augmentation: Augmentation,
 ) -> tuple[Evaluation, int]:
     """Train on images in an order, and return the results and the number of images.
 
@@ -215,6 +232,7 @@ def _train_epoch(
     with _repeatable():
         for step, indices in enumerate(batches, 1):
             images, labels = training.batch(indices)
+            images = augmentation(images, batches.num_images)
             loss, outputs = stepper(images, labels)
             batches.note(loss, outputs, labels)
             # On a GPU, a check would wait for all steps, and an epoch is short.
@@ -255,10 +273,9 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
-    """Return the seeds of an epoch's order and of its steps (dropout), in 0 .. 2⁶³ − 1."""
-    order, steps = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
-    return int(order >> 1), int(steps >> 1)
+def _epoch_seeds(seed: int, epoch: int) -> list[int]:
+    """Return the seeds of an epoch's order, steps (dropout) and augmentation, in 0 .. 2⁶³ − 1."""
+    return [int(n >> 1) for n in np.random.SeedSequence([seed, epoch]).generate_state(3, np.uint64)]
 
 
 def _not_finite(model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 
 import experiments.engine.processes
 from cnn.config import TrainConfig
-from cnn.networks import build_cnn
+from cnn.networks import build_network
 from experiments.engine.base import EpochEnded, Event, JobEnded, JobFailed
 
 Script = Callable[[int, TrainConfig], Iterable[Event]]
@@ -75,7 +75,7 @@ def epoch(job: int, number: int, accuracy: float, *, diverged: bool = False) -> 
 
 
 def weights(job: int, num_classes: int = 3) -> JobEnded:
-    state = build_cnn(num_classes, seed=job).state_dict()
+    state = build_network(num_classes, seed=job).state_dict()
     return JobEnded(job=job, weights={name: value.numpy() for name, value in state.items()})
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cnn.losses import PROBABILITIES
-from cnn.networks import CNN, Classifier, build_cnn, network_digest
+from cnn.network_digest import network_digest
+from cnn.networks import CNN, Classifier, build_network
 
 
 def random_images(num_images):
@@ -61,7 +62,7 @@ def slow_max_pool(x):
 
 @pytest.fixture(scope="module")
 def model():
-    return build_cnn(10, seed=0)
+    return build_network(10, seed=0)
 
 
 # The network
@@ -74,7 +75,7 @@ def test_it_has_145578_parameters_for_ten_classes(model):
 
 @pytest.mark.parametrize("num_classes", [2, 3, 100])
 def test_the_last_width_follows_the_number_of_classes(num_classes):
-    model = build_cnn(num_classes, seed=0)
+    model = build_network(num_classes, seed=0)
     assert model(random_images(4)).shape == (4, num_classes)
 
 
@@ -152,35 +153,37 @@ def test_images_are_left_as_they_are(model):
 
 def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before():
     torch.manual_seed(1)
-    one = build_cnn(10, seed=7).state_dict()
+    one = build_network(10, seed=7).state_dict()
     torch.manual_seed(2)
-    other = build_cnn(10, seed=7).state_dict()
+    other = build_network(10, seed=7).state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_another_seed_gives_other_weights():
-    pairs = zip(build_cnn(10, seed=0).parameters(), build_cnn(10, seed=1).parameters(), strict=True)
+    pairs = zip(
+        build_network(10, seed=0).parameters(), build_network(10, seed=1).parameters(), strict=True
+    )
     assert not any(torch.equal(one, other) for one, other in pairs)
 
 
 def test_initial_weights_are_those_of_pytorch():
     torch.manual_seed(3)
     expected = CNN(10).state_dict()
-    weights = build_cnn(10, seed=3).state_dict()
+    weights = build_network(10, seed=3).state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_building_leaves_the_global_generator_as_it_was():
     before = torch.get_rng_state()
-    build_cnn(10, seed=0)
+    build_network(10, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_building_leaves_the_generators_of_gpus_as_they_were(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    build_cnn(10, seed=0)
+    build_network(10, seed=0)
     assert seeded == []
 
 
@@ -263,7 +266,7 @@ def test_no_two_networks_have_the_same_digest():
 
 
 def test_the_digest_changes_with_each_part_of_the_cnn():
-    plain = network_digest(build_cnn(10, seed=0))
+    plain = network_digest(build_network(10, seed=0))
     changed = []
     for part, name, layer in [
         ("features", "0", nn.Conv2d(3, 32, 5, padding=2, bias=False)),
@@ -272,13 +275,13 @@ def test_the_digest_changes_with_each_part_of_the_cnn():
         ("head", "2", nn.Linear(64, 11)),
         ("head", "2", nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 10))),
     ]:
-        model = build_cnn(10, seed=0)
+        model = build_network(10, seed=0)
         setattr(getattr(model, part), name, layer)
         changed.append(network_digest(model))
     assert len({plain, *changed}) == 6
 
 
-@pytest.mark.parametrize("build", [lambda: build_cnn(10, seed=0), Small])
+@pytest.mark.parametrize("build", [lambda: build_network(10, seed=0), Small])
 def test_the_digest_has_nothing_of_initial_weights_or_generators(build):
     digests = set()
     for seed in range(3):
@@ -295,7 +298,7 @@ def test_the_digest_has_nothing_of_initial_weights_or_generators(build):
 
 def test_the_digest_is_the_same_in_every_process_and_version():
     """Studies hold it: it may change with the network alone. Tried: PyTorch 2.11 and 2.15."""
-    assert network_digest(build_cnn(10, seed=0)) == "5970eabd9b74487685926bee2220bc0a"
+    assert network_digest(build_network(10, seed=0)) == "5970eabd9b74487685926bee2220bc0a"
 
 
 def test_the_digest_leaves_the_network_and_the_generator_as_they_were():

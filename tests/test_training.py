@@ -18,7 +18,7 @@ from cnn.config import PRECISIONS, TrainConfig
 from cnn.data import Split
 from cnn.devices import resolve_device, resolve_precision
 from cnn.losses import LOSSES
-from cnn.networks import build_cnn
+from cnn.networks import build_network
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from cnn.training import CHECK_EVERY, check_batch_size, epoch_order, evaluate, train
 from experiments.engine.job import train_job
@@ -134,7 +134,7 @@ def test_a_number_out_of_range_is_refused_with_field_value_and_range(name, value
 def test_an_unknown_name_is_refused_with_field_value_and_choices(name, choices, value):
     message = refusal(**{name: value})
     assert message.startswith(f"unknown {name} {value!r}")
-    assert message.endswith(", ".join(choices))
+    assert ", ".join(choices) in message
 
 
 @pytest.mark.parametrize("value", [None, 3])
@@ -181,6 +181,10 @@ def test_params_hold_every_field():
         "schedule": "one_cycle",
         "precision": "float32",
         "device": "cpu",
+        "warmup": 0.3,
+        "network": "cnn",
+        "label_smoothing": 0.0,
+        "augment": "none",
     }
 
 
@@ -241,7 +245,7 @@ def test_the_learning_rate_of_a_short_training_is_never_zero(coloured_noise, sch
 
 def slow_training(config, data, make_optimizer, schedule):
     """Train in contiguous NCHW with PyTorch's plain optimizers; return curve and weights."""
-    model = build_cnn(len(data.classes), seed=config.seed)
+    model = build_network(len(data.classes), seed=config.seed)
     layers = [copy.deepcopy(layer) for layer in (*model.features, *model.head)]
     network = nn.Sequential(*layers).to(memory_format=torch.contiguous_format)
     optimizer = make_optimizer(network.parameters())
@@ -303,7 +307,7 @@ def assert_equals_the_slow_loop(config, data, make_optimizer):
             name: pytest.approx(value, rel=1e-4, abs=one_image.get(name))
             for name, value in expected_row.items()
         }
-    initial = build_cnn(len(data.classes), seed=config.seed).parameters()
+    initial = build_network(len(data.classes), seed=config.seed).parameters()
     for start, end, expected_end in zip(initial, final, expected_final, strict=True):
         # By rounding, a max-pool may take the other of two pixels that are all but equal.
         assert (end - expected_end).norm() < 0.01 * (expected_end - start).norm()
@@ -550,7 +554,9 @@ def test_bfloat16_follows_float32(coloured_noise):
 
 def test_steps_too_small_for_bfloat16_weights_are_not_lost(coloured_noise):
     config = make_config(learning_rate=1e-6, epochs=2)
-    start = torch.cat([weight.detach().flatten() for weight in build_cnn(3, seed=0).parameters()])
+    start = torch.cat(
+        [weight.detach().flatten() for weight in build_network(3, seed=0).parameters()]
+    )
     moves = {}
     for precision in PRECISIONS:
         _, final = run(replace(config, precision=precision), coloured_noise)
@@ -591,7 +597,7 @@ def test_an_epoch_that_diverges_is_not_trained_to_its_end(coloured_noise):
 
 
 def test_training_that_diverges_later_ends_then(coloured_noise, monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "constant", lambda progress: 1 if progress < 0.5 else 1e9)
+    monkeypatch.setitem(SCHEDULES, "constant", lambda progress, _: 1 if progress < 0.5 else 1e9)
     epochs = train(make_config(schedule="constant", epochs=4), coloured_noise)
     assert [epoch.diverged for epoch in epochs] == [False, False, True]
 
@@ -772,12 +778,12 @@ def use(monkeypatch):
     """Have `train` build another network."""
 
     def use(network):
-        def build(num_classes, *, seed):
+        def build(num_classes, *, seed, **_):
             with torch.random.fork_rng(devices=()):
                 torch.default_generator.manual_seed(seed)
                 return network(num_classes).to(memory_format=torch.channels_last)
 
-        monkeypatch.setattr(training, "build_cnn", build)
+        monkeypatch.setattr(training, "build_network", build)
 
     return use
 
@@ -834,7 +840,7 @@ def test_statistics_are_those_of_a_slow_obvious_loop(coloured_noise, use):
     use(Regularised)
     config = make_config(epochs=1)
     (epoch,) = train(config, coloured_noise)
-    network = training.build_cnn(3, seed=config.seed).train()
+    network = training.build_network(3, seed=config.seed).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, nesterov=True)
     order = epoch_order(TRAINING_IMAGES, seed=config.seed, epoch=1)
     torch.manual_seed(training._epoch_seeds(config.seed, 1)[1])
@@ -958,7 +964,7 @@ def test_weights_that_are_tied_or_frozen_or_a_part_of_others(coloured_noise, use
             return self.scale * self.other(self.one(super().forward(images)))
 
     use(Odd)
-    start = training.build_cnn(3, seed=0)
+    start = training.build_network(3, seed=0)
     config = make_config(precision=precision, weight_decay=0.1, epochs=1)
     (epoch,) = train(config, coloured_noise)
     assert torch.equal(epoch.model.convolution.weight, start.convolution.weight)

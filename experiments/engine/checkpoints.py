@@ -177,10 +177,10 @@ def _check_names(pickle: bytes) -> None:
 
 
 def _check_fit(parts: dict[str, Any], config: TrainConfig, num_classes: int) -> None:
-    from cnn.networks import build_cnn
+    from cnn.networks import build_network
     from cnn.optimizers import OPTIMIZERS
 
-    network = build_cnn(num_classes, seed=0)
+    network = build_network(num_classes, seed=0)
     network.load_state_dict(parts["model"])
     num_weights = sum(each.numel() for each in network.parameters())
     _, shapes = OPTIMIZERS[config.optimizer]

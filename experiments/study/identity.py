@@ -23,7 +23,8 @@ import torch
 
 from cnn.data import Dataset
 from cnn.losses import get_loss
-from cnn.networks import build_cnn, network_digest
+from cnn.network_digest import network_digest
+from cnn.networks import build_network
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from cnn.source import source_digest
 from cnn.training import epoch_order
@@ -51,7 +52,7 @@ def made_with(
 @lru_cache
 def digest_of_cnn(num_classes: int) -> str:
     """Return the digest of the trained network: see `cnn.networks.network_digest`."""
-    return network_digest(build_cnn(num_classes, seed=0))
+    return network_digest(build_network(num_classes, seed=0))
 
 
 def split_digest(data: Dataset) -> str:

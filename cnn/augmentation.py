@@ -1,0 +1,50 @@
+"""Random changes of training images, on the device, a batch at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
+from torch import Tensor
+
+AUGMENTATIONS = ("none", "flip", "flip_crop")
+
+
+class Augmentation:
+    """The changes of an epoch's images, drawn at its start.
+
+    `flip` mirrors half of the images, left to right. `flip_crop` also shifts each by up to an
+    eighth of its size in both directions, and fills with black: the pad-and-crop of He et al. 2016
+    (arXiv:1512.03385), section 4.2.
+
+    Args:
+        name: one of `AUGMENTATIONS`.
+        num_images: of the epoch.
+        image_size: height and width, in pixels.
+        seed: of the changes, in 0 .. 2⁶³ − 1. They depend on an image's position in the epoch, not
+            on the batch size.
+        device: of the images.
+    """
+
+    def __init__(
+        self, name: str, *, num_images: int, image_size: int, seed: int, device: torch.device
+    ) -> None:
+        self.name = name
+        self.padding = image_size // 8 if name == "flip_crop" else 0
+        if name == "none":
+            return
+        generator = torch.Generator().manual_seed(seed)
+        flips = torch.rand(num_images, 1, generator=generator) < 0.5
+        shifts = torch.randint(0, 2 * self.padding + 1, (2, num_images, 1), generator=generator)
+        line = torch.arange(image_size)
+        # Positions (N, H) and (N, W) in the padded images.
+        self.rows = (line + shifts[0]).to(device)
+        self.columns = (torch.where(flips, line.flip(0), line) + shifts[1]).to(device)
+
+    def __call__(self, images: Tensor, start: int) -> Tensor:
+        """Return a batch (B, H, W, 3), changed, whose first image is the epoch's `start`-th."""
+        if self.name == "none":
+            return images
+        part = slice(start, start + len(images))
+        each = torch.arange(len(images), device=images.device)[:, None, None]
+        padded = F.pad(images, (0, 0, *[self.padding] * 4))
+        return padded[each, self.rows[part, :, None], self.columns[part, None, :]]
