@@ -25,7 +25,7 @@ INSIDE_FUNCTIONS = {"tracking/prediction": {"cnn"}}
 
 # A file imports from lower lines, from its own, and from its own package, wherever in the file.
 LAYERS = """
-    cnn.images cnn.folders cnn.losses cnn.source cnn.networks cnn.optimizers
+    cnn.images cnn.folders cnn.references cnn.losses cnn.source cnn.networks cnn.optimizers
     cnn.cache cnn.config
     cnn.datasets cnn.devices
     cnn.data cnn.stepper

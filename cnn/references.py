@@ -1,0 +1,136 @@
+"""A user's own code, by reference: `package.module:name`, or `file.py:name`."""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import CodeType, ModuleType
+
+
+def is_reference(text: str) -> bool:
+    """Return whether a text has the form of a reference, not that of a name or a path."""
+    place, colon, name = text.rpartition(":")
+    is_place = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+    return bool(colon and name.isidentifier() and is_place)
+
+
+def resolve(reference: str) -> object:
+    """Return what a reference names: a function, a class, or another object that can be called.
+
+    Paths of files are relative to the working folder. A file's own folder is importable for it, and
+    the working folder for a module.
+
+    Raises:
+        ValueError: there is no such file, module or name, importing it fails, or the object can't
+            be called; in one line.
+    """
+    module, name = _module(reference)
+    try:
+        found: object = getattr(module, name)
+    except AttributeError:
+        known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"{reference!r}: there is no {name!r} in it{hint}") from None
+    if not callable(found):
+        kind = type(found).__name__
+        line = f"{reference!r} is of type {kind}: it must be a function or a class"
+        raise ValueError(line)  # noqa: TRY004 -- one class for all bad input
+    return found
+
+
+def digest_of(reference: str) -> str:
+    """Return the SHA-256 of the file that defines what a reference names, 64 hex digits.
+
+    Other files that it imports are not covered. Raises ValueError as `resolve` does.
+    """
+    module = _module(reference)[0]
+    found = inspect.unwrap(_as_function(resolve(reference)))
+    if inspect.isfunction(found) or inspect.isclass(found):  # it may come from another module
+        module = sys.modules.get(found.__module__, module)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        raise ValueError(f"{reference!r} is in no file: its code has no digest")
+    return hashlib.sha256(_content(Path(file), reference)).hexdigest()
+
+
+def _as_function(found: object) -> Callable[..., object]:
+    assert callable(found)
+    return found
+
+
+def _module(reference: str) -> tuple[ModuleType, str]:
+    """Return the module of a reference, imported, and the name in it."""
+    if not is_reference(reference):
+        raise ValueError(f"{reference!r} is neither package.module:name nor file.py:name")
+    place, _, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return _load_file(reference, Path(place).absolute()), name
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(place), name
+    except ModuleNotFoundError as error:
+        if error.name and f"{place}.".startswith(f"{error.name}."):
+            missing = f"there is no module {error.name!r}"
+            raise ValueError(
+                f"{reference!r}: {missing} in the working folder or Python's path"
+            ) from (error)
+        raise _failure(reference, error) from error
+    except (Exception, SystemExit) as error:  # a module may raise anything, or be a script
+        raise _failure(reference, error) from error
+
+
+def _load_file(reference: str, file: Path) -> ModuleType:
+    """Return the module in a file, under a name of its path and content."""
+    digest = hashlib.sha256(f"{file}\0".encode(errors="surrogateescape"))
+    digest.update(_content(file, reference))
+    # Of the content as well, so that a notebook gets the edited file.
+    name = f"{file.stem}_{digest.hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = _FreshLoader(name, str(file))
+    spec = ModuleSpec(name, loader, origin=str(file))
+    spec.has_location = True
+    module = module_from_spec(spec)
+    _make_importable(file.parent)
+    sys.modules[name] = module  # dataclasses, for example, look their module up
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _failure(reference, error) from error
+    return module
+
+
+class _FreshLoader(SourceFileLoader):
+    """Compiles the file as it is: cached bytecode may be of an edit in the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of the file."""
+        path = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(path), path)
+        return code
+
+
+def _make_importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # as for a script
+
+
+def _content(file: Path, reference: str) -> bytes:
+    try:
+        if not file.is_file():
+            raise ValueError(f"{reference!r}: there is no file {str(file)!r}")
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{reference!r}: can't read {str(file)!r}: {error.strerror}") from error
+
+
+def _failure(reference: str, error: BaseException) -> ValueError:
+    message = " ".join(str(error).split())
+    return ValueError(f"{reference!r} can't be imported: {type(error).__name__}: {message}")
