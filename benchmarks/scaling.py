@@ -32,7 +32,7 @@ from benchmarks.driver import OF_A_TRIAL, OF_AN_EPOCH, Measured, measure
 from benchmarks.processes import serving
 from cnn.devices import machine
 from experiments.cli import MLFLOW_SETTINGS
-from experiments.study.parameters import Choices, LogRange
+from experiments.study.domains import Choices, Range
 from experiments.study.settings import Settings
 
 PARTS = ("costs", "workers")
@@ -96,7 +96,7 @@ def make_settings(
     return Settings(
         search={
             "loss": Choices(("l1", "mse", "cross_entropy")),
-            "learning_rate": LogRange(0.001, 1.0),
+            "learning_rate": Range(0.001, 1.0, log=True),
             "batch_size": Choices((16, 32, 64, 128)),
         },
         trials=trials,
@@ -104,10 +104,8 @@ def make_settings(
         seed=0,
         sampler=sampler,
         pruner=PRUNERS[sampler],
-        optimizer="sgd",
-        schedule="one_cycle",
+        training={"precision": "float32"},
         device="cpu",
-        precision="float32",
         study=sampler,
         storage="sqlite:///optuna.db",
         experiment="scaling",

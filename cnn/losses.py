@@ -93,8 +93,8 @@ class Loss:
             )
         value = self.function(outputs, labels)
         if not isinstance(value, Tensor) or value.shape != ():
-            shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"loss {self.name} returns {shape}: it must return a scalar tensor")
+            shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"it returns {shape}, and must return a scalar tensor")
         return value
 
 

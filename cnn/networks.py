@@ -220,10 +220,8 @@ def _torchvision_factory(model: str) -> Factory:
     known = models.list_models(module=models)
     if model not in known:
         close = difflib.get_close_matches(model, known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(
-            f"torchvision has no image classifier {model!r}{hint}: choose one of {', '.join(known)}"
-        )
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
+        raise ValueError(f"torchvision has no image classifier {model!r}: {hint}")
     return partial(models.get_model, model, weights=None)
 
 

@@ -22,8 +22,9 @@ def is_reference(text: str) -> bool:
 def resolve(reference: str) -> Any:
     """Return what a reference names: a function, a class, or another object that can be called.
 
-    Paths of files are relative to the working folder. A file's own folder is importable for it, and
-    the working folder for a module.
+    Paths of files are relative to the working folder. A file that is not there may be in Python's
+    path, as on Ray's nodes. A file's own folder is importable for it, and the working folder for a
+    module.
 
     Raises:
         ValueError: there is no such file, module or name, importing it fails, or the object can't
@@ -42,6 +43,23 @@ def resolve(reference: str) -> Any:
         line = f"{reference!r} is of type {kind}: it must be a function or a class"
         raise ValueError(line)  # noqa: TRY004 -- one class for all bad input
     return found
+
+
+def module_path(reference: str) -> Path:
+    """Return the file of a reference, or the folder of its outermost package.
+
+    Raises ValueError as `resolve` does.
+    """
+    resolve(reference)
+    place = reference.rpartition(":")[0]
+    if place.endswith(".py"):
+        return _find_file(Path(place))
+    outermost = sys.modules[place.partition(".")[0]]
+    folders = list(getattr(outermost, "__path__", ()))
+    file = folders[0] if folders else outermost.__file__
+    if file is None:
+        raise ValueError(f"{reference!r} is in no file that could travel to other nodes")
+    return Path(file).absolute()
 
 
 def digest_of(reference: str) -> str:
@@ -65,7 +83,7 @@ def _module(reference: str) -> tuple[ModuleType, str]:
         raise ValueError(f"{reference!r} is neither package.module:name nor file.py:name")
     place, _, name = reference.rpartition(":")
     if place.endswith(".py"):
-        return _load_file(reference, Path(place).absolute()), name
+        return _load_file(reference, _find_file(Path(place))), name
     _make_importable(Path.cwd())
     try:
         return importlib.import_module(place), name
@@ -78,6 +96,12 @@ def _module(reference: str) -> tuple[ModuleType, str]:
         raise _failure(reference, error) from error
     except (Exception, SystemExit) as error:  # a module may raise anything, or be a script
         raise _failure(reference, error) from error
+
+
+def _find_file(path: Path) -> Path:
+    """Return a file in the working folder, or else in Python's path by its name."""
+    places = [path, *(Path(folder, path.name) for folder in sys.path)]
+    return next((each for each in places if each.is_file()), path).absolute()
 
 
 def _load_file(reference: str, file: Path) -> ModuleType:

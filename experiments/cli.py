@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
-from experiments.study.parameters import PARAMETERS
+from experiments.study.parameters import PARAMETERS, networks, parse_vary, references
 from tracking.cli import INTERRUPTED, Parser, run_command
 from tracking.errors import without_passwords
 from tracking.store import check_tracking, sqlite_file
@@ -89,7 +89,18 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is searched."""
     space = parser.add_argument_group("search space")
     for parameter in PARAMETERS:
-        parameter.add_flags(space)
+        if parameter.is_searched_by_default:
+            parameter.add_flags(space)
+    others = [each.name for each in PARAMETERS if not each.is_searched_by_default]
+    space.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="search another parameter as well, over LOW..HIGH, LOW..HIGH:log or A,B,C; may be "
+        f"repeated; NAME is {', '.join(others[:-1])} or {others[-1]}, or one of the three above; "
+        "momentum is searched for sgd only",
+    )
 
 
 def add_search_flags(
@@ -111,15 +122,11 @@ def add_search_flags(
 def add_training_flags(parser: Parser) -> None:
     """Add the flags that say how and where each trial is trained."""
     training = parser.add_argument_group("training")
-    text = "sgd has Nesterov momentum 0.9"
-    add_flag(training, "--optimizer", "sgd", text, choices=("sgd", "adam", "adamw"))
-    text = "how the learning rate changes during a trial"
-    choices = ("one_cycle", "cosine", "constant")
-    add_flag(training, "--schedule", "one_cycle", text, choices=choices)
+    for parameter in PARAMETERS:
+        if not parameter.is_searched_by_default:
+            parameter.add_flags(training)
     text = "auto (a GPU if there is one), cpu, cuda, cuda:1, …"
     add_flag(training, "--device", "auto", text, metavar="DEVICE")
-    text = "of the network's arithmetic; auto is bfloat16 where the processor is fast at it"
-    add_flag(training, "--precision", "auto", text, choices=("auto", "float32", "bfloat16"))
     add_flag(
         training,
         "--workers",
@@ -220,19 +227,32 @@ def workers_and_data(
     `make_settings` returns the settings, checked, for a number of workers.
     """
     open_workers = on_ray if options.engine == "ray" else on_this_machine
-    # The workers start while we import.
-    with open_workers(options) as (pool, num_workers, device):
-        from cnn.data import load, notes_on_choosing
-        from experiments.study.storage import check_storage
+    own = references(options)
+    data = None
+    if own or any(":" in name for name in networks(options)):
+        from experiments.study.preflight import check_trainable
 
+        data = _checked_data(options, settings := make_settings(1))
+        check_trainable(settings, data)
+    # The workers start while we import.
+    with open_workers(options, own) as (pool, num_workers, device):
         settings = replace(make_settings(num_workers), worker_device=device)
-        check_storage(settings.storage)
-        check_tracking()
-        data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
-        for note in (*data.notes, *notes_on_choosing(data)):
-            print(f"note: {printable(note)}", file=sys.stderr)
+        data = data or _checked_data(options, settings)
         pool.open(data, options.data_dir)
         yield settings, data, pool
+
+
+def _checked_data(options: argparse.Namespace, settings: Settings) -> Dataset:
+    """Return the data set of a command line, once both databases can be opened."""
+    from cnn.data import load, notes_on_choosing
+    from experiments.study.storage import check_storage
+
+    check_storage(settings.storage)
+    check_tracking()
+    data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+    for note in (*data.notes, *notes_on_choosing(data)):
+        print(f"note: {printable(note)}", file=sys.stderr)
+    return data
 
 
 def check_out(folder: Path, flag: str) -> None:
@@ -252,8 +272,15 @@ def settings_from_args(options: argparse.Namespace, num_workers: int, **others: 
         for name, value in vars(options).items()
         if name in Settings.__dataclass_fields__
     }
-    domains = {each.name: each.domain(options) for each in PARAMETERS}
+    varied = parse_vary(options.vary, options)
+    domains = {each.name: varied.get(each.name, each.domain(options)) for each in PARAMETERS}
     given["search"] = {name: domain for name, domain in domains.items() if domain is not None}
+    given["training"] = {
+        each.name: getattr(options, each.name)
+        for each in PARAMETERS
+        if not each.is_searched_by_default
+        and getattr(options, each.name) not in (None, each.default)
+    }
     return Settings(**(given | others | {"workers": num_workers}))
 
 

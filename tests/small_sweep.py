@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.study.parameters import BY_NAME, searched
+from experiments.study.parameters import BY_NAME, PARAMETERS, searched
 from experiments.study.settings import Settings
 
 
@@ -26,8 +26,6 @@ def small_settings(storage: str, **changes: Any) -> Settings:
         "seed": 0,
         "sampler": "random",
         "pruner": "none",
-        "optimizer": "sgd",
-        "schedule": "one_cycle",
         "device": "cpu",
         "precision": "float32",
         "study": None,
@@ -38,7 +36,8 @@ def small_settings(storage: str, **changes: Any) -> Settings:
         "max_failures": 99,
         "tracking_timeout": 0,
     }
-    return changed(Settings(**{"search": searched(settings)} | _others(settings)), **changes)
+    search = {"search": searched(settings), "training": _training(settings)}
+    return changed(Settings(**search | _others(settings)), **changes)
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
@@ -46,7 +45,13 @@ def changed(settings: Settings, **changes: Any) -> Settings:
     told: dict[str, Any] = {}
     for name, domain in settings.search.items():
         told |= BY_NAME[name].to_settings(domain)
-    return replace(settings, search=searched(told | changes), **_others(changes))
+    training = {**settings.training, **_training(changes)}
+    search = searched(told | changes)
+    return replace(settings, search=search, training=training, **_others(changes))
+
+
+def _training(told: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: told[each.name] for each in PARAMETERS if each.name in told}
 
 
 def _others(told: dict[str, Any]) -> dict[str, Any]:

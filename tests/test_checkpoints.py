@@ -87,10 +87,10 @@ def damages(content: bytes) -> Iterator[bytes]:
 
 def test_whatever_is_damaged_is_noticed(kept: list[bytes]) -> None:
     key = checkpoints.key_of("0" * 32, CONFIG)
-    unpack(kept[0], key, CONFIG, 3)
+    unpack(kept[0], key, CONFIG, num_classes=3, image_size=32)
     for content in damages(kept[0]):
         with pytest.raises(CheckpointError):
-            unpack(content, key, CONFIG, 3)
+            unpack(content, key, CONFIG, num_classes=3, image_size=32)
 
 
 @pytest.mark.parametrize("damage", ["inverted", "cut short", "of another training"])
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_before_there_was_a_digest_is_taken_by_its_checksums(
 
 def test_one_of_another_network_is_none(kept: list[bytes]) -> None:
     with pytest.raises(CheckpointError):
-        unpack(archive_of(kept[0]), KEY, CONFIG, num_classes=4)
+        unpack(archive_of(kept[0]), KEY, CONFIG, num_classes=4, image_size=32)
 
 
 class Evil:
@@ -186,7 +186,7 @@ def test_what_a_hostile_checkpoint_asks_for_is_not_done(
         digest = checkpoints._digest(about, archive)
         for content in (archive, b"".join([about, b" ", digest, b"\n", archive])):
             with pytest.raises(CheckpointError, match=f"^{error}$"):
-                unpack(content, KEY, CONFIG, 3)
+                unpack(content, KEY, CONFIG, num_classes=3, image_size=32)
     assert time.monotonic() - start < 10
     assert not list(tmp_path.iterdir())
 

@@ -22,8 +22,8 @@ from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine.base import Event
 from experiments.study.controller import sweep
+from experiments.study.domains import Choices, Range
 from experiments.study.events import BestRegistered, SweepEnded, SweepEvent
-from experiments.study.parameters import Choices, LogRange
 from experiments.study.settings import Settings
 from experiments.sweep import build_parser, main
 from tracking.registry import Registry, _agreed, check_name, default_name, register_best
@@ -472,7 +472,7 @@ def settings(**given: Any) -> Settings:
     chosen = {name: value for name, value in vars(options).items() if name in names}
     search = {
         "loss": Choices(("mse",)),
-        "learning_rate": LogRange(0.001, 1.0),
+        "learning_rate": Range(0.001, 1.0, log=True),
         "batch_size": Choices((2,)),
     }
     return Settings(**chosen | {"search": search, "register": "auto"} | given)

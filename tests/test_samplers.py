@@ -7,14 +7,14 @@ from typing import Any
 import optuna
 import pytest
 
-from experiments.study.parameters import Choices, LogRange
+from experiments.study.domains import Choices, Range
 from experiments.study.samplers import make_sampler
 from experiments.study.space import Space
 
 SPACE = Space(
     search={
         "loss": Choices(("l1", "mse", "cross_entropy")),
-        "learning_rate": LogRange(0.001, 1.0),
+        "learning_rate": Range(0.001, 1.0, log=True),
         "batch_size": Choices((16, 32)),
     }
 )

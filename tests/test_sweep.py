@@ -72,7 +72,7 @@ def test_the_choices_of_an_option_are_those_of_its_table(option: str, table: obj
 
 
 def test_every_setting_is_an_option() -> None:
-    own = {"search", "configurations", "tags", "worker_device"}
+    own = {"search", "training", "configurations", "tags", "worker_device"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cnn.data import Dataset
+from experiments.study.domains import Choices
 from experiments.study.events import SweepEvent
-from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
 
 if TYPE_CHECKING:

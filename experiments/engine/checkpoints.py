@@ -112,7 +112,7 @@ def pack(past: list[dict[str, float]], checkpoint: Checkpoint, key: str) -> byte
 
 
 def unpack(
-    content: bytes, key: str, config: TrainConfig, num_classes: int
+    content: bytes, key: str, config: TrainConfig, *, num_classes: int, image_size: int
 ) -> tuple[list[dict[str, float]], Checkpoint]:
     """Return the metrics of the epochs in a checkpoint, and the checkpoint.
 
@@ -132,7 +132,7 @@ def unpack(
             raise CheckpointError("its digest does not fit")
     try:
         parts = _load(content)
-        _check_fit(parts, config, num_classes)
+        _check_fit(parts, config, num_classes, image_size)
     except CheckpointError:
         raise
     except Exception as error:  # PyTorch and the ZIP reader may raise anything
@@ -176,11 +176,13 @@ def _check_names(pickle: bytes) -> None:
             raise CheckpointError(f"it has {argument}")
 
 
-def _check_fit(parts: dict[str, Any], config: TrainConfig, num_classes: int) -> None:
+def _check_fit(
+    parts: dict[str, Any], config: TrainConfig, num_classes: int, image_size: int
+) -> None:
     from cnn.networks import build_network
     from cnn.optimizers import OPTIMIZERS
 
-    network = build_network(num_classes, seed=0)
+    network = build_network(num_classes, seed=0, name=config.network, image_size=image_size)
     network.load_state_dict(parts["model"])
     num_weights = sum(each.numel() for each in network.parameters())
     _, shapes = OPTIMIZERS[config.optimizer]

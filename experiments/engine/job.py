@@ -66,7 +66,13 @@ def train_job(
     start, is_kept = None, True
     if checkpoint is not None:
         try:
-            past, start = unpack(checkpoint, key, config, len(data.classes))
+            past, start = unpack(
+                checkpoint,
+                key,
+                config,
+                num_classes=len(data.classes),
+                image_size=data.image_size,
+            )
         except CheckpointError as error:
             yield CheckpointLost.unusable(error, job)
     for number, metrics in enumerate(past, 1):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cnn.devices import num_cores
+from cnn.references import module_path
 
 if TYPE_CHECKING:
     from experiments.engine.base import WorkerPool
@@ -27,7 +28,10 @@ RAY_DEFAULTS = {
 
 
 @contextmanager
-def on_this_machine(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str | None]]:
+def on_this_machine(
+    options: argparse.Namespace,
+    references: Sequence[str] = (),  # noqa: ARG001 - they have the same files
+) -> Iterator[tuple[WorkerPool, int, str | None]]:
     """Open workers on this machine; yield them, their number and their device."""
     from experiments.engine.processes import ProcessPool, visible_gpus
 
@@ -42,8 +46,13 @@ def on_this_machine(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, i
 
 
 @contextmanager
-def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str | None]]:
-    """Open workers on a Ray cluster, as `on_this_machine` does."""
+def on_ray(
+    options: argparse.Namespace, references: Sequence[str] = ()
+) -> Iterator[tuple[WorkerPool, int, str | None]]:
+    """Open workers on a Ray cluster, as `on_this_machine` does.
+
+    The modules of these references travel to its nodes.
+    """
     try:
         from experiments.engine.ray_cluster import connected
         from experiments.engine.ray_pool import Needs, RayPool
@@ -68,13 +77,18 @@ def on_ray(options: argparse.Namespace) -> Iterator[tuple[WorkerPool, int, str |
     if options.device == "cuda" and gpus == 0:
         raise ValueError("--device cuda needs --gpus-per-worker > 0")
     needs = Needs(cpus=options.cpus_per_worker, gpus=gpus or 0)
-    with connected(options.ray_address) as cluster:
+    modules = {str(module_path(each)) for each in references}
+    with connected(options.ray_address, modules=sorted(modules)) as cluster:
         if gpus is None and (
             options.device == "cuda" or (options.device == "auto" and cluster.gpus > 0)
         ):
             needs = replace(needs, gpus=1)
         pool = RayPool(
-            needs, num_workers=workers, min_workers=min_workers, timeout=options.ray_timeout
+            needs,
+            num_workers=workers,
+            min_workers=min_workers,
+            timeout=options.ray_timeout,
+            references=references,
         )
         if options.ray_address is None and pool.room() < min_workers:
             raise ValueError(pool.no_room())  # no node joins a cluster of our own

@@ -38,6 +38,7 @@ class DataReference:
     digest: str
     data_dir: Path
     checked: FileStates | None = None  # see `cnn.data.open_cached`
+    working_dir: Path = Path()  # that of the main process: a user's own code may be there
 
     def open(self, seed: int) -> Dataset:
         """Return the data set, split with a seed."""
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
     set_arithmetic(int(os.environ["OMP_NUM_THREADS"]))
     reference: DataReference = inbox.get()
+    os.chdir(reference.working_dir)
     opened = lru_cache(maxsize=1)(reference.open)
     checkpoints = reference.checkpoints()
     opened(0)  # an error here ends the worker and costs no trial

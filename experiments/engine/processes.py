@@ -53,7 +53,10 @@ class ProcessPool:
     def open(self, data: Dataset, data_dir: Path) -> None:
         """Send the workers the data to open; they open it in the background."""
         self._data = DataReference(
-            digest=data.digest, data_dir=data_dir.resolve(), checked=data.checked
+            digest=data.digest,
+            data_dir=data_dir.resolve(),
+            checked=data.checked,
+            working_dir=Path.cwd(),
         )
         for worker in self._workers:
             worker.send(self._data)

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -28,11 +28,12 @@ TOKENS = "RAY_AUTH_MODE, token or disabled, and the token must be those of its n
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
+def connected(address: str | None, modules: Sequence[str] = ()) -> Iterator[Cluster]:
     """Connect to a cluster, or start our own on this machine, which ends with the block.
 
     Args:
         address: `auto`, `ray://HOST:PORT`, `HOST:PORT`, or None for our own.
+        modules: files and folders of a user's own modules, which workers can import as well.
 
     Raises:
         ValueError: there is no such cluster, or it can't be used, in one line.
@@ -49,7 +50,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
                 ray.init(
                     address or "local",
                     # Nodes use our code, not a version that they have installed.
-                    runtime_env={"py_modules": code, "excludes": ["__pycache__"]},
+                    runtime_env={"py_modules": [*code, *modules], "excludes": ["__pycache__"]},
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                     **({} if address else own),

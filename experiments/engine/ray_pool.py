@@ -101,6 +101,7 @@ class RayPool:
         num_workers: the number of workers; None: as many as fit on the cluster.
         min_workers: the number of workers that `open` waits for.
         timeout: how long it waits, in seconds.
+        references: a user's own networks and losses, which workers must be able to import.
         checkpoint_seconds: minimum training time between two checkpoints that a worker sends.
     """
 
@@ -111,6 +112,7 @@ class RayPool:
         num_workers: int | None,
         min_workers: int,
         timeout: float,
+        references: Sequence[str] = (),
         checkpoint_seconds: float = 10,
     ) -> None:
         self._needs, self._num_workers = needs, num_workers
@@ -126,7 +128,7 @@ class RayPool:
         self._meta: DatasetMeta
         self._images: Any
         threads = max(1, int(needs.cpus))
-        self._actor_args = (threads, checkpoint_seconds)
+        self._actor_args = (threads, checkpoint_seconds, tuple(references))
         self._new_actor = actor_class().options(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
@@ -289,14 +291,16 @@ class RayPool:
         return []
 
     def _register(self, worker: _Worker, info: WorkerInfo) -> None:
-        """Register a worker that answered. One with other versions stays unused.
+        """Register a worker that answered. One that can't train as we would stays unused.
 
         It is not removed, because Ray would start another one on the same node.
         """
         self._deaths = 0
         needed = versions()
-        worker.info, worker.is_ready = info, info.versions == needed
-        if not worker.is_ready:
+        worker.info, worker.is_ready = info, info.versions == needed and not info.problem
+        if info.problem:
+            self._refusals[info.node] = f"on node {info.address}, {info.problem}"
+        elif not worker.is_ready:
             theirs, ours = (
                 ", ".join(f"{name} {version}" for name, version in each.items())
                 for each in (info.versions, needed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic
@@ -50,11 +50,12 @@ class DatasetMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """The node and the versions of a worker."""
+    """The node and the versions of a worker, and why it can't train, if it can't."""
 
     node: str  # its id
     address: str
     versions: dict[str, str]
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,13 @@ class RayWorker:
     Args:
         num_threads: of its arithmetic.
         checkpoint_seconds: minimum training time between two checkpoints that it sends.
+        references: a user's own networks and losses.
     """
 
-    def __init__(self, num_threads: int, checkpoint_seconds: float) -> None:
+    def __init__(
+        self, num_threads: int, checkpoint_seconds: float, references: Sequence[str]
+    ) -> None:
+        self._references = references
         self._num_threads, self._checkpoint_seconds = num_threads, checkpoint_seconds
         self._turn, self._stopped = 0, 0
         self._steps: Iterator[Step] = iter(())
@@ -105,7 +110,19 @@ class RayWorker:
             node=context.get_node_id(),
             address=str(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
             versions=versions(),
+            problem=self._problem(),
         )
+
+    def _problem(self) -> str:
+        """Return why a reference can't be imported here, empty if all can."""
+        from cnn.references import resolve
+
+        try:
+            for reference in self._references:
+                resolve(reference)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def begin(self, turn: int, job: int, config: TrainConfig, checkpoint: bytes | None) -> None:
         """Begin a job. Calls of `step` with this turn are its steps."""

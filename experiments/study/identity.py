@@ -13,9 +13,10 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cnn.networks import build_network
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from cnn.source import source_digest
 from cnn.training import epoch_order
+from experiments.study.space import Space
 
 PACKAGES = ("cnn", "experiments", "tracking")
 REPOSITORY = Path(__file__).parents[2]
@@ -38,21 +40,34 @@ _SHOWN = {"source": "code in cnn"}
 _DIGITS = 8  # digits of values that are compared across machines: float64 has twice as many
 
 
-def made_with(
-    data: Dataset, *, losses: Sequence[str], optimizer: str, schedule: str
-) -> dict[str, Any]:
-    """Return the digests that stay the same within a study, besides its settings and data."""
+def made_with(data: Dataset, space: Space) -> dict[str, Any]:
+    """Return the digests that stay the same within a study, besides its settings and data.
+
+    Of several networks, optimizers or schedules, each has its digest under its name.
+    """
+    networks = {name: digest_of_network(name, data) for name in space.values("network")}
+    ways = list(product(space.values("optimizer"), space.values("schedule")))
+    training = {
+        " ".join([loss, *(way if len(ways) > 1 else ())]): training_digest(loss, *way)
+        for loss in space.values("loss")
+        for way in ways
+    }
     return {
-        "network": digest_of_cnn(len(data.classes)),
+        "network": networks if len(networks) > 1 else next(iter(networks.values())),
         "split": split_digest(data),
-        "training": {loss: training_digest(loss, optimizer, schedule) for loss in losses},
+        "training": training,
     }
 
 
+def digest_of_network(name: str, data: Dataset) -> str:
+    """Return the digest of a trained network: see `cnn.network_digest`."""
+    return _digest_of_network(name, len(data.classes), data.image_size)
+
+
 @lru_cache
-def digest_of_cnn(num_classes: int) -> str:
-    """Return the digest of the trained network: see `cnn.networks.network_digest`."""
-    return network_digest(build_network(num_classes, seed=0))
+def _digest_of_network(name: str, num_classes: int, image_size: int) -> str:
+    network = build_network(num_classes, seed=0, name=name, image_size=image_size)
+    return network_digest(network, image_shape=(image_size, image_size, 3))
 
 
 def split_digest(data: Dataset) -> str:
@@ -133,7 +148,7 @@ def check_same(
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = []
     if before["network"] != now["network"]:
-        changed.append(f"network ({before['network'][:8]} → {now['network'][:8]})")
+        changed.append(f"network ({_shown(before['network'])} → {_shown(now['network'])})")
     if before["split"] != now["split"]:
         changed.append("split of the data, or order of its images")
     known = before["training"]
@@ -141,6 +156,12 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if losses:
         changed.append(f"training of {', '.join(losses)} (loss, optimizer or schedule)")
     return changed
+
+
+def _shown(digests: str | Mapping[str, str]) -> str:
+    if isinstance(digests, str):
+        return digests[:8]
+    return ", ".join(f"{name} {digest[:8]}" for name, digest in digests.items())
 
 
 # What may change, and is recorded

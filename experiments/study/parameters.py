@@ -9,56 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from optuna.trial import Trial
+from cnn.references import is_reference
+from experiments.study.domains import Choices, Domain, Range, split_words
 
 Configuration = Mapping[str, Any]
 """Values by fields of `TrainConfig`: the searched ones, and the seed if it varies."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A set of values, all equally likely."""
-
-    values: tuple[Any, ...]
-
-    def suggest(self, trial: Trial, name: str) -> Any:
-        """Return the value of a trial."""
-        return trial.suggest_categorical(name, self.values)
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self.values))
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers from `low` to `high`, integers if both are; log-uniform if `log`, else uniform."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """Both ends."""
-        return self.low, self.high
-
-    def suggest(self, trial: Trial, name: str) -> float:
-        """Return the value of a trial."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(name, self.low, self.high, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
-
-    def __str__(self) -> str:
-        return f"{self.low}..{self.high}{':log' * self.log}"
-
-
-Domain = Choices | Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +25,6 @@ class Parameter:
     """A field of `TrainConfig` that a study can search, or set to one value."""
 
     name: str  # the field
-    label: str = ""  # its name in tables, figures and sentences, if not that of the field
     short: str = ""  # its name in run names and progress; empty if the value needs none
     form: str = ""  # the format specification of a value
     width: int = 8  # width of its values in progress
@@ -79,9 +37,14 @@ class Parameter:
     """Whether a training with these values of earlier parameters depends on it."""
 
     @property
-    def title(self) -> str:
+    def label(self) -> str:
         """Its name in tables, figures and sentences."""
-        return self.label or self.name.replace("_", " ")
+        return self.name.replace("_", " ")
+
+    @property
+    def is_searched_by_default(self) -> bool:
+        """Whether a study searches it unless told otherwise."""
+        return isinstance(self, ChoiceParameter | LogRangeParameter)
 
     @property
     def flag(self) -> str:
@@ -158,9 +121,9 @@ class Parameter:
             return Choices(values)
         if scale not in ("", "log"):
             raise ValueError(f"--vary {self.name}={text}: a range ends in :log or in its upper end")
-        low, _, high = numbers.partition("..")
-        ends = (self.parse(end, f"--vary {self.name}") for end in (low, high))
-        return Range(*ends, log=scale == "log")
+        low, high = numbers.split("..", 1)
+        low, high = (self.parse(end, f"--vary {self.name}") for end in (low, high))
+        return Range(low, high, log=scale == "log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +340,7 @@ def parse_vary(texts: Sequence[str], options: argparse.Namespace) -> dict[str, D
     """Return the domains that `--vary` gives, by names of parameters.
 
     Raises:
-        ValueError: there is no such parameter, it is given twice, or is set by its own flag as well.
+        ValueError: there is no such parameter, or it is given twice, or by its own flag as well.
     """
     domains: dict[str, Domain] = {}
     for text in texts:
@@ -401,6 +364,21 @@ def parse_vary(texts: Sequence[str], options: argparse.Namespace) -> dict[str, D
     return domains
 
 
+def networks(options: argparse.Namespace) -> list[str]:
+    """Return the networks of a command line."""
+    varied = parse_vary(options.vary, options).get("network")
+    return [*varied.values] if varied else [options.network or BY_NAME["network"].default]
+
+
+def references(options: argparse.Namespace) -> list[str]:
+    """Return the references to a user's own networks and losses on a command line."""
+    varied = parse_vary(options.vary, options).get("loss")
+    losses = varied.values if varied else split_words(options.losses)
+    values = [*networks(options), *losses]
+    # torchvision:resnet18 has the same form.
+    return [each for each in values if is_reference(each) and not each.startswith("torchvision:")]
+
+
 def searched(settings: Mapping[str, Any]) -> dict[str, Domain]:
     """Return what is searched by a study with these settings, by names of parameters."""
     domains = {each.name: each.from_settings(settings) for each in PARAMETERS}
@@ -417,8 +395,3 @@ def run_name(number: int, values: Configuration) -> str:
     if "seed" in values:
         parts.append(f"seed={values['seed']}")
     return " ".join(parts)
-
-
-def split_words(values: Sequence[str]) -> list[str]:
-    """Return the values in words that are separated by spaces or commas."""
-    return [part for value in values for part in re.split(r"[\s,]+", value) if part]

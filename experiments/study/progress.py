@@ -36,6 +36,7 @@ class Display(AbstractContextManager["Display"]):
             transient=True,
             disable=not self.console.is_terminal,
         )
+        self.space = settings.space()
         self.tasks: dict[int, TaskID] = {}
         self.configs: dict[int, TrainConfig] = {}
         self.best: tuple[float, int] | None = None
@@ -108,9 +109,10 @@ class Display(AbstractContextManager["Display"]):
 
     def _description(self, trial: int, config: TrainConfig) -> str:
         parts = [f"{trial:4d} "]
+        values = self.space.varied(config)
         for parameter in (BY_NAME[name] for name in self.settings.search):
             label = f"{parameter.short} " if parameter.short else ""
-            value = parameter.text(getattr(config, parameter.name))
+            value = parameter.text(values.get(parameter.name))
             parts.append(f"{label}{value:{parameter.width}s}")
         return " ".join(parts)
 

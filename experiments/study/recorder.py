@@ -20,10 +20,11 @@ from optuna.trial import FrozenTrial, Trial
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from cnn.losses import PROBABILITIES, get_loss
-from cnn.networks import CNN, Classifier
+from cnn.networks import Classifier, build_network
 from experiments.engine.base import EpochEnded, JobEnded
 from experiments.interrupts import InterruptionError, Interrupts
 from experiments.study.events import TrialEnded
+from experiments.study.identity import digest_of_network, training_digest
 from experiments.study.parameters import run_name
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
@@ -67,7 +68,7 @@ class Recorder:
         self.made_with, self.provenance = made_with, provenance
         self._parent: Run | None = None
         self._space = settings.space()
-        self._classifiers: dict[str, Classifier] = {}
+        self._classifiers: dict[tuple[str, str], Classifier] = {}
 
     def open_parent(self, under: str | None) -> Run:
         """Open and return the parent of the trials' runs: the study's own run, if it has one.
@@ -93,7 +94,7 @@ class Recorder:
             study.set_user_attr("parent_run_id", parent.run_id)
         # Not under the flags' names: `mlflow run` has recorded those, quoted for a shell.
         fingerprint = self.settings.fingerprint(self.data)
-        network = {"network_digest": self.made_with["network"]}
+        network = {"network_digest": str(self.made_with["network"])}
         parent.log_params({f"sweep/{k}": v for k, v in {**fingerprint, **network}.items()})
         parent.set_tags(self._provenance_tags())
         log_data(parent, self.data)
@@ -147,8 +148,8 @@ class Recorder:
                 **config.as_params(),
                 "dataset": self.data.name,
                 "dataset_digest": self.data.digest,
-                "network_digest": self.made_with["network"],
-                "training_digest": self.made_with["training"][config.loss],
+                "network_digest": digest_of_network(config.network, self.data),
+                "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
             }
         )
 
@@ -203,10 +204,17 @@ class Recorder:
         So a graph is exported once per sweep. That saves time, and PyTorch keeps each export.
         """
         kind = get_loss(config.loss).outputs_to_probabilities
-        if kind not in self._classifiers:
-            network = CNN(len(self.data.classes))
-            self._classifiers[kind] = Classifier(network, PROBABILITIES[kind]).eval()
-        return self._classifiers[kind]
+        key = (config.network, kind)
+        if key not in self._classifiers:
+            network = build_network(
+                len(self.data.classes),
+                seed=0,
+                name=config.network,
+                image_size=self.data.image_size,
+            )
+            network.to(memory_format=torch.contiguous_format)  # as PyTorch stores weights
+            self._classifiers[key] = Classifier(network, PROBABILITIES[kind]).eval()
+        return self._classifiers[key]
 
     def _example(self) -> np.ndarray[Any, Any]:
         images, _ = self.data.validation.batch(torch.arange(2))

@@ -13,8 +13,9 @@ from optuna.samplers import BaseSampler
 from cnn.config import check_choice
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
+from experiments.study.domains import Domain
 from experiments.study.identity import made_with
-from experiments.study.parameters import BY_NAME, Configuration, Domain
+from experiments.study.parameters import BY_NAME, Configuration
 from experiments.study.pruners import PRUNERS
 from experiments.study.samplers import SAMPLERS, FixedSampler, make_sampler
 from experiments.study.space import Space
@@ -36,10 +37,7 @@ class Settings:
     seed: int
     sampler: str
     pruner: str
-    optimizer: str
-    schedule: str
     device: str
-    precision: str
     study: str | None
     storage: str
     experiment: str | None
@@ -47,6 +45,8 @@ class Settings:
     workers: int
     max_failures: int  # failed trials in a row
     tracking_timeout: float  # how long to wait for a tracking server that is away, in seconds
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters that are set to one value, other than its default, by their names."""
     configurations: Sequence[Configuration] = ()
     """The configurations of all trials, in order; empty: a sampler chooses them."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -85,21 +85,13 @@ class Settings:
     def space(self) -> Space:
         """Return the search space."""
         device = self.worker_device or resolve_device(self.device)
-        # GPUs of other machines are assumed to be of Ampere's generation or later.
-        is_remote_gpu = self.worker_device == "cuda" and self.precision == "auto"
-        precision = "bfloat16" if is_remote_gpu else resolve_precision(self.precision, device)
-        return Space(
-            search=self.search,
-            fixed={
-                "epochs": self.epochs,
-                "seed": self.seed,
-                "optimizer": self.optimizer,
-                "schedule": self.schedule,
-                "precision": precision,
-                "device": device,
-            },
-            varies_seed=bool(self.configurations),
-        )
+        fixed = {"epochs": self.epochs, "seed": self.seed, "device": device, **self.training}
+        if "precision" not in self.search:
+            asked = fixed.get("precision", "auto")
+            # GPUs of other machines are assumed to be of Ampere's generation or later.
+            is_remote_gpu = self.worker_device == "cuda" and asked == "auto"
+            fixed["precision"] = "bfloat16" if is_remote_gpu else resolve_precision(asked, device)
+        return Space(search=self.search, fixed=fixed, varies_seed=bool(self.configurations))
 
     def make_sampler(self) -> BaseSampler:
         """Return the sampler of the trials' configurations."""
@@ -114,19 +106,28 @@ class Settings:
 
     def made_with(self, data: Dataset) -> dict[str, Any]:
         """Return the digests of the code: see `identity.made_with`."""
-        return made_with(data, losses=self.losses, optimizer=self.optimizer, schedule=self.schedule)
+        return made_with(data, self.space())
 
     def fingerprint(self, data: Dataset) -> dict[str, Any]:
         """Return all settings that a study's results depend on: the same make the same study."""
-        names = "epochs seed sampler pruner optimizer schedule device precision"
+        names = "epochs seed sampler pruner device"
         fingerprint: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
         for name, domain in self.search.items():
             fingerprint |= BY_NAME[name].to_settings(domain)
         fingerprint |= {name: getattr(self, name) for name in names.split()}
+        # Studies had these three from the beginning, and the others only if they were given.
+        fingerprint |= {"optimizer": "sgd", "schedule": "one_cycle", "precision": "auto"}
+        fingerprint |= self.training
+        fingerprint = {key: fingerprint[key] for key in fingerprint if key not in self.search}
         if self.configurations:
             # Without the seeds: there may be more later.
-            values = {tuple(each[name] for name in self.search) for each in self.configurations}
-            fingerprint["points"] = sorted(values)
+            values = {tuple(map(each.get, self.search)) for each in self.configurations}
+            fingerprint["points"] = sorted(values, key=_missing_last)
         # As the study returns it: tuples become lists.
         plain: dict[str, Any] = json.loads(json.dumps(fingerprint))
         return plain
+
+
+def _missing_last(values: Sequence[Any]) -> list[tuple[bool, Any]]:
+    """Return the key to sort rows in which values may be None, where they do not apply."""
+    return [(value is None, 0 if value is None else value) for value in values]
