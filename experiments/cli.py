@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config_file import ConfigParser
 from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
 from experiments.study.parameters import PARAMETERS, networks, parse_vary, references
 from tracking.cli import INTERRUPTED, Parser, run_command
@@ -51,9 +52,9 @@ a server is away: the same command continues later; 2 bad input; 130 interrupted
 RESUME = "the same command continues the study"
 
 
-def make_parser(module: str, description: str, epilog: str) -> Parser:
+def make_parser(module: str, description: str, epilog: str) -> ConfigParser:
     """Return a parser with the flags for the data and the search space."""
-    parser = Parser(
+    parser = ConfigParser(
         prog=f"python -m {module}",
         description=description,
         epilog=f"{LOSSES_TEXT}\n{epilog}\n{EXIT_CODES}",
@@ -278,8 +279,7 @@ def settings_from_args(options: argparse.Namespace, num_workers: int, **others: 
     given["training"] = {
         each.name: getattr(options, each.name)
         for each in PARAMETERS
-        if not each.is_searched_by_default
-        and getattr(options, each.name) not in (None, each.default)
+        if not each.is_searched_by_default and each.is_given(options)
     }
     return Settings(**(given | others | {"workers": num_workers}))
 

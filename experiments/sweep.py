@@ -51,6 +51,13 @@ def build_parser() -> Parser:
         "epoch",
         choices=("none", "median", "hyperband", "asha", "one_epoch"),
     )
+    text = (
+        "start no more trials after so many finished ones in which the best accuracy did not rise "
+        "by more than --min-delta; 0 is no limit"
+    )
+    cli.add_flag(search, "--patience", 0, text, metavar="TRIALS")
+    text = "the difference in validation accuracy, in 0 .. 1, for --patience"
+    cli.add_flag(search, "--min-delta", 0.0, text, metavar="SHARE")
     text = "start no trial after this time; 0 is no limit"
     cli.add_flag(search, "--timeout", 0, text, type=float, metavar="SECONDS")
     cli.add_training_flags(parser)
@@ -130,6 +137,8 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         print(f"\n{shown.to_string(index=False, na_rep='–')}\n")
     if ended.outcome != "complete":
         return cli.report_stop(ended.outcome, ended.reason)
+    if ended.reason:
+        print(f"ended early: {ended.reason}")
     complete = None if table is None else table[table["outcome"] == "complete"]
     if complete is None or not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)

@@ -46,7 +46,7 @@ LAYERS = """
     experiments.study
     experiments.comparison
     experiments.reporting
-    experiments.cli
+    experiments.config_file experiments.cli
     experiments.sweep experiments.compare experiments.report experiments.servers
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}

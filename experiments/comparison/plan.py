@@ -49,6 +49,7 @@ class Plan:
             self.settings,
             search={**self.settings.search, "loss": Choices((loss,))},
             study=f"{name}/search/{loss}",
+            options="",
             tags={"comparison": name, "stage": "search"},
         )
 
@@ -62,6 +63,7 @@ class Plan:
             configurations=configurations,
             trials=len(configurations),
             study=f"{name}/confirm",
+            options="",
             tags={"comparison": name, "stage": "confirm"},
         )
 

@@ -29,7 +29,7 @@ from experiments.interrupts import Interrupts
 from experiments.study.controller import sweep
 from experiments.study.events import SweepEnded
 from experiments.study.opening import open_checked, open_checked_storage, open_study
-from experiments.study.recorder import log_data, open_tracker
+from experiments.study.recorder import OPTIONS_FILE, log_data, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
     outcome_of,
@@ -140,6 +140,7 @@ class _Comparison:
         self.record.set_user_attr("parent_run_id", parent.run_id)
         params = self.record.user_attrs["plan"]
         parent.log_params({f"compare/{key}": value for key, value in params.items()})
+        parent.log_text(self.plan.settings.options, OPTIONS_FILE)
         log_data(parent, self.data)
         set_once(self.record, "made_with", self.plan.settings.made_with(self.data))
         self.record.set_user_attr(

@@ -200,6 +200,8 @@ class _Sweep:
                 if self.interrupts():
                     return
         self.outcome = "complete"
+        if trials.is_stalled():
+            self.reason = f"no gain in accuracy, --patience {self.settings.patience}"
 
     def register(self) -> Iterator[BestRegistered]:
         """Register the best trial's model, once the sweep is complete.

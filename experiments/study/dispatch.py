@@ -14,7 +14,7 @@ from experiments.engine.base import WorkerPool
 from experiments.study.heartbeat import Heartbeat
 from experiments.study.recorder import OBJECTIVE, Recorder
 from experiments.study.settings import Settings
-from experiments.study.trials import num_begun, tell
+from experiments.study.trials import num_begun, num_without_gain, tell
 from tracking.store import sqlite_file
 
 MAX_DISPATCH = 16
@@ -43,7 +43,14 @@ class Dispatcher:
         """Return whether a trial is left to start, counting those of all processes."""
         if time.monotonic() >= self.deadline:
             return False
-        return bool(self.orphaned) or num_begun(self.study) < self.settings.trials
+        if self.orphaned:
+            return True
+        return num_begun(self.study) < self.settings.trials and not self.is_stalled()
+
+    def is_stalled(self) -> bool:
+        """Return whether enough trials have ended without a gain: see `Settings.patience`."""
+        patience = self.settings.patience
+        return bool(patience) and num_without_gain(self.study, self.settings.min_delta) >= patience
 
     def waits_for_others(self) -> bool:
         """Return whether other processes have trials that may become orphaned."""

@@ -65,19 +65,24 @@ class Parameter:
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
         """Add the flag of one value."""
-        shown = "" if self.default is None else f" (default: {self.default})"
-        options: dict[str, Any] = {"choices": self.choices} if self.choices else {}
-        if not self.choices:
-            options = {"type": self.kind, "metavar": self.metavar}
-        group.add_argument(self.flag, help=f"{self.help}{shown}", **options)
+        shown = "" if self.default is None else " (default: %(default)s)"
+        options: dict[str, Any] = {"type": self.kind, "metavar": self.metavar}
+        if self.choices:
+            options = {"choices": self.choices}
+        group.add_argument(self.flag, default=self.default, help=f"{self.help}{shown}", **options)
 
     def domain(self, options: argparse.Namespace) -> Domain | None:  # noqa: ARG002
         """Return what is searched by its own flags, None for nothing."""
         return None
 
     def is_given(self, options: argparse.Namespace) -> bool:
-        """Return whether its own flags are on a command line."""
-        return getattr(options, self.name) is not None
+        """Return whether its own flags have another value than their default."""
+        return bool(getattr(options, self.name) != self.default)
+
+    @property
+    def dests(self) -> tuple[str, ...]:
+        """The names of its own flags' values."""
+        return (self.name,)
 
     def check(self, domain: Domain, flags: tuple[str, str] | None = None) -> None:
         """Raise ValueError unless the values differ, or the ends are in order.
@@ -159,6 +164,11 @@ class ChoiceParameter(Parameter):
             return Choices(tuple(getattr(import_module(module), table)))
         return Choices(tuple(self.parse(word, self.flag) for word in words))
 
+    @property
+    def dests(self) -> tuple[str, ...]:
+        """The names of its own flags' values."""
+        return (self.plural,)
+
     def is_given(self, options: argparse.Namespace) -> bool:
         """Return whether the flag has other values than its default."""
         return bool(getattr(options, self.plural) != [str(value) for value in self.default])
@@ -203,6 +213,11 @@ class LogRangeParameter(Parameter):
         """Return the range of a command line."""
         low, high = (getattr(options, f"{self.name}_{end}") for end in ("min", "max"))
         return Range(low, high, log=True)
+
+    @property
+    def dests(self) -> tuple[str, ...]:
+        """The names of its own flags' values."""
+        return f"{self.name}_min", f"{self.name}_max"
 
     def is_given(self, options: argparse.Namespace) -> bool:
         """Return whether the flags have another range than their default."""
@@ -367,7 +382,7 @@ def parse_vary(texts: Sequence[str], options: argparse.Namespace) -> dict[str, D
 def networks(options: argparse.Namespace) -> list[str]:
     """Return the networks of a command line."""
     varied = parse_vary(options.vary, options).get("network")
-    return [*varied.values] if varied else [options.network or BY_NAME["network"].default]
+    return [*varied.values] if varied else [options.network]
 
 
 def references(options: argparse.Namespace) -> list[str]:

@@ -87,6 +87,12 @@ class Display(AbstractContextManager["Display"]):
             f"epochs{already}; {workers}; MLflow experiment {event.experiment}",
             markup=False,
         )
+        if self.settings.patience:
+            self.console.print(
+                f"ends early if the best accuracy gains no more than "
+                f"{100 * self.settings.min_delta:g} points in {self.settings.patience} trials",
+                markup=False,
+            )
         for note in event.notes:
             self.console.print(f"note: {note}", markup=False)
         if event.num_before >= self.settings.trials:

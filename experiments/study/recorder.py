@@ -38,6 +38,9 @@ RETRIES = 1  # how often a failed trial is retried, on a fresh worker
 
 OBJECTIVE = "val/accuracy"
 
+OPTIONS_FILE = "study.toml"
+"""The artifact with the options of a command, for `--config`."""
+
 
 def open_tracker(settings: Settings, should_stop: Callable[[], bool]) -> Tracker:
     """Open MLflow's experiment; `should_stop` is asked while the server is away."""
@@ -98,6 +101,8 @@ class Recorder:
         parent.log_params({f"sweep/{k}": v for k, v in {**fingerprint, **network}.items()})
         parent.set_tags(self._provenance_tags())
         log_data(parent, self.data)
+        if self.settings.options:
+            parent.log_text(self.settings.options, OPTIONS_FILE)
         # An artifact store that refuses files is noticed now, not at the first model.
         parent.log_text(json.dumps({**fingerprint, **self.made_with}, indent=2), "settings.json")
         return parent

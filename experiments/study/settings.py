@@ -47,6 +47,12 @@ class Settings:
     tracking_timeout: float  # how long to wait for a tracking server that is away, in seconds
     training: Mapping[str, Any] = field(default_factory=dict)
     """The parameters that are set to one value, other than its default, by their names."""
+    patience: int = 0
+    """Start no more trials after so many finished ones without a gain; 0: start all."""
+    min_delta: float = 0.0
+    """The smallest difference in validation accuracy, in 0 .. 1, that is a gain."""
+    options: str = ""
+    """The options of the command as a file that `--config` takes."""
     configurations: Sequence[Configuration] = ()
     """The configurations of all trials, in order; empty: a sampler chooses them."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +76,10 @@ class Settings:
             raise ValueError(f"--timeout must be seconds ≥ 0 (0: no limit), not {self.timeout}")
         if not 0 <= self.tracking_timeout < math.inf:
             raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {self.tracking_timeout}")
+        if self.patience < 0:
+            raise ValueError(f"--patience must be trials ≥ 0 (0: no limit), not {self.patience}")
+        if not 0 <= self.min_delta < 1:
+            raise ValueError(f"--min-delta must be ≥ 0 and < 1, not {self.min_delta}")
         if self.study is not None:
             check_study_name(self.study)
         if self.register not in ("auto", "none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 
 import pandas as pd
 from optuna.study import Study
@@ -64,6 +65,22 @@ def best_trial(study: Study) -> tuple[float, int] | None:
     """Return accuracy and number of the best complete trial, None if there is none."""
     complete = trials_table(study).query("outcome == 'complete'")
     return (complete["val_accuracy"].iloc[0], complete["trial"].iloc[0]) if len(complete) else None
+
+
+def num_without_gain(study: Study, min_delta: float) -> int:
+    """Return how many trials ended after the last one that raised the best accuracy by enough."""
+    best, count = -math.inf, 0
+    for trial in sorted(finished_trials(study), key=_ended_at):
+        accuracy = _last_value(trial) if trial.user_attrs.get("outcome") == "complete" else None
+        if accuracy is not None and accuracy > best + min_delta:
+            best, count = accuracy, 0
+        else:
+            count += 1
+    return count
+
+
+def _ended_at(trial: FrozenTrial) -> tuple[datetime, int]:
+    return trial.datetime_complete or datetime.min, trial.number
 
 
 def tell(
