@@ -70,7 +70,8 @@ def test_the_help_names_every_choice() -> None:
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
-    own = {"search", "configurations", "tags", "pruner", "timeout", "register", "worker_device"}
+    own = {"search", "training", "configurations", "tags", "worker_device"}
+    own |= {"pruner", "timeout", "register", "patience", "min_delta"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 

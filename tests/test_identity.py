@@ -27,10 +27,10 @@ from cnn.source import source_digest
 from experiments.study.controller import sweep
 from experiments.study.events import SweepStarted
 from experiments.study.identity import (
+    _digest_of_network,
     _git,
     code_state,
     differences,
-    digest_of_cnn,
     name_of,
     split_digest,
     training_digest,
@@ -48,7 +48,7 @@ def settings(mlflow_store: str, tmp_path: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def nothing_is_cached() -> Any:
-    cached = digest_of_cnn, training_digest, code_state, source_digest
+    cached = _digest_of_network, training_digest, code_state, source_digest
     for each in cached:
         each.cache_clear()
     yield
@@ -68,7 +68,7 @@ def edit_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return WithReLU(num_classes)
 
     monkeypatch.setattr(experiments.study.identity, "build_network", build)
-    digest_of_cnn.cache_clear()
+    _digest_of_network.cache_clear()
 
 
 def edit_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_runs_say_which_network_and_code_they_are_of(
         assert run.data.tags["code.torch"] == torch.__version__.partition("+")[0]
     networks = {run.data.params.get("network_digest") for run in runs}
     networks |= {run.data.params.get("sweep/network_digest") for run in runs}
-    assert networks == {None, digest_of_cnn(3)}
+    assert networks == {None, _digest_of_network("cnn", 3, 32)}
 
 
 def test_another_commit_or_version_is_said(
@@ -277,8 +277,11 @@ def test_digests_are_the_same_on_every_machine_and_in_every_process(digits_cache
     script = (
         "import sys; from pathlib import Path; from cnn.data import load\n"
         "from experiments.study.identity import made_with\n"
-        "made = made_with(load('digits', data_dir=Path(sys.argv[1]), seed=0),"
-        " losses=['cross_entropy', 'l1', 'mse'], optimizer='sgd', schedule='one_cycle')\n"
+        "from experiments.study.domains import Choices\n"
+        "from experiments.study.space import Space\n"
+        "space = Space(search={'loss': Choices(('cross_entropy', 'l1', 'mse'))},"
+        " fixed={'learning_rate': 1, 'batch_size': 1})\n"
+        "made = made_with(load('digits', data_dir=Path(sys.argv[1]), seed=0), space)\n"
         "print({'network': made['network'], 'split': made['split']} | made['training'])"
     )
     done = subprocess.run(

@@ -30,10 +30,11 @@ COMMANDS = {
 }
 # Flags that are not declared, because no value stands for leaving them out.
 RAY = {"ray-address", "gpus-per-worker"}
+OTHERS = {"config", "vary", "warmup", "workers", "study", "experiment"}
 CHOICE = {"dataset", "loss", "study", "where"}
 UNDECLARED = {
-    "main": {"workers", "study", "experiment", "tensorboard", *RAY},
-    "compare": {"workers", "study", "experiment", *RAY},
+    "main": {"tensorboard", *OTHERS, *RAY},
+    "compare": {*OTHERS, *RAY},
     "predict": {
         "column",
         "dataset",
@@ -71,7 +72,9 @@ def options(project: Any, entry_point: str, parameters: Mapping[str, str]) -> di
     module, build_parser = COMMANDS[entry_point]
     python, dash_m, name, *arguments = command(project, entry_point, parameters)
     assert (python, dash_m, name) == ("python", "-m", module)
-    return vars(build_parser().parse_args(arguments))
+    parsed = vars(build_parser().parse_args(arguments))
+    parsed.pop("options", None)  # all of them as a text
+    return parsed
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from experiments.study.events import (
     TrialProgressed,
     TrialStarted,
 )
-from experiments.study.identity import digest_of_cnn, training_digest
+from experiments.study.identity import _digest_of_network, training_digest
 from experiments.study.opening import open_study
 from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
@@ -157,7 +157,7 @@ def test_a_trial_logs_its_whole_configuration_and_data(settings: Settings, data:
     assert run.data.params == expected | {
         "dataset": "coloured noise",
         "dataset_digest": "0" * 32,
-        "network_digest": digest_of_cnn(3),
+        "network_digest": _digest_of_network("cnn", 3, 32),
         "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
     }
     (logged,) = run.inputs.dataset_inputs

@@ -60,7 +60,7 @@ class Parameter:
         try:
             return self.kind(word)
         except ValueError:
-            wanted = "integers" if self.kind is int else "numbers"
+            wanted = "integers ≥ 1" if self.kind is int else "numbers"
             raise ValueError(f"{flag} takes {wanted}, not {word!r}") from None
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:

@@ -51,7 +51,7 @@ class Settings:
     """Start no more trials after so many finished ones without a gain; 0: start all."""
     min_delta: float = 0.0
     """The smallest difference in validation accuracy, in 0 .. 1, that is a gain."""
-    options: str = ""
+    options: str = field(default="", compare=False)
     """The options of the command as a file that `--config` takes."""
     configurations: Sequence[Configuration] = ()
     """The configurations of all trials, in order; empty: a sampler chooses them."""
