@@ -209,7 +209,7 @@ def test_code_that_no_digest_of_calls_sees_is_noted_though_git_sees_no_differenc
 def test_comments_docstrings_and_layout_are_no_code(cnn_copy: Path) -> None:
     before = source_digest()
     edit(cnn_copy / "networks.py", "Three 5×5 convolutions", "Some convolutions")
-    edit(cnn_copy / "networks.py", "import copy\n", "# why\nimport copy  # so\n\n")
+    edit(cnn_copy / "networks.py", "import inspect\n", "# why\nimport inspect  # so\n\n")
     assert source_digest() == before
     edit(cnn_copy / "networks.py", "manual_seed(seed)", "manual_seed(seed + 1)")  # initial weights
     assert source_digest() != before

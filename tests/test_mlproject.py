@@ -100,7 +100,8 @@ class Flag:
 
     def parsed(self, text: str) -> Any:
         value = self.action.type(text) if callable(self.action.type) else text
-        return [value] if self.action.nargs == "+" else value
+        is_list = self.action.nargs == "+" or isinstance(self.action.default, list)
+        return [value] if is_list else value
 
 
 def flags(entry_point: str) -> dict[str, Flag]:
@@ -181,7 +182,11 @@ def test_prediction_labels_the_test_split_of_the_default_data_set(project: Any) 
 
 @pytest.mark.parametrize(
     ("entry_point", "name"),
-    [(entry_point, name) for entry_point, names in UNDECLARED.items() for name in sorted(names)],
+    [
+        (entry_point, name)
+        for entry_point, names in UNDECLARED.items()
+        for name in sorted(names - {"config"})  # which is read at once
+    ],
 )
 def test_a_flag_that_is_not_declared_can_be_given_all_the_same(
     project: Any, entry_point: str, name: str
