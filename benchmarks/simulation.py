@@ -54,6 +54,10 @@ class SimulatedPool:
         """Return the name of no hardware."""
         return "simulated"
 
+    def arithmetic(self, device: str) -> dict[str, str]:  # noqa: ARG002
+        """Return no arithmetic."""
+        return {}
+
     @property
     def num_idle(self) -> int:
         """How many workers are idle."""

@@ -108,6 +108,15 @@ def machine() -> str:
     """Return the parts of this machine that matter for speed, as text."""
     import torch
 
+    return f"{num_cores()} cores of {processor()}, PyTorch {torch.__version__}"
+
+
+def processor(device: str = "cpu") -> str:
+    """Return the name of the processor or GPU that computes, with its units for bfloat16."""
+    import torch
+
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -115,4 +124,4 @@ def machine() -> str:
         name = names[0].partition(":")[2].strip() if names else name
     units = bfloat16_units().items()
     has = ", ".join(unit if there else f"no {unit}" for unit, there in units)
-    return f"{num_cores()} cores of {name} ({has}), PyTorch {torch.__version__}"
+    return f"{name} ({has})"

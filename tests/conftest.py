@@ -104,17 +104,17 @@ def traced_once() -> Iterator[None]:
     In use, a process has one sweep or a few, and tracing is a small part. In tests it was a third.
     """
     from cnn.networks import Classifier
-    from experiments.study.recorder import Recorder
+    from experiments.study.models import Models
 
-    classifier = Recorder._classifier
+    classifier = Models._classifier
     of_data: dict[tuple[str, ...], dict[str, Classifier]] = {}
 
-    def shared(recorder: Recorder, config: TrainConfig) -> Classifier:
-        recorder._classifiers = of_data.setdefault(recorder.data.classes, {})
-        return classifier(recorder, config)
+    def shared(models: Models, config: TrainConfig) -> Classifier:
+        models._classifiers = of_data.setdefault(models.data.classes, {})
+        return classifier(models, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "_classifier", shared)
+        patch.setattr(Models, "_classifier", shared)
         yield
 
 

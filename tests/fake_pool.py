@@ -38,6 +38,9 @@ class FakePool:
     def hardware(self) -> str:
         return "none at all"
 
+    def arithmetic(self, device: str) -> dict[str, str]:
+        return {"processor": "none at all", "threads": "1"}
+
     @property
     def num_idle(self) -> int:
         return self.num_workers - len(self.jobs)

@@ -66,7 +66,7 @@ PRIVATE_NAMES = {
     r"\btorch(\.\w+)*\._[a-z]": {
         "cnn/stepper.py",  # _foreach_copy_: all gradients in one call
         "experiments/engine/checkpoints.py",  # how a state_dict is pickled
-        "experiments/study/recorder.py",  # whether the compiler was imported
+        "experiments/study/models.py",  # whether the compiler was imported
         "tracking/models/cost.py",  # an operator that exports have
         "tracking/models/safety.py",  # the logger of a loaded graph
     },

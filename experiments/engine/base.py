@@ -89,6 +89,9 @@ class WorkerPool(Protocol):
     def hardware(self) -> str:
         """Return the hardware of the workers, as text."""
 
+    def arithmetic(self, device: str) -> dict[str, str]:
+        """Return what the last digits of results depend on: `processor` and `threads`, if known."""
+
     @property
     def num_idle(self) -> int:
         """The number of idle workers."""

@@ -42,7 +42,7 @@ def train_job(
     data: Dataset,
     *,
     checkpoint: bytes | None,
-    keep: Callable[[bytes], None],
+    keep: Callable[[bytes], None] | None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[EpochEnded | JobEnded | CheckpointLost]:
     """Train, from a checkpoint if there is one, and yield the events.
@@ -57,6 +57,7 @@ def train_job(
         checkpoint: the last one passed to `keep`, if this training was interrupted. A damaged one
             is reported and ignored.
         keep: called with each checkpoint, before the event of its epoch. It may raise OSError.
+            None: there are no checkpoints.
         should_stop: called after each epoch.
     """
     from cnn.training import train
@@ -81,7 +82,7 @@ def train_job(
     for epoch in train(config, data, resume_from=start):
         state = epoch.model.state_dict()
         past.append(epoch.metrics())
-        if not epoch.diverged:
+        if keep is not None and not epoch.diverged:
             try:
                 keep(pack(past, epoch.checkpoint(), key))
             except OSError as error:

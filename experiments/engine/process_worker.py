@@ -39,6 +39,7 @@ class DataReference:
     data_dir: Path
     checked: FileStates | None = None  # see `cnn.data.open_cached`
     working_dir: Path = Path()  # that of the main process: a user's own code may be there
+    has_checkpoints: bool = True  # whether trainings resume from checkpoints, and write them
 
     def open(self, seed: int) -> Dataset:
         """Return the data set, split with a seed."""
@@ -84,13 +85,14 @@ def main(argv: Sequence[str]) -> None:
     opened(0)  # an error here ends the worker and costs no trial
     while True:
         job, config = inbox.get()
+        keeps = reference.has_checkpoints
         try:
             for event in train_job(
                 job,
                 config,
                 opened(config.seed),
-                checkpoint=checkpoints.read(config),
-                keep=partial(checkpoints.write, config),
+                checkpoint=checkpoints.read(config) if keeps else None,
+                keep=partial(checkpoints.write, config) if keeps else None,
                 should_stop=partial(stopped.__contains__, job),
             ):
                 connection.send(event)

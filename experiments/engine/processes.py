@@ -40,11 +40,19 @@ class ProcessPool:
         num_threads: of each worker's arithmetic.
         gpus: from `visible_gpus`. Each worker sees one of them, in turns; without any, each sees
             what this process sees.
+        checkpoints: whether trainings resume from checkpoints, and write them.
     """
 
-    def __init__(self, num_workers: int, *, num_threads: int = 1, gpus: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        num_threads: int = 1,
+        gpus: Sequence[str] = (),
+        checkpoints: bool = True,
+    ) -> None:
         assert num_workers >= 1
-        self._num_threads = num_threads
+        self._num_threads, self._has_checkpoints = num_threads, checkpoints
         self._num_idle_deaths = 0
         self._data: DataReference | None = None
         seen = itertools.islice(itertools.cycle(gpus or [None]), num_workers)
@@ -57,6 +65,7 @@ class ProcessPool:
             data_dir=data_dir.resolve(),
             checked=data.checked,
             working_dir=Path.cwd(),
+            has_checkpoints=self._has_checkpoints,
         )
         for worker in self._workers:
             worker.send(self._data)
@@ -66,6 +75,12 @@ class ProcessPool:
         from cnn.devices import machine
 
         return machine()
+
+    def arithmetic(self, device: str) -> dict[str, str]:
+        """Return the processor and the number of threads of each worker."""
+        from cnn.devices import processor
+
+        return {"processor": processor(device), "threads": str(self._num_threads)}
 
     @property
     def num_idle(self) -> int:

@@ -128,6 +128,7 @@ class RayPool:
         self._meta: DatasetMeta
         self._images: Any
         threads = max(1, int(needs.cpus))
+        self._threads = threads
         self._actor_args = (threads, checkpoint_seconds, tuple(references))
         self._new_actor = actor_class().options(
             num_cpus=needs.cpus,
@@ -190,6 +191,10 @@ class RayPool:
     def hardware(self) -> str:
         """Return the hardware of the cluster and of this machine."""
         return f"Ray {ray.__version__}: {Cluster()}; driver: {machine()}"
+
+    def arithmetic(self, device: str) -> dict[str, str]:  # noqa: ARG002 - nodes may differ
+        """Return the number of threads of each worker; nodes may have different processors."""
+        return {"threads": str(self._threads)}
 
     def room(self) -> int:
         """Return how many workers fit on the cluster if nobody else uses it."""

@@ -157,7 +157,13 @@ class _Sweep:
 
             tracker = open_tracker(self.settings, self._stop_requested)
         self.recorder = Recorder(
-            tracker, self.study, self.settings, self.data, made_with=made_with, provenance=now
+            tracker,
+            self.study,
+            self.settings,
+            self.data,
+            made_with=made_with,
+            provenance=now,
+            arithmetic=self.pool.arithmetic(fixed["device"]),
         )
         self.has_recorder = True
         self.system_metrics = SystemMetrics(self.recorder.open_parent(under))

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
-from cnn.losses import PROBABILITIES, get_loss
-from cnn.networks import Classifier, build_network
 from experiments.engine.base import EpochEnded, JobEnded
-from experiments.interrupts import InterruptionError, Interrupts
+from experiments.interrupts import Interrupts
 from experiments.study.events import TrialEnded
 from experiments.study.identity import digest_of_network, training_digest
+from experiments.study.models import Models
 from experiments.study.parameters import run_name
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
@@ -54,7 +47,8 @@ def open_tracker(settings: Settings, should_stop: Callable[[], bool]) -> Tracker
 class Recorder:
     """Opens the runs of a sweep, and records their params, tags and models.
 
-    For `made_with` and `provenance` of this process, see `identity`.
+    For `made_with` and `provenance` of this process, see `identity`; for the workers' `arithmetic`,
+    `WorkerPool`.
     """
 
     def __init__(
@@ -66,12 +60,13 @@ class Recorder:
         *,
         made_with: Mapping[str, Any],
         provenance: Mapping[str, str],
+        arithmetic: Mapping[str, str],
     ) -> None:
         self.tracker, self.study, self.settings, self.data = tracker, study, settings, data
-        self.made_with, self.provenance = made_with, provenance
+        self.made_with, self.provenance, self.arithmetic = made_with, provenance, arithmetic
+        self.models = Models(data)
         self._parent: Run | None = None
         self._space = settings.space()
-        self._classifiers: dict[tuple[str, str], Classifier] = {}
 
     def open_parent(self, under: str | None) -> Run:
         """Open and return the parent of the trials' runs: the study's own run, if it has one.
@@ -99,7 +94,7 @@ class Recorder:
         fingerprint = self.settings.fingerprint(self.data)
         network = {"network_digest": str(self.made_with["network"])}
         parent.log_params({f"sweep/{k}": v for k, v in {**fingerprint, **network}.items()})
-        parent.set_tags(self._provenance_tags())
+        parent.set_tags(provenance_tags(self.provenance))
         log_data(parent, self.data)
         if self.settings.options:
             parent.log_text(self.settings.options, OPTIONS_FILE)
@@ -121,10 +116,10 @@ class Recorder:
     def open_run(self, trial: Trial, config: TrainConfig) -> Run:
         """Open a run for a new trial."""
         name = run_name(trial.number, self._space.varied(config))
-        tags = self._tags(trial.number) | self._provenance_tags()
+        tags = self._tags(trial.number) | provenance_tags(self.provenance, self.arithmetic)
         run = self.tracker.start_run(name, tags=tags, parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
-        self._log_config(run, config)
+        log_config(run, config, self.data)
         log_data(run, self.data)
         return run
 
@@ -137,7 +132,7 @@ class Recorder:
         trial.set_user_attr("run_id", run.run_id)
         # The process that opened it may have died before these steps.
         if not run.params():
-            self._log_config(run, config)
+            log_config(run, config, self.data)
         log_data(run, self.data)
         return run
 
@@ -147,83 +142,20 @@ class Recorder:
             return self.tracker.find_run(run_id)
         return self.tracker.find_tagged(self._tags(trial.number))
 
-    def _log_config(self, run: Run, config: TrainConfig) -> None:
-        run.log_params(
-            {
-                **config.as_params(),
-                "dataset": self.data.name,
-                "dataset_digest": self.data.digest,
-                "network_digest": digest_of_network(config.network, self.data),
-                "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
-            }
-        )
-
     def _tags(self, number: int) -> dict[str, str]:
         # With the study's id: a deleted study may have had the same name.
         study = {"study": self.study.study_name, "study_id": self.study.user_attrs["id"]}
         return {**self.settings.tags, **study, "trial": str(number), "role": "trial"}
 
-    def _provenance_tags(self) -> dict[str, str]:
-        names = ("commit", "uncommitted", "source", "python", "torch")
-        return {f"code.{name}": self.provenance[name] for name in names}
-
     def warm_up_export(self, config: TrainConfig, interrupts: Interrupts) -> None:
-        """Export a model once and discard it, while the workers train their first trials.
-
-        The first export of a process imports PyTorch's compiler, which takes seconds. A worker and
-        a Ctrl-C would wait for it.
-        """
-        if "torch._dynamo" in sys.modules:
-            return
-        from tracking.models.recording import save_model
-
-        model = self._classifier(config)
-        classes = {"classes": self.data.classes}
-        with suppress(InterruptionError), TemporaryDirectory() as scratch, interrupts.at_once():
-            folder = Path(scratch, "model")
-            save_model(model, folder, input_example=self._example(), metadata=classes)
+        """Export a model once, while the workers train: see `Models.warm_up`."""
+        self.models.warm_up(config, interrupts)
 
     def record_model(self, running: RunningTrial, event: JobEnded) -> None:
         """Record the model of a trial that has ended."""
-        model = self._classifier(running.config)
-        weights = {name: torch.from_numpy(values) for name, values in event.weights.items()}
-        model.network.load_state_dict(weights)
-        running.run.log_model(
-            model,
-            input_example=self._example(),
-            classes=self.data.classes,
-            step=running.epochs,
-            metadata={
-                "dataset": self.data.name,
-                "dataset_digest": self.data.digest,
-                "loss": running.config.loss,
-                "seed": running.config.seed,
-                "study": self.study.study_name,
-                "trial": running.trial.number,
-            },
-        )
-
-    def _classifier(self, config: TrainConfig) -> Classifier:
-        """Return the model to record, without its weights: one for all trials with one graph.
-
-        So a graph is exported once per sweep. That saves time, and PyTorch keeps each export.
-        """
-        kind = get_loss(config.loss).outputs_to_probabilities
-        key = (config.network, kind)
-        if key not in self._classifiers:
-            network = build_network(
-                len(self.data.classes),
-                seed=0,
-                name=config.network,
-                image_size=self.data.image_size,
-            )
-            network.to(memory_format=torch.contiguous_format)  # as PyTorch stores weights
-            self._classifiers[key] = Classifier(network, PROBABILITIES[kind]).eval()
-        return self._classifiers[key]
-
-    def _example(self) -> np.ndarray[Any, Any]:
-        images, _ = self.data.validation.batch(torch.arange(2))
-        return images.numpy()
+        about = {"study": self.study.study_name, "trial": running.trial.number}
+        config, step = running.config, running.epochs
+        self.models.record(running.run, config, event.weights, step=step, about=about)
 
 
 class RunningTrial:
@@ -268,6 +200,28 @@ class RunningTrial:
             seconds=time.monotonic() - self.start,
             reason=reason,
         )
+
+
+def log_config(run: Run, config: TrainConfig, data: Dataset) -> None:
+    """Log all that a training depends on as params of its run."""
+    run.log_params(
+        {
+            **config.as_params(),
+            "dataset": data.name,
+            "dataset_digest": data.digest,
+            "network_digest": digest_of_network(config.network, data),
+            "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
+        }
+    )
+
+
+def provenance_tags(
+    provenance: Mapping[str, str], arithmetic: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return code, versions and the workers' arithmetic as tags of a run."""
+    names = ("commit", "uncommitted", "source", "python", "torch")
+    tags = {f"code.{name}": provenance[name] for name in names}
+    return tags | {f"worker.{name}": value for name, value in (arithmetic or {}).items()}
 
 
 def log_data(run: Run, data: Dataset) -> None:
