@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -80,6 +80,34 @@ class TrainConfig:
     def as_params(self) -> dict[str, Any]:
         """Return the fields by name, to be recorded as params."""
         return asdict(self)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, str]) -> TrainConfig:
+        """Return the configuration of recorded params; a field that they lack has its default.
+
+        Raises:
+            ValueError: a param is no value of its field, or one without a default is missing.
+        """
+        given: dict[str, Any] = {}
+        for each in fields(cls):
+            if each.name not in params:
+                if each.default is MISSING:
+                    raise ValueError(f"its params have no {each.name}")
+                continue
+            text = params[each.name]
+            try:
+                given[each.name] = None if text == "None" else _KINDS[str(each.type)](text)
+            except ValueError:
+                raise ValueError(f"its param {each.name} is {text!r}: no {each.type}") from None
+        return cls(**given)
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": float,
+}
 
 
 def _is_integer_from(low: int, high: float = math.inf) -> Callable[[object], bool]:

@@ -199,11 +199,22 @@ def add_storage_flag(group: argparse._ActionsContainer) -> None:
     add_flag(group, "--storage", "sqlite:///optuna.db", text, metavar="URL")
 
 
-def run(parser: Parser, do: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
+def run(
+    parser: Parser,
+    do: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+    *,
+    resume: str = RESUME,
+) -> int:
     """Do what a command line asks for, and return the exit code."""
+    set_up_mlflow()
+    return run_command(parser, do, argv, resume=resume, exits_at_once=True)
+
+
+def set_up_mlflow() -> None:
+    """Set what MLflow reads from the environment, where the user has not."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    return run_command(parser, do, argv, resume=RESUME, exits_at_once=True)
 
 
 def report_stop(outcome: str, reason: str) -> int:

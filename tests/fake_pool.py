@@ -110,7 +110,7 @@ def use_pool(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
     monkeypatch.setattr(
         experiments.engine.processes,
         "ProcessPool",
-        lambda num_workers, num_threads, gpus: FakePool(script, num_workers),
+        lambda num_workers, **_: FakePool(script, num_workers),
     )
 
 

@@ -22,6 +22,7 @@ GUIDES += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "contributing.md"]
 GUIDES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 COMMANDS = {
     *("experiments.sweep", "experiments.compare", "experiments.report", "experiments.servers"),
+    "experiments.rerun",
     *("tracking.predict", "tracking.best", "tracking.promote", "tracking.report"),
 }
 OF_OTHERS = {"pytest", "sphinx", "venv"}

@@ -47,7 +47,7 @@ LAYERS = """
     experiments.comparison
     experiments.reporting
     experiments.config_file experiments.cli
-    experiments.sweep experiments.compare experiments.report experiments.servers
+    experiments.sweep experiments.compare experiments.report experiments.servers experiments.rerun
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
@@ -268,6 +268,7 @@ def test_every_module_is_looked_at(package: str) -> None:
     "module",
     [
         "experiments.report",
+        "experiments.rerun",
         "experiments.servers",
         "experiments.sweep",
         "tracking.predict",

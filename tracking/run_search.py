@@ -32,7 +32,8 @@ _PAGE = 100
 # Databases sort again for each page, and sorting takes longer than reading.
 _NEXT_PAGE = 1000
 
-_FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED'"
+# A rerun repeats or varies one trial by hand: it is no result of a search.
+_FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED' and tags.rerun_of IS NULL"
 
 _REPEATS = "confirm"
 """The tag `stage` of a comparison's repeats."""

@@ -37,6 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 _GIT_SECONDS = 5
 _FILES_SHOWN = 5
 _SHOWN = {"source": "code in cnn"}
+_DIGESTS = {"commit", "source", "network digest", "training digest"}
 _DIGITS = 8  # digits of values that are compared across machines: float64 has twice as many
 
 
@@ -213,13 +214,17 @@ def provenance(precision: str, device: str) -> dict[str, str]:
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return the differences of two provenances in a line, empty if there are none."""
-    changes = [
+    return ", ".join(list_differences(before, now))
+
+
+def list_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return each difference of two provenances; what was not recorded is none."""
+    return [
         f"{_SHOWN.get(key, key)} {_short(key, before[key])} → {_short(key, now[key])}"
         for key in now
         if before.get(key, now[key]) != now[key]
     ]
-    return ", ".join(changes)
 
 
 def _short(key: str, value: str) -> str:
-    return value[:8] if key in ("commit", "source") else value
+    return value[:8] if key in _DIGESTS else value

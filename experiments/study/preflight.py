@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +22,22 @@ NUM_IMAGES = 4
 
 
 def check_trainable(settings: Settings, data: Dataset) -> None:
-    """Try all networks and losses of a study that are not built in.
-
-    Raises:
-        ValueError: one can't be built, trained or stored; in one line that says why.
-    """
+    """Try all networks and losses of a study that are not built in: see `check_configurations`."""
     space = settings.space()
     configs = [
         space.example(network=network, loss=loss)
         for network in space.values("network")
         for loss in space.values("loss")
     ]
+    check_configurations(configs, data)
+
+
+def check_configurations(configs: Sequence[TrainConfig], data: Dataset) -> None:
+    """Try the networks and losses of configurations that are not built in.
+
+    Raises:
+        ValueError: one can't be built, trained or stored; in one line that says why.
+    """
     images, labels = data.train.batch(torch.arange(min(NUM_IMAGES, len(data.train))))
     stored: set[tuple[str, str]] = set()
     for config in configs:
