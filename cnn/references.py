@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import threading
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -43,6 +44,62 @@ def resolve(reference: str) -> Any:
         line = f"{reference!r} is of type {kind}: it must be a function or a class"
         raise ValueError(line)  # noqa: TRY004 -- one class for all bad input
     return found
+
+
+def reference_to(found: Any) -> str:
+    """Return the reference to a function or a class, for other processes.
+
+    Raises:
+        ValueError: it has no name at the top of a module or a script.
+    """
+    name, place = getattr(found, "__qualname__", ""), getattr(found, "__module__", "")
+    if not (inspect.isfunction(found) or inspect.isclass(found)) or not name.isidentifier():
+        raise ValueError(
+            f"{found!r} has no name that other processes could find: give a function or a class "
+            "that is defined at the top of a file, or a text such as 'file.py:name'"
+        )
+    module = sys.modules.get(place)
+    file = getattr(module, "__file__", None)
+    if place == "__main__" and file is None:
+        # Its source alone would lack the names that it uses.
+        raise ValueError(
+            f"{name!r} is defined in a notebook or at the prompt, where other processes can't "
+            f"find it: put it into a file, say by `%%writefile mine.py` as the first line of its "
+            f"cell, and give 'mine.py:{name}'"
+        )
+    if getattr(module, name, None) is not found:
+        raise ValueError(f"{found!r} is not the {name!r} of its module {place!r}: give that")
+    if file is None or not _is_private(place, Path(file)):
+        return f"{place}:{name}"
+    path = Path(file).absolute()
+    is_below = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if is_below else path}:{name}"
+
+
+def _is_private(place: str, file: Path) -> bool:
+    """Return whether other processes may not find a module by its name, but by its file."""
+    if place == "__main__" or isinstance(
+        getattr(sys.modules[place], "__loader__", None), _FreshLoader
+    ):
+        return True
+    return "." not in place and file.name != "__init__.py" and file.absolute().parent != Path.cwd()
+
+
+class LoadedSoFarError(BaseException):
+    """Ends the loading of a script, which keeps what it has defined so far."""
+
+
+_loading = threading.local()
+
+
+def stop_loading() -> None:
+    """End the loading of a script for a reference, if this is called by the script meanwhile.
+
+    So a script that defines a network and then starts a sweep needs no `if __name__ ==
+    "__main__"`: other processes load it up to that start.
+    """
+    if getattr(_loading, "depth", 0):
+        raise LoadedSoFarError
 
 
 def module_path(reference: str) -> Path:
@@ -118,11 +175,16 @@ def _load_file(reference: str, file: Path) -> ModuleType:
     module = module_from_spec(spec)
     _make_importable(file.parent)
     sys.modules[name] = module  # dataclasses, for example, look their module up
+    _loading.depth = getattr(_loading, "depth", 0) + 1
     try:
         loader.exec_module(module)
+    except LoadedSoFarError:
+        pass
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failure(reference, error) from error
+    finally:
+        _loading.depth -= 1
     return module
 
 

@@ -39,7 +39,8 @@ class ConfigParser(Parser):
         given = self._given(words)
         if given.config is not None:
             told = _read(given.config)
-            words = [*self._words(_not_given(told, given), given.config), *words]
+            told = _not_given(told, given)
+            words = [*self.words(told, repr(str(given.config))), *words]
         options = super().parse_args(words, namespace)
         if options.print_config:
             print(self.dumps(options), end="")
@@ -55,16 +56,20 @@ class ConfigParser(Parser):
         )
         return given
 
-    def _words(self, told: Mapping[str, Any], file: Path) -> Iterator[str]:
-        """Yield the command line of a file's options."""
+    def words(self, told: Mapping[str, Any], where: str) -> Iterator[str]:
+        """Yield the command line of options by their names; `where` they stand is for messages.
+
+        Raises:
+            ValueError: there is no such option, or its value is of another type.
+        """
         actions = {action.dest: action for action in self._actions if action.dest not in _OWN}
         for key, value in told.items():
             name = key.replace("-", "_")
             if name not in actions:
                 close = difflib.get_close_matches(name, actions, n=1)
                 hint = f" (did you mean {close[0].replace('_', '-')!r}?)" if close else ""
-                raise ValueError(f"{str(file)!r} has an unknown option {key!r}{hint}")
-            yield from _words_of(actions[name], key, value, file)
+                raise ValueError(f"{where} has an unknown option {key!r}{hint}")
+            yield from _words_of(actions[name], key, value, where)
 
     def dumps(self, options: argparse.Namespace) -> str:
         """Return options as a file, without passwords."""
@@ -102,31 +107,31 @@ def _not_given(told: Mapping[str, Any], given: argparse.Namespace) -> dict[str, 
     return {key: rest[key] for key in rest if key.replace("-", "_") not in replaced}
 
 
-def _words_of(action: argparse.Action, key: str, value: Any, file: Path) -> Iterator[str]:
+def _words_of(action: argparse.Action, key: str, value: Any, where: str) -> Iterator[str]:
     """Yield the words of an option in a file; ValueError if its value is of another type."""
     flag = action.option_strings[-1]
     if action.dest == "vary":
         if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
-            raise _wrong_type(file, key, "a table of texts such as momentum = '0.8..0.99'", value)
+            raise _wrong_type(where, key, "a table of texts such as momentum = '0.8..0.99'", value)
         yield from (f"{flag}={name}={text}" for name, text in value.items())
     elif action.nargs == 0:
         if not isinstance(value, bool):
-            raise _wrong_type(file, key, "true or false", value)
+            raise _wrong_type(where, key, "true or false", value)
         yield from [flag] * value
     elif action.nargs == "+":
         if not isinstance(value, list) or any(isinstance(each, bool | dict) for each in value):
-            raise _wrong_type(file, key, "a list", value)
+            raise _wrong_type(where, key, "a list", value)
         yield from (flag, *map(str, value))
     else:
         kinds = {int: (int, "an integer"), float: (int | float, "a number")}
         kind, wanted = kinds.get(action.type, (str, "a text"))  # type: ignore[call-overload]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _wrong_type(file, key, wanted, value)
+            raise _wrong_type(where, key, wanted, value)
         yield f"{flag}={value}"
 
 
-def _wrong_type(file: Path, key: str, wanted: str, value: Any) -> ValueError:
-    return ValueError(f"{str(file)!r}: {key} must be {wanted}, not {value!r}")
+def _wrong_type(where: str, key: str, wanted: str, value: Any) -> ValueError:
+    return ValueError(f"{where}: {key} must be {wanted}, not {value!r}")
 
 
 def _toml(value: Any) -> str:

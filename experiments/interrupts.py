@@ -55,7 +55,8 @@ class Interrupts:
             raise InterruptionError from error
         finally:
             self._raises = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self.first is not None:  # else there is no timer of ours
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __enter__(self) -> Interrupts:
         handlers = dict.fromkeys(SIGNALS, self._receive) | {signal.SIGALRM: self._raise_again}

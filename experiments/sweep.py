@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from tracking.cli import Parser, leave
+from experiments.config_file import ConfigParser
+from tracking.cli import leave
 
 # PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ The same command continues its study: --trials is the total. Runs and models are
 """
 
 
-def build_parser() -> Parser:
+def build_parser() -> ConfigParser:
     """Return the parser of the command line; it raises ValueError for what is wrong."""
     parser = cli.make_parser(
         "experiments.sweep",
@@ -82,6 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    started, ended, registered = conduct(options)
+    registered = f"  registered:        {registered}\n" if registered else ""
+    return _report(started, ended, data_name=options.dataset, registered=registered)
+
+
+def conduct(options: argparse.Namespace) -> tuple[SweepStarted, SweepEnded, str]:
+    """Run a sweep and show its progress; return its first and last event, and what was registered.
+
+    Raises:
+        ValueError: an option is bad, or a database, a server or the data can't be used.
+        KeyboardInterrupt: a signal, before anything was recorded.
+    """
+
     def make_settings(num_workers: int) -> Settings:
         if options.tensorboard is not None:
             if find_spec("tensorboard") is None:
@@ -93,7 +107,9 @@ def _run(options: argparse.Namespace) -> int:
         return _sweep(options, settings, data, pool)
 
 
-def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any) -> int:
+def _sweep(
+    options: argparse.Namespace, settings: Settings, data: Any, pool: Any
+) -> tuple[SweepStarted, SweepEnded, str]:
     from experiments.interrupts import Interrupts
     from experiments.study.controller import sweep
     from experiments.study.events import BestRegistered, SweepEnded, SweepStarted
@@ -114,14 +130,14 @@ def _sweep(options: argparse.Namespace, settings: Settings, data: Any, pool: Any
                 case SweepStarted():
                     started = event
                 case BestRegistered():
-                    registered = f"  registered:        {event.report}\n"
+                    registered = event.report
                 case SweepEnded():
                     ended = event
             for observer in observers:
                 observer.show(event)
     assert started is not None
     assert ended is not None
-    return _report(started, ended, data_name=options.dataset, registered=registered)
+    return started, ended, registered
 
 
 def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.comparison.results import Results
@@ -18,24 +18,33 @@ from tracking.text import printable
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from optuna import Study
 
 
 def optuna_figures(results: Results) -> dict[str, go.Figure]:
-    """Return Optuna's plots of the search: history, importances, parallel coordinates.
+    """Return Optuna's plots of the search of a comparison: see `study_figures`."""
+    losses = [loss for loss in losses_of(results) if loss in results.studies]
+    return study_figures(joint_study(results), {loss: results.studies[loss] for loss in losses})
+
+
+def study_figures(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Figure]:
+    """Return Optuna's plots: history, importances, parallel coordinates.
 
     A plot without data is left out. The page sets the colours of texts and lines.
+
+    Args:
+        joint: the complete trials of all studies.
+        studies: by their names in the history.
     """
     from optuna import visualization
 
     figures: dict[str, go.Figure] = {}
-    joint = joint_study(results)
     if not joint.get_trials(deepcopy=False):
         return figures
-    losses = [loss for loss in losses_of(results) if loss in results.studies]
     history = visualization.plot_optimization_history(
-        [results.studies[loss] for loss in losses], target_name=OBJECTIVE_TITLE
+        list(studies.values()), target_name=OBJECTIVE_TITLE
     )
-    _name_traces(history, losses)
+    _name_traces(history, list(studies))
     history.update_yaxes(tickformat=".0%")
     figures["history"] = history
     if study_importances(joint):
@@ -62,7 +71,7 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
         figure.update_xaxes(automargin=True)
         figure.update_yaxes(automargin=True)
         figure.update_annotations(font_color=None)
-    history.update_layout(height=400 + 8 * len(losses))  # for the legend
+    history.update_layout(height=400 + 8 * len(studies))  # for the legend
     return figures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from operator import itemgetter
 
 from rich.console import Console
@@ -34,7 +35,7 @@ class Display(AbstractContextManager["Display"]):
             TextColumn("{task.fields[accuracy]}"),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not _is_live(self.console),
         )
         self.space = settings.space()
         self.tasks: dict[int, TaskID] = {}
@@ -137,6 +138,13 @@ class Display(AbstractContextManager["Display"]):
         if self.num_epochs:
             return elapsed / self.num_epochs * (wanted * self.settings.epochs - self.num_epochs)
         return None
+
+
+def _is_live(console: Console) -> bool:
+    """Return whether lines can change: on a terminal, or in a notebook that has widgets."""
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None  # without it, rich warns
+    return console.is_terminal
 
 
 def _clock(seconds: float) -> str:
