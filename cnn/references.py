@@ -55,8 +55,9 @@ def reference_to(found: Any) -> str:
     name, place = getattr(found, "__qualname__", ""), getattr(found, "__module__", "")
     if not (inspect.isfunction(found) or inspect.isclass(found)) or not name.isidentifier():
         raise ValueError(
-            f"{found!r} has no name that other processes could find: give a function or a class "
-            "that is defined at the top of a file, or a text such as 'file.py:name'"
+            f"{name or type(found).__name__!r} has no name that other processes could find: give a "
+            "function or a class that is defined at the top of a file, or a text such as "
+            "'file.py:name'"
         )
     module = sys.modules.get(place)
     file = getattr(module, "__file__", None)

@@ -48,6 +48,7 @@ LAYERS = """
     experiments.reporting
     experiments.config_file experiments.cli
     experiments.sweep experiments.compare experiments.report experiments.servers experiments.rerun
+    experiments.from_python
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
@@ -303,6 +304,11 @@ print(sys.argv[1] in sys.modules)
 
 def test_a_worker_does_not_import_the_compiler() -> None:
     assert in_a_new_process(TRAIN, "torch._dynamo", root=ROOT).strip() == "False"
+
+
+def test_importing_experiments_is_quick() -> None:
+    loads = "import sys, experiments; print(sorted(set(sys.argv[1].split()) & set(sys.modules)))"
+    assert in_a_new_process(loads, " ".join(SLOW_TO_IMPORT), root=ROOT).strip() == "[]"
 
 
 def test_the_workers_do_not_wait_for_mlflow() -> None:
