@@ -18,7 +18,7 @@ import numpy as np
 
 from cnn.cache import Bytes, DatasetSource, ImagePool
 from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
-from cnn.images import IMAGE_SIZE, decode, resize
+from cnn.images import decode, empty_images, resize
 
 _FILES_PER_TASK = 32
 
@@ -69,13 +69,13 @@ def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn co
     )
 
 
-def _read_digits() -> ImagePool:
+def _read_digits(image_size: int) -> ImagePool:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (M, 8, 8), was 0 to 16
     return ImagePool(
-        images=resize(grey),
+        images=resize(grey, image_size),
         labels=digits.target.astype(np.int64),
         classes=tuple(str(name) for name in digits.target_names),
         given_test=0,
@@ -87,11 +87,11 @@ def _cifar10(data_dir: Path) -> DatasetSource:
         name="cifar10",
         address="torchvision.datasets.CIFAR10",
         fingerprint=list,  # it never changes, and torchvision checks its checksums
-        read=lambda: _read_cifar10(data_dir),
+        read=lambda image_size: _read_cifar10(data_dir, image_size),
     )
 
 
-def _read_cifar10(data_dir: Path) -> ImagePool:
+def _read_cifar10(data_dir: Path, image_size: int) -> ImagePool:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import extract_archive
 
@@ -105,7 +105,7 @@ def _read_cifar10(data_dir: Path) -> ImagePool:
             extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
             train, test = (CIFAR10(scratch, train=train) for train in (True, False))
     return ImagePool(
-        images=np.ascontiguousarray(np.concatenate([train.data, test.data])),
+        images=resize(np.ascontiguousarray(np.concatenate([train.data, test.data])), image_size),
         labels=np.array(train.targets + test.targets, np.int64),
         classes=tuple(train.classes),
         given_test=len(test.targets),
@@ -171,8 +171,8 @@ def _folder(folder: Path) -> DatasetSource:
         name=folder.name,
         address=str(folder),
         fingerprint=lambda: [_fingerprint(file) for file in files],
-        read=lambda: ImagePool(
-            images=_decode_all(files),
+        read=lambda image_size: ImagePool(
+            images=_decode_all(files, image_size),
             labels=np.array(labels + test_labels, np.int64),
             classes=tuple(classes),
             given_test=len(test_labels),
@@ -317,12 +317,12 @@ def _fingerprint(file: str) -> str:
     return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 
-def _decode_all(files: Sequence[str]) -> Bytes:
-    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def _decode_all(files: Sequence[str], image_size: int) -> Bytes:
+    images = empty_images(len(files), image_size)
 
     def decode_from(start: int) -> None:
         for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
-            images[row] = decode(Path(file))
+            images[row] = decode(Path(file), image_size)
 
     # Threads: Pillow releases the lock while it decodes, and nothing is copied between processes.
     with ThreadPoolExecutor(os.cpu_count()) as executor:

@@ -60,7 +60,7 @@ def refusal(name, data_dir, seed=0):
 
 
 def forbid_decoding(monkeypatch):
-    def refuse(source):
+    def refuse(source, image_size):
         raise AssertionError(f"decodes {source}")
 
     monkeypatch.setattr(datasets, "decode", refuse)
@@ -701,7 +701,7 @@ def test_of_many_bad_files_the_first_is_named(tmp_path, data_dir):
 def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
     seen = []
 
-    def fail_at_first(file):
+    def fail_at_first(file, image_size):
         seen.append(file)
         if file.name == "0":
             raise ValueError("bad")
@@ -710,7 +710,7 @@ def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
 
     monkeypatch.setattr(datasets, "decode", fail_at_first)
     with pytest.raises(ValueError, match="bad"):
-        datasets._decode_all([Path(str(i)) for i in range(3200)])
+        datasets._decode_all([Path(str(i)) for i in range(3200)], 32)
     assert len(seen) < 1600
 
 

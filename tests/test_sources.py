@@ -30,7 +30,9 @@ CLASSES = ("red", "green", "blue")
 
 
 def source(text: str, **options: Any) -> Source:
-    return open_source(text, classes=CLASSES, metadata={}, data_dir=Path("data"), **options)
+    return open_source(
+        text, classes=CLASSES, metadata={}, data_dir=Path("data"), image_size=32, **options
+    )
 
 
 def whole(opened: Source, *, size: int = 4, start: int = 0) -> tuple[list[str], Any, list[Any]]:
@@ -329,13 +331,17 @@ def test_of_a_folder_that_has_changed_the_latest_digest_comes_first(photos: list
 
 
 def test_where_no_folder_is_a_class_the_note_names_both(photos: list[str]) -> None:
-    opened = open_source("photos", classes=("0", "1"), metadata={}, data_dir=Path("d"))
+    opened = open_source(
+        "photos", classes=("0", "1"), metadata={}, data_dir=Path("d"), image_size=32
+    )
     assert opened.notes == (
         "the model may be of another data set: its classes are '0', '1', and none of the images' "
         "folders is called so, but 'azure', 'blue', 'red'",
     )
     for text in ("photos/red", photos[0]):  # one folder may be called anything
-        assert not open_source(text, classes=("0",), metadata={}, data_dir=Path("d")).notes
+        assert not open_source(
+            text, classes=("0",), metadata={}, data_dir=Path("d"), image_size=32
+        ).notes
 
 
 @pytest.mark.parametrize("text", ["photos", "photos/red", "photos/red/00.png"])
