@@ -353,7 +353,8 @@ def test_that_the_model_is_of_other_data_than_a_folder_is_noted(
     def notes(trained_on: str | None, data_dir: str = "d") -> tuple[str, ...]:
         metadata = {"dataset": "digits", "dataset_digest": trained_on} if trained_on else {}
         classes = ("red", "blue", "azure")
-        return open_source(text, classes=classes, metadata=metadata, data_dir=Path(data_dir)).notes
+        options: Any = {"metadata": metadata, "data_dir": Path(data_dir), "image_size": 32}
+        return open_source(text, classes=classes, **options).notes
 
     assert notes("f00") == (
         "the model was trained on other data ('digits', digest f00) than this is of ('photos', "
@@ -425,8 +426,8 @@ def test_decoding_goes_on_while_the_model_is_busy(
     decoded = []
     work = chunks._decode
 
-    def watched(block: Any) -> Any:
-        result = work(block)
+    def watched(block: Any, image_size: int) -> Any:
+        result = work(block, image_size=image_size)
         decoded.append(block)
         if len(decoded) == 3:
             done.set()
