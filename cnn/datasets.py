@@ -1,22 +1,19 @@
 """Where images come from: the named data sets, and folders of images."""
 
-import http.client
 import importlib.metadata
 import os
 import re
-import socket
-import sys
-import tempfile
-import urllib.error
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cnn.cache import Bytes, DatasetSource, ImagePool
+from cnn.downloads import NAMES as DOWNLOADED
+from cnn.downloads import source_of
 from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
 from cnn.images import decode, empty_images, resize
 
@@ -36,10 +33,6 @@ _FILLERS = {
     *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
     *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
 }
-
-_NETWORK_TIMEOUT_SECONDS = 20.0
-
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def is_known(name: str) -> bool:
@@ -80,76 +73,6 @@ def _read_digits(image_size: int) -> ImagePool:
         classes=tuple(str(name) for name in digits.target_names),
         given_test=0,
     )
-
-
-def _cifar10(data_dir: Path) -> DatasetSource:
-    return DatasetSource(
-        name="cifar10",
-        address="torchvision.datasets.CIFAR10",
-        fingerprint=list,  # it never changes, and torchvision checks its checksums
-        read=lambda image_size: _read_cifar10(data_dir, image_size),
-    )
-
-
-def _read_cifar10(data_dir: Path, image_size: int) -> ImagePool:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import extract_archive
-
-    with (
-        redirect_stdout(sys.stderr),  # torchvision's progress
-        tempfile.TemporaryDirectory(dir=data_dir, prefix=".cifar10-") as scratch,
-    ):
-        try:
-            train, test = (CIFAR10(data_dir, train=train) for train in (True, False))
-        except RuntimeError:  # not unpacked, or damaged
-            extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
-            train, test = (CIFAR10(scratch, train=train) for train in (True, False))
-    return ImagePool(
-        images=resize(np.ascontiguousarray(np.concatenate([train.data, test.data])), image_size),
-        labels=np.array(train.targets + test.targets, np.int64),
-        classes=tuple(train.classes),
-        given_test=len(test.targets),
-    )
-
-
-def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
-    """Return CIFAR-10's archive in `data_dir`; download it if it is missing or damaged."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    archive: Path = data_dir / CIFAR10.filename
-    if check_integrity(archive, CIFAR10.tgz_md5):
-        return archive
-    try:
-        with _network_timeout(_NETWORK_TIMEOUT_SECONDS):
-            download_url(CIFAR10.url, scratch, CIFAR10.filename, CIFAR10.tgz_md5)
-    except (*_NETWORK_ERRORS, RuntimeError) as error:
-        damage = f"{str(archive)!r} is damaged, and " if archive.exists() else ""
-        raise ValueError(
-            f"{damage}CIFAR-10 can't be downloaded ({_reason(error)}): put an intact "
-            f"{CIFAR10.filename} from {CIFAR10.url} into {str(data_dir)!r}, or use --dataset digits"
-        ) from error
-    # Only a complete archive gets the final name.
-    (scratch / CIFAR10.filename).replace(archive)
-    return archive
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError):  # torchvision's checksum failed
-        return "the server sent another file"
-    # An HTTPError's reason lacks the code, a plain URLError's text is wrapped.
-    return str(error.reason if type(error) is urllib.error.URLError else error)
-
-
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Let connections fail after `seconds`: torchvision would wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _folder(folder: Path) -> DatasetSource:
@@ -333,4 +256,7 @@ def _decode_all(files: Sequence[str], image_size: int) -> Bytes:
 
 
 # The source of each named data set, given `data_dir`.
-DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"digits": _digits, "cifar10": _cifar10}
+DATASETS: dict[str, Callable[[Path], DatasetSource]] = {
+    "digits": _digits,
+    **{name: partial(source_of, name) for name in DOWNLOADED},
+}
