@@ -108,7 +108,7 @@ def _read(name: str, data_dir: Path, image_size: int) -> ImagePool:
         redirect_stdout(sys.stderr),  # torchvision's progress
         tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch,
     ):
-        train, test = _unpacked(download, kind, data_dir, Path(scratch))
+        train, test = _splits(download, kind, data_dir, Path(scratch))
     pixels = np.concatenate([_pixels(part) for part in (train, test)])
     labels = [_labels(part) for part in (train, test)]
     return ImagePool(
@@ -119,15 +119,15 @@ def _read(name: str, data_dir: Path, image_size: int) -> ImagePool:
     )
 
 
-def _unpacked(download: _Download, kind: Any, data_dir: Path, scratch: Path) -> list[Any]:
+def _splits(download: _Download, kind: Any, data_dir: Path, scratch: Path) -> list[Any]:
     """Return torchvision's two splits, from what is in the data folder or downloaded."""
     archives = download.archives(kind)
-    if download.archives is not _four:  # of the unpacked files of these, there are no checksums
-        try:
-            return [kind(data_dir, **split) for split in download.splits]
-        except RuntimeError:  # not unpacked, or damaged
-            pass
     missing = [each for each in archives if not _is_intact(each, data_dir)]
+    # Of MNIST's unpacked files, torchvision has no checksums: intact archives go before them.
+    if missing or download.archives is not _four:
+        splits = _unpacked(download, kind, data_dir)
+        if splits is not None:
+            return splits
     while missing:
         try:
             _fetch(missing[0], data_dir, scratch)
@@ -137,6 +137,23 @@ def _unpacked(download: _Download, kind: Any, data_dir: Path, scratch: Path) -> 
     for archive in archives:
         _unpack(data_dir / archive.path, scratch / archive.path)
     return [kind(scratch, **split) for split in download.splits]
+
+
+def _unpacked(download: _Download, kind: Any, data_dir: Path) -> list[Any] | None:
+    """Return the two splits from unpacked files, None if these are not there or damaged."""
+    files = [data_dir / archive.path for archive in download.archives(kind)]
+    is_unchecked = download.archives is _four
+    if is_unchecked and not all(file.with_suffix("").is_file() for file in files):
+        return None
+    try:
+        return [kind(data_dir, **split) for split in download.splits]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if not is_unchecked:
+            return None
+        raise ValueError(
+            f"the unpacked files of {download.title} in {str(files[0].parent)!r} are damaged: "
+            "remove them"
+        ) from error
 
 
 def _is_intact(archive: _Archive, data_dir: Path) -> bool:

@@ -194,13 +194,48 @@ def test_only_a_damaged_archive_is_downloaded_again(
     assert {Path(path).name for path in serve.server.fetched} == {Path(file).name}
 
 
-def test_unpacked_files_without_checksums_are_not_used(serve: Any, data_dir: Path) -> None:
+def unpack(archive: Path) -> Path:
+    file = archive.with_suffix("")
+    file.write_bytes(gzip.decompress(archive.read_bytes()))
+    return file
+
+
+def test_files_of_mnist_that_others_packed_again_can_be_used_unpacked(
+    serve: Any, data_dir: Path
+) -> None:
     serve("mnist")
     digest = load("mnist", data_dir=data_dir, seed=0).digest
     shutil.rmtree(data_dir / "cache")
-    for file in (data_dir / "MNIST/raw").iterdir():
-        file.with_suffix("").write_bytes(b"damaged")
+    serve.server.fetched.clear()
+    for archive in (data_dir / "MNIST/raw").iterdir():
+        unpack(archive)
+        archive.write_bytes(b"packed again")
     assert load("mnist", data_dir=data_dir, seed=0).digest == digest
+    assert not serve.server.fetched
+
+
+def test_intact_archives_go_before_unpacked_files(serve: Any, data_dir: Path) -> None:
+    serve("mnist")
+    digest = load("mnist", data_dir=data_dir, seed=0).digest
+    shutil.rmtree(data_dir / "cache")
+    for archive in (data_dir / "MNIST/raw").iterdir():
+        archive.with_suffix("").write_bytes(b"damaged")
+    assert load("mnist", data_dir=data_dir, seed=0).digest == digest
+
+
+@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
+def test_damaged_unpacked_files_are_refused(part: str, serve: Any, data_dir: Path) -> None:
+    serve("mnist")
+    load("mnist", data_dir=data_dir, seed=0)
+    shutil.rmtree(data_dir / "cache")
+    for archive in (data_dir / "MNIST/raw").iterdir():
+        file = unpack(archive)
+        archive.unlink()
+        if part in file.name:
+            file.write_bytes(file.read_bytes()[:-3])
+    assert refusal("mnist", data_dir) == (
+        f"the unpacked files of MNIST in {str(data_dir / 'MNIST/raw')!r} are damaged: remove them"
+    )
 
 
 @pytest.mark.parametrize(
