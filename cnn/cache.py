@@ -54,6 +54,7 @@ class DatasetSource:
     fingerprint: Callable[[], list[str]]
     read: Callable[[int], ImagePool]  # of images of a size
     notes: tuple[str, ...] = ()
+    notes_if_cached: tuple[str, ...] = ()
 
 
 def key_of(source: DatasetSource, image_size: int = IMAGE_SIZE) -> str:

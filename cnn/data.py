@@ -121,7 +121,9 @@ def load(name: str, *, data_dir: Path, seed: int, image_size: int = IMAGE_SIZE) 
                 )
             digest, pool = add_entry(cache, key, source, image_size)
             states = file_states(cache / digest)
-        elif pool.copies is None:
+        else:
+            notes += source.notes_if_cached
+        if pool.copies is None:
             pool, states = with_copies(pool, cache / digest), None
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error

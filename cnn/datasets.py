@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cnn import functions
 from cnn.cache import Bytes, DatasetSource, ImagePool
 from cnn.downloads import NAMES as DOWNLOADED
 from cnn.downloads import source_of
 from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
 from cnn.images import decode, empty_images, resize
+from cnn.references import is_reference
 
 _FILES_PER_TASK = 32
 
@@ -47,10 +49,15 @@ def find_source(name: str, data_dir: Path) -> DatasetSource:
     try:
         if name and Path(name).is_dir():
             return _folder(Path(name).resolve())
+        if is_reference(name):
+            return functions.source_of(name)
     except OSError as error:
         raise ValueError(f"can't list the folder {name!r}: {error}") from error
     known = ", ".join(sorted(DATASETS))
-    raise ValueError(f"unknown data set {name!r}: choose {known}, or the path of a folder")
+    raise ValueError(
+        f"unknown data set {name!r}: choose {known}, the path of a folder, or a function "
+        "(package.module:function or file.py:function)"
+    )
 
 
 def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn contains it

@@ -672,11 +672,13 @@ def test_the_table_of_names_is_what_is_known():
     assert not is_known("./digits")
 
 
-@pytest.mark.parametrize("name", ["mnist", "no/such/folder", "", "a\nb"])
+@pytest.mark.parametrize("name", ["minst", "no/such/folder", "", "a\nb"])
 def test_an_unknown_name_is_refused_with_what_is_allowed(data_dir, name):
     message = refusal(name, data_dir)
     assert message == (
-        f"unknown data set {name!r}: choose cifar10, digits, or the path of a folder"
+        f"unknown data set {name!r}: choose cifar10, cifar100, digits, fashion_mnist, kmnist, "
+        "mnist, stl10, svhn, the path of a folder, or a function (package.module:function or "
+        "file.py:function)"
     )
     assert not data_dir.exists()
 

@@ -27,7 +27,7 @@ INSIDE_FUNCTIONS = {"tracking/prediction": {"cnn"}}
 LAYERS = """
     cnn.images cnn.folders cnn.references cnn.losses cnn.source cnn.networks cnn.optimizers
     cnn.cache cnn.config
-    cnn.datasets cnn.downloads cnn.devices
+    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
