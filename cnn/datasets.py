@@ -1,24 +1,23 @@
 """Where images come from: the named data sets, and folders of images."""
 
-import http.client
 import importlib.metadata
 import os
 import re
-import socket
-import sys
-import tempfile
-import urllib.error
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from cnn import functions
 from cnn.cache import Bytes, DatasetSource, ImagePool
+from cnn.downloads import NAMES as DOWNLOADED
+from cnn.downloads import source_of
 from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
-from cnn.images import IMAGE_SIZE, decode, resize
+from cnn.images import decode, empty_images, resize
+from cnn.references import is_reference
 
 _FILES_PER_TASK = 32
 
@@ -37,10 +36,6 @@ _FILLERS = {
     *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
 }
 
-_NETWORK_TIMEOUT_SECONDS = 20.0
-
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-
 
 def is_known(name: str) -> bool:
     """Return whether this is the name of a data set, not the path of a folder."""
@@ -54,10 +49,15 @@ def find_source(name: str, data_dir: Path) -> DatasetSource:
     try:
         if name and Path(name).is_dir():
             return _folder(Path(name).resolve())
+        if is_reference(name):
+            return functions.source_of(name)
     except OSError as error:
         raise ValueError(f"can't list the folder {name!r}: {error}") from error
     known = ", ".join(sorted(DATASETS))
-    raise ValueError(f"unknown data set {name!r}: choose {known}, or the path of a folder")
+    raise ValueError(
+        f"unknown data set {name!r}: choose {known}, the path of a folder, or a function "
+        "(package.module:function or file.py:function)"
+    )
 
 
 def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn contains it
@@ -69,87 +69,17 @@ def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn co
     )
 
 
-def _read_digits() -> ImagePool:
+def _read_digits(image_size: int) -> ImagePool:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (M, 8, 8), was 0 to 16
     return ImagePool(
-        images=resize(grey),
+        images=resize(grey, image_size),
         labels=digits.target.astype(np.int64),
         classes=tuple(str(name) for name in digits.target_names),
         given_test=0,
     )
-
-
-def _cifar10(data_dir: Path) -> DatasetSource:
-    return DatasetSource(
-        name="cifar10",
-        address="torchvision.datasets.CIFAR10",
-        fingerprint=list,  # it never changes, and torchvision checks its checksums
-        read=lambda: _read_cifar10(data_dir),
-    )
-
-
-def _read_cifar10(data_dir: Path) -> ImagePool:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import extract_archive
-
-    with (
-        redirect_stdout(sys.stderr),  # torchvision's progress
-        tempfile.TemporaryDirectory(dir=data_dir, prefix=".cifar10-") as scratch,
-    ):
-        try:
-            train, test = (CIFAR10(data_dir, train=train) for train in (True, False))
-        except RuntimeError:  # not unpacked, or damaged
-            extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
-            train, test = (CIFAR10(scratch, train=train) for train in (True, False))
-    return ImagePool(
-        images=np.ascontiguousarray(np.concatenate([train.data, test.data])),
-        labels=np.array(train.targets + test.targets, np.int64),
-        classes=tuple(train.classes),
-        given_test=len(test.targets),
-    )
-
-
-def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
-    """Return CIFAR-10's archive in `data_dir`; download it if it is missing or damaged."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    archive: Path = data_dir / CIFAR10.filename
-    if check_integrity(archive, CIFAR10.tgz_md5):
-        return archive
-    try:
-        with _network_timeout(_NETWORK_TIMEOUT_SECONDS):
-            download_url(CIFAR10.url, scratch, CIFAR10.filename, CIFAR10.tgz_md5)
-    except (*_NETWORK_ERRORS, RuntimeError) as error:
-        damage = f"{str(archive)!r} is damaged, and " if archive.exists() else ""
-        raise ValueError(
-            f"{damage}CIFAR-10 can't be downloaded ({_reason(error)}): put an intact "
-            f"{CIFAR10.filename} from {CIFAR10.url} into {str(data_dir)!r}, or use --dataset digits"
-        ) from error
-    # Only a complete archive gets the final name.
-    (scratch / CIFAR10.filename).replace(archive)
-    return archive
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError):  # torchvision's checksum failed
-        return "the server sent another file"
-    # An HTTPError's reason lacks the code, a plain URLError's text is wrapped.
-    return str(error.reason if type(error) is urllib.error.URLError else error)
-
-
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Let connections fail after `seconds`: torchvision would wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _folder(folder: Path) -> DatasetSource:
@@ -171,8 +101,8 @@ def _folder(folder: Path) -> DatasetSource:
         name=folder.name,
         address=str(folder),
         fingerprint=lambda: [_fingerprint(file) for file in files],
-        read=lambda: ImagePool(
-            images=_decode_all(files),
+        read=lambda image_size: ImagePool(
+            images=_decode_all(files, image_size),
             labels=np.array(labels + test_labels, np.int64),
             classes=tuple(classes),
             given_test=len(test_labels),
@@ -317,12 +247,12 @@ def _fingerprint(file: str) -> str:
     return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 
-def _decode_all(files: Sequence[str]) -> Bytes:
-    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def _decode_all(files: Sequence[str], image_size: int) -> Bytes:
+    images = empty_images(len(files), image_size)
 
     def decode_from(start: int) -> None:
         for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
-            images[row] = decode(Path(file))
+            images[row] = decode(Path(file), image_size)
 
     # Threads: Pillow releases the lock while it decodes, and nothing is copied between processes.
     with ThreadPoolExecutor(os.cpu_count()) as executor:
@@ -333,4 +263,7 @@ def _decode_all(files: Sequence[str]) -> Bytes:
 
 
 # The source of each named data set, given `data_dir`.
-DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"digits": _digits, "cifar10": _cifar10}
+DATASETS: dict[str, Callable[[Path], DatasetSource]] = {
+    "digits": _digits,
+    **{name: partial(source_of, name) for name in DOWNLOADED},
+}

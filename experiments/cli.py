@@ -70,6 +70,8 @@ def make_parser(module: str, description: str, epilog: str) -> ConfigParser:
         "train or test (Training, seg_test, train2017) are splits; one for validation is refused",
         metavar="NAME|PATH",
     )
+    text = "height and width that all images are resized to, 8 to 512 pixels"
+    add_flag(data, "--image-size", 32, text, metavar="PIXELS")
     text = "the folder for downloads and decoded images"
     add_flag(data, "--data-dir", Path("data"), text, metavar="DIR")
     add_space_flags(parser)
@@ -250,7 +252,12 @@ def _checked_data(options: argparse.Namespace, settings: Settings) -> Dataset:
 
     check_storage(settings.storage)
     check_tracking()
-    data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+    data = load(
+        options.dataset,
+        data_dir=options.data_dir,
+        seed=settings.seed,
+        image_size=options.image_size,
+    )
     for note in (*data.notes, *notes_on_choosing(data)):
         print(f"note: {printable(note)}", file=sys.stderr)
     return data

@@ -199,7 +199,7 @@ def test_a_disk_that_is_full_of_event_files_stops_a_sweep_in_a_line(
     ("argv", "message"),
     [
         (["--losses", "hinge"], "unknown loss 'hinge'"),
-        (["--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["--dataset", "minst"], "unknown data set 'minst'"),
         (["--sampler", "cma"], "argument --sampler: invalid choice: 'cma'"),
         (["--pruner", "x"], "argument --pruner: invalid choice: 'x'"),
         (["--learning-rate-min", "0"], "--learning-rate-min must be finite and > 0, not 0.0"),

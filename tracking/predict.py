@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "H×W×C); an .npz file with such an array images, and optionally labels (class names, or "
         "integers from 0); a .parquet file with images, and optionally a column label; or "
         "NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or test), split "
-        "as for the model's training. Images of any size are resized",
+        "as for the model's training. Images of any size are resized to the model's",
     )
     _add_output_flags(parser)
     model = parser.add_argument_group(
@@ -164,6 +164,7 @@ def _run(options: argparse.Namespace) -> int:
         classes=predictor.classes,
         metadata=predictor.metadata,
         data_dir=options.data_dir,
+        image_size=_image_size(predictor),
         column=options.column or None,
     )
     _check_no_input([target, *draft_files(target)], source.files())
@@ -184,6 +185,17 @@ def _run(options: argparse.Namespace) -> int:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if counts.failed else 0
+
+
+def _image_size(predictor: Predictor) -> int:
+    """Return height and width of the images that a model takes, or raise ValueError."""
+    height, width, channels = predictor.image_shape
+    if height != width or channels != 3:
+        raise ValueError(
+            f"the model takes images of {height}×{width} pixels and {channels} channels: this "
+            "command predicts square images with 3 (in Python, Predictor.predict takes them)"
+        )
+    return height
 
 
 def _write_predictions(
@@ -219,7 +231,10 @@ def _identity(
     return {
         "source": [options.source, source.size, source.fingerprint],
         "model": [predictor.digest, list(predictor.classes)],
-        "batch size": [options.batch_size, chunk_size(options.batch_size)],
+        "batch size": [
+            options.batch_size,
+            chunk_size(options.batch_size, predictor.image_shape),
+        ],
         "format": options.out.suffix.lower(),
         "version of PyTorch or Pillow": [torch.__version__, PIL.__version__],
     }
