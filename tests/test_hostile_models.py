@@ -493,7 +493,8 @@ def multiply(folder: Path, *factors: dict[str, Any], times: int = 1) -> None:
     def edit(program: dict[str, Any]) -> None:
         graph = program["graph_module"]["graph"]
         symbol = graph["tensor_values"]["images"]["sizes"][0]
-        nodes, given = [], factors
+        nodes: list[dict[str, Any]] = []
+        given: tuple[dict[str, Any], ...] = factors
         for product in (f"size_{i}" for i in range(times)):
             result = {"as_sym_int": {"as_name": product}}
             nodes.append({
