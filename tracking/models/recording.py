@@ -8,7 +8,7 @@ import operator
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -100,8 +100,6 @@ def check_storable(model: nn.Module, input_example: np.ndarray[Any, Any]) -> Non
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic_shapes)
     with _recordable(), torch.inference_mode():
         outputs = load_graph(_archive(program))(torch.zeros_like(images))
-        if not isinstance(outputs, torch.Tensor):
-            raise ValueError(f"it gives a {type(outputs).__name__}, not a tensor of probabilities")  # noqa: TRY004
         if outputs.ndim != 2 or len(outputs) != len(images) or outputs.dtype != torch.float32:
             raise ValueError(
                 f"for {len(images)} images, it gives {outputs.dtype} {tuple(outputs.shape)}, not "
@@ -170,9 +168,10 @@ def _exported(
     """Trace a model, or raise ValueError: its own code may raise anything."""
     log = logging.getLogger("torch")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it shows the errors that it raises as well
+    log.setLevel(logging.CRITICAL)  # it shows what it raises as well, and prints graphs
     try:
-        return export(model, example, **options)
+        with redirect_stderr(io.StringIO()):
+            return export(model, example, **options)
     except Exception as error:
         from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -198,7 +197,7 @@ def _place(lines: Iterable[tuple[str, object]]) -> str:
 
 
 def _check_graph(program: ExportedProgram) -> None:
-    """Raise ValueError for an operator that loading refuses, or for a fixed number of images."""
+    """Raise ValueError for what loading refuses: an operator, a fixed number of images, outputs."""
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem:
             target = _target(node.target)
@@ -208,13 +207,14 @@ def _check_graph(program: ExportedProgram) -> None:
                     f"{_caller(node)} calls {name} ({target}), which is not in the list of "
                     "operators that are safe to load"
                 )
-    images = program.graph_signature.user_inputs[0]
-    for node in program.graph.nodes:
-        if node.name == images and isinstance(number := node.meta["val"].shape[0], int):
-            raise ValueError(
-                f"its graph takes batches of exactly {number} images: it uses the number of images "
-                "as a constant, or joins the images of a batch"
-            )
+    if guards := program._guards_code:
+        raise ValueError(
+            f"its graph is only for some numbers of images ({guards[0]}): len() of a tensor makes "
+            "it so, or a constant in place of its shape[0]"
+        )
+    outputs = program.call_spec.out_spec
+    if outputs is not None and not outputs.is_leaf():
+        raise ValueError(f"it gives a {outputs.type.__name__}, not a tensor of probabilities")
 
 
 def _target(function: Any) -> str:
