@@ -27,7 +27,7 @@ INSIDE_FUNCTIONS = {"tracking/prediction": {"cnn"}}
 LAYERS = """
     cnn.images cnn.folders cnn.references cnn.losses cnn.source cnn.networks cnn.optimizers
     cnn.cache cnn.config
-    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions
+    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions cnn.parquet
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
