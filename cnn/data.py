@@ -95,8 +95,8 @@ def load(name: str, *, data_dir: Path, seed: int, image_size: int = IMAGE_SIZE) 
     """Return a data set: by its name (see DATASETS), by the path of a folder, or of a function.
 
     A function is `package.module:function` or `file.py:function`; see `cnn.functions`. A folder
-    has Parquet files `train-*.parquet` (see `cnn.parquet`) or images. Of images, it holds `train/<class>/*`, with `test/<class>/*` if there is a given test split, or
-    just `<class>/*`. Names like `Training` or `seg_test` are recognised as splits. A validation
+    has Parquet files (see `cnn.parquet`) or images: `train/<class>/*`, with `test/<class>/*` if
+    there is a given test split, or just `<class>/*`. Names like `Training` or `seg_test` are recognised as splits. A validation
     split is refused, and system files are skipped. Decoded images are stored in `data_dir`, where
     others are downloaded to. Images become squares of `image_size` pixels a side.
 
