@@ -92,12 +92,14 @@ class Dataset:
 
 
 def load(name: str, *, data_dir: Path, seed: int, image_size: int = IMAGE_SIZE) -> Dataset:
-    """Return a data set by its name (see DATASETS) or by the path of a folder of images.
+    """Return a data set: by its name (see DATASETS), by the path of a folder, or of a function.
 
-    A folder holds `train/<class>/*`, with `test/<class>/*` if there is a given test split, or
-    just `<class>/*`. Names like `Training` or `seg_test` are recognised as splits. A validation
-    split is refused, and system files are skipped. Decoded images are stored in `data_dir`, where
-    CIFAR-10 is downloaded to. Images become squares of `image_size` pixels a side.
+    A function is `package.module:function` or `file.py:function`; see `cnn.functions`. A folder
+    has Parquet files (see `cnn.parquet`) or images: `train/<class>/*`, with `test/<class>/*` if
+    there is a given test split, or just `<class>/*`. Names like `Training`
+    or `seg_test` are recognised as splits. A validation split is refused, and system files are
+    skipped. Decoded images are stored in `data_dir`, which is also for downloads. They become
+    squares of `image_size` pixels a side.
 
     A given test split is the same for every seed, and the validation split is 10 % of the rest.
     Without one, validation and test get 20 % each. Both are drawn class by class.

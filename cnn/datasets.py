@@ -1,4 +1,4 @@
-"""Where images come from: the named data sets, and folders of images."""
+"""Where images come from: named data sets, folders of images, and what other files here read."""
 
 import importlib.metadata
 import os
@@ -11,30 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn import functions
+from cnn import functions, parquet
 from cnn.cache import Bytes, DatasetSource, ImagePool
 from cnn.downloads import NAMES as DOWNLOADED
 from cnn.downloads import source_of
-from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
+from cnn.folders import (
+    SPLITS,
+    count_skipped,
+    is_system_name,
+    note_on_skipped,
+    role_of,
+    state_of,
+    walk,
+)
 from cnn.images import decode, empty_images, resize
 from cnn.references import is_reference
 
 _FILES_PER_TASK = 32
-
-# Names of the folders of splits, without fillers such as in `train_images`.
-_SPLITS = {
-    "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
-    "validation": {
-        *("val", "valid", "validation", "validate", "valset", "validationset"),
-        *("dev", "devset", "development", "eval", "evaluation", "evalset"),
-    },
-    "test": {"test", "testing", "tst", "testset", "testingset", "holdout", "heldout"},
-}
-
-_FILLERS = {
-    *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
-    *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
-}
 
 
 def is_known(name: str) -> bool:
@@ -43,12 +36,13 @@ def is_known(name: str) -> bool:
 
 
 def find_source(name: str, data_dir: Path) -> DatasetSource:
-    """Return the source of a named data set, or of a folder of images. Raises ValueError."""
+    """Return the source of a named data set, a folder or a function. Raises ValueError."""
     if is_known(name):
         return DATASETS[name](data_dir)
     try:
         if name and Path(name).is_dir():
-            return _folder(Path(name).resolve())
+            folder = Path(name).resolve()
+            return parquet.source_in(folder) or _folder(folder)
         if is_reference(name):
             return functions.source_of(name)
     except OSError as error:
@@ -100,7 +94,7 @@ def _folder(folder: Path) -> DatasetSource:
     return DatasetSource(
         name=folder.name,
         address=str(folder),
-        fingerprint=lambda: [_fingerprint(file) for file in files],
+        fingerprint=lambda: [state_of(file) for file in files],
         read=lambda image_size: ImagePool(
             images=_decode_all(files, image_size),
             labels=np.array(labels + test_labels, np.int64),
@@ -114,22 +108,22 @@ def _folder(folder: Path) -> DatasetSource:
 def _layout(folder: Path, skipped: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
     """Return the folder of the training images (or of all), that of a given test split, and notes.
 
-    A folder named like a split (see `_role`) is one, or the data set is refused. One exception: a
+    A folder named like a split (see `role_of`) is one, or the data set is refused. One exception: a
     folder named like `train` is a class, such as the vehicle, if it contains no folders and there
     are at least two other folders.
     """
     names = _folders(folder, skipped)
-    roles = {name: role for name in names if (role := _role(name))}
+    roles = {name: role for name in names if (role := role_of(name))}
     if "invalid" in map(str.lower, names):  # valid and invalid are two classes
         roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
-    plain = {name: role for name, role in roles.items() if _role(name, plain=True)}
+    plain = {name: role for name, role in roles.items() if role_of(name, plain=True)}
     if "train" in plain.values():
         roles = plain  # next to `train`, `train_old` is another folder
     others = [name for name in names if name not in roles]
     is_vehicle = set(roles.values()) == {"train"} and len(others) >= 2
     if not roles or (is_vehicle and not any(_folders(folder / name) for name in roles)):
         return folder, None, ()
-    of_role = {role: [name for name in roles if roles[name] == role] for role in _SPLITS}
+    of_role = {role: [name for name in roles if roles[name] == role] for role in SPLITS}
     objection = _objection(of_role)
     if objection:
         raise ValueError(
@@ -156,18 +150,6 @@ def _objection(of_role: dict[str, list[str]]) -> str:
             "from train): move its images into train, or the folder away"
         )
     return ""
-
-
-def _role(name: str, *, plain: bool = False) -> str | None:
-    """Return the split that a folder's name means, a key of `_SPLITS`, or None.
-
-    Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
-    Without `plain`, the last of several words may mean it: `seg_train`.
-    """
-    words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
-    telling = [word for word in words if word not in _FILLERS and len(word) > 1]
-    candidates = ["".join(telling), *([] if plain else telling[-1:])]
-    return next((role for role in _SPLITS for word in candidates if word in _SPLITS[role]), None)
 
 
 def _unwrapped(split: Path) -> Path:
@@ -214,8 +196,8 @@ def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
     """Return a note on CLASS/train and CLASS/test, which are read as one class."""
     depth = str(folder).count("/") + 2
     inner = {parts[depth] for file in files if len(parts := file.split("/")) > depth + 1}
-    names = sorted(name for name in inner if _role(name, plain=True))
-    if len({_role(name) for name in names}) < 2:
+    names = sorted(name for name in inner if role_of(name, plain=True))
+    if len({role_of(name) for name in names}) < 2:
         return ()
     return (
         f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
@@ -235,16 +217,6 @@ def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
         f"in each are folders {', '.join(map(repr, first[:3]))}{' …' if len(first) > 3 else ''}: "
         "if those are the classes, merge the outer folders into CLASS/*",
     )
-
-
-def _fingerprint(file: str) -> str:
-    # Archives and copying restore the content's time (mtime), but can't restore the time of the
-    # last change of any kind (ctime). Therefore copied images are decoded again.
-    try:
-        status = os.stat(file)  # noqa: PTH116 -- see _labelled_files
-    except OSError as error:
-        raise ValueError(f"can't read {file!r}: {error.strerror}") from error
-    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 
 def _decode_all(files: Sequence[str], image_size: int) -> Bytes:

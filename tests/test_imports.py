@@ -29,7 +29,7 @@ LAYERS = """
     cnn.images cnn.folders cnn.losses cnn.source cnn.networks cnn.network_digest
     cnn.optimizers cnn.augmentation
     cnn.cache cnn.config
-    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions
+    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions cnn.parquet
     cnn.data cnn.stepper
     cnn.training
     tracking.errors

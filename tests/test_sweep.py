@@ -200,6 +200,8 @@ def test_a_disk_that_is_full_of_event_files_stops_a_sweep_in_a_line(
     [
         (["--losses", "hinge"], "unknown loss 'hinge'"),
         (["--dataset", "minst"], "unknown data set 'minst'"),
+        (["--dataset", "none.py:load"], "'none.py:load': there is no file"),
+        (["--image-size", "7"], "the image size must be from 8 to 512 pixels: 7"),
         (["--sampler", "cma"], "argument --sampler: invalid choice: 'cma'"),
         (["--pruner", "x"], "argument --pruner: invalid choice: 'x'"),
         (["--learning-rate-min", "0"], "--learning-rate-min must be finite and > 0, not 0.0"),

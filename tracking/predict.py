@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         "images, one a line, or with a NUL after each; an .npy file (uint8, N×H×W×C, N×H×W or "
         "H×W×C); an .npz file with such an array images, and optionally labels (class names, or "
         "integers from 0); a .parquet file with images, and optionally a column label; or "
-        "NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or test), split "
+        "NAME:SPLIT of a data set (any --dataset of a sweep, such as digits or a folder; train, "
+        "validation or test), split "
         "as for the model's training. Images of any size are resized to the model's",
     )
     _add_output_flags(parser)
