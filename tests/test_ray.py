@@ -327,7 +327,7 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
     calm = faults.Sweep(folder=tmp_path / "calm", command=(*command, str(num_cores())))
     # A worker on each of the two nodes, before the first epoch: the head has no room for one.
     on_ray = ("2", "--engine", "ray", "--ray-address", str(nodes.address))
-    on_ray += ("--cpus-per-worker", "1.5", "--min-workers", "2")
+    on_ray += ("--cpus-per-worker", "1.5", "--min-workers", "2", "--ray-timeout", "300")
     stormy = faults.Sweep(folder=tmp_path / "stormy", command=(*command, *on_ray))
     stormy.folder.mkdir()
     faults.run_undisturbed(calm)
@@ -354,7 +354,7 @@ def test_a_sweep_loses_nothing_to_a_node_that_goes_nor_to_a_driver_that_is_kille
         process.kill()
         process.wait()
         process = stormy.start()
-        assert processes.ended(process, 120), stormy.printed()
+        assert processes.ended(process, 300), stormy.printed()
         assert process.returncode == 0, stormy.printed()
     finally:
         process.kill()
