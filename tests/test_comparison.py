@@ -392,6 +392,13 @@ def test_a_plan_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         replace(plan_in(tmp_path), repeats=0)
 
 
+def test_the_seeds_of_a_plan_are_those_that_a_training_takes(tmp_path: Path) -> None:
+    settings = replace(plan_in(tmp_path).settings, seed=2**32 - 3)
+    assert Plan(settings=settings, repeats=2).seeds[-1] == 2**32 - 1
+    with pytest.raises(ValueError, match=r"--seed \+ --repeats must be < 2\*\*32: 4294967293"):
+        Plan(settings=settings, repeats=3)
+
+
 def test_a_plan_without_a_name_has_one_that_follows_from_it(tmp_path: Path, data: Dataset) -> None:
     plan = plan_in(tmp_path)
     nameless = replace(plan, settings=replace(plan.settings, study=None))
