@@ -173,10 +173,14 @@ def check_folder(folder: Path, *, option: str, source: str = "") -> None:
 
 
 def resolved(path: Path) -> Path:
-    """Return where a path leads. From Python 3.13 on, `resolve` is silent on links in a circle."""
+    """Return where a path leads. OSError: links in a circle, or a name that is too long.
+
+    Newer Pythons' `Path.resolve` and `Path.exists` are silent on both.
+    """
     target = path.resolve()
-    if target.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISLNK(target.lstat().st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return target
 
 
