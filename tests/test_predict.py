@@ -1,4 +1,4 @@
-"""Loading a recorded model, labelling images with it, and the command line of that."""
+"""Loading a recorded model, predicting images with it, and the command line of that."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_csv(file: str | Path = "predictions.csv") -> pd.DataFrame:
     return pd.read_csv(file, keep_default_na=False)
 
 
-# Labelling images from Python
+# Predicting from Python
 
 
 def test_each_image_gets_a_row_with_prediction_and_probabilities(predictor: Predictor) -> None:
@@ -311,7 +311,7 @@ def edit_mlmodel(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None
         (lambda about: about["flavors"].pop("pytorch"), "no PyTorch model, but python_function"),
     ],
 )
-def test_a_model_that_cannot_label_images_is_refused(
+def test_a_model_that_cannot_predict_images_is_refused(
     desk: Path, predictor: Predictor, edit: Callable[[dict[str, Any]], object], complaint: str
 ) -> None:
     shutil.copytree(artifacts(predictor), desk / "model")
@@ -361,7 +361,7 @@ def test_where_no_run_is_left_none_is_loaded(workshop: dict[str, str]) -> None:
 # The command line
 
 
-def test_a_folder_is_labelled_and_compared_with_its_folders_names(
+def test_a_folder_is_predicted_and_compared_with_its_folders_names(
     desk: Path, workshop: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     paint(desk / "photos" / "deeper", each=4)
@@ -463,7 +463,7 @@ def test_a_single_image_takes_its_label_from_its_folder(
     ("shape", "count"),
     [((2, 32, 32, 3), 2), ((2, 28, 28), 2), ((2, 28, 28, 1), 2), ((40, 30, 3), 1), ((8, 8, 1), 1)],
 )
-def test_arrays_of_any_size_are_labelled(desk: Path, shape: tuple[int, ...], count: int) -> None:
+def test_arrays_of_any_size_are_predicted(desk: Path, shape: tuple[int, ...], count: int) -> None:
     np.save("a.npy", np.zeros(shape, np.uint8))
     assert main(["a.npy", "--experiment", "study"]) == 0
     assert list(read_csv()["source"]) == [f"a.npy[{index}]" for index in range(count)]
@@ -814,7 +814,7 @@ def test_help_explains_every_option_and_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-def test_labelling_an_array_from_python_never_loads_cnn(desk: Path) -> None:
+def test_predicting_an_array_from_python_never_loads_cnn(desk: Path) -> None:
     script = (
         "import sys, numpy as np, tracking\n"
         "frame = tracking.load_best('study').predict(np.zeros((2, 32, 32, 3), np.uint8))\n"
@@ -835,7 +835,7 @@ def test_as_a_command_bad_input_is_one_line_and_exit_code_2(desk: Path) -> None:
     assert done.stdout == ""
 
 
-def test_as_a_command_it_labels_and_says_nothing_on_standard_error(desk: Path) -> None:
+def test_as_a_command_it_predicts_and_says_nothing_on_standard_error(desk: Path) -> None:
     np.save("a.npy", images(2))
     done = python("-m", "tracking.predict", "a.npy", "--experiment", "study")
     assert (done.returncode, done.stderr) == (0, "")

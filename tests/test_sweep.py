@@ -91,8 +91,9 @@ def test_a_sweep_ends_with_its_table_its_best_and_what_to_type_next(
 
 def test_a_line_is_printed_for_each_trial_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     main([*SMALL, "--workers", "1", "--pruner", "none"])
-    lines = re.findall(r"^ +(\d) .* complete .* best 90.00%", capsys.readouterr().out, re.M)
-    assert lines == ["0", "1"]
+    line = r"^ +(\d) .* complete .* best 90.00% \(trial 0\)  (\d+:\d\d) left$"
+    (first, _), last = re.findall(line, capsys.readouterr().out, re.M)
+    assert (first, last) == ("0", ("1", "0:00"))
 
 
 def test_the_same_command_again_does_nothing_and_says_so(

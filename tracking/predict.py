@@ -15,7 +15,7 @@ from pathlib import Path
 from tracking.cli import FILTERS, Parser, add_choice_flags, choice_filters, run_command
 from tracking.errors import one_line
 from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
-from tracking.files import check_folder, is_writable
+from tracking.files import check_folder, is_writable, resolved
 from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
 from tracking.prediction.chunks import Chunk, Source
 from tracking.prediction.drafts import check_drafts, draft_files, open_draft
@@ -298,7 +298,7 @@ def _check_output(path: Path, source: str) -> tuple[Format, Path]:
     """Return the format of the output file and its real path, or raise ValueError."""
     out = format_of(path)
     try:
-        target = path.resolve()  # the link itself stays
+        target = resolved(path)  # the link itself stays
         # Another user may have put a link there: it must not lead to a file of another kind.
         if target.suffix.lower() != path.suffix.lower():
             raise ValueError(
@@ -307,7 +307,7 @@ def _check_output(path: Path, source: str) -> tuple[Format, Path]:
             )
         check_drafts(target)
         _check_writable(target, source)
-    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
+    except (OSError, RuntimeError) as error:  # before 3.13, a RuntimeError for links in a circle
         raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
     return out, target
 
