@@ -7,6 +7,7 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -107,10 +108,12 @@ def traced_once() -> Iterator[None]:
     from experiments.study.recorder import Recorder
 
     classifier = Recorder._classifier
-    of_data: dict[tuple[str, ...], dict[str, Classifier]] = {}
+    of_data: dict[tuple[Any, ...], dict[tuple[str, str], Classifier]] = {}
 
     def shared(recorder: Recorder, config: TrainConfig) -> Classifier:
-        recorder._classifiers = of_data.setdefault(recorder.data.classes, {})
+        recorder._classifiers = of_data.setdefault(
+            (recorder.data.classes, recorder.data.image_size), {}
+        )
         return classifier(recorder, config)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
+from cnn.images import IMAGE_SIZE
 from cnn.losses import PROBABILITIES, get_loss
 from cnn.networks import Classifier, build_network
 from experiments.engine.base import EpochEnded, JobEnded
@@ -153,6 +154,7 @@ class Recorder:
                 **config.as_params(),
                 "dataset": self.data.name,
                 "dataset_digest": self.data.digest,
+                **_image_size(self.data),
                 "network_digest": digest_of_network(config.network, self.data),
                 "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
             }
@@ -268,6 +270,11 @@ class RunningTrial:
             seconds=time.monotonic() - self.start,
             reason=reason,
         )
+
+
+def _image_size(data: Dataset) -> dict[str, int]:
+    """Return the images' size, where it is not that of all earlier runs."""
+    return {} if data.image_size == IMAGE_SIZE else {"image_size": data.image_size}
 
 
 def log_data(run: Run, data: Dataset) -> None:
