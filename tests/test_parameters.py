@@ -10,6 +10,7 @@ import optuna
 import pytest
 from fake_pool import script_of_ten, use_pool
 from mlflow import MlflowClient
+from optuna import get_all_study_names
 
 from cnn.config import TrainConfig
 from experiments.study.domains import Choices, Domain, Range
@@ -154,5 +155,10 @@ def test_a_sweep_searches_names_shows_and_records_it(
         assert (float(run.data.params["momentum"]) != 0.9) == has_momentum
     (parent,) = MlflowClient().search_runs(["1"], "tags.role = 'sweep'")
     assert parent.data.params["sweep/vary_momentum"] == "0.8..0.99"
+    # A parameter that is at its default now is another setting, too.
+    (name,) = get_all_study_names("sqlite:///optuna.db")
+    capsys.readouterr()
+    assert main([*argv[:-4], "--study", name]) == 2
+    assert "vary_momentum 0.8..0.99 → None" in capsys.readouterr().err
     assert main(argv) == 0  # it is the same study
     assert "8 already finished" in capsys.readouterr().out
