@@ -38,7 +38,7 @@ _CACHE_VERSION = 2
 class ImagePool:
     """All images of a data set before the split. A given test split comes last."""
 
-    images: Bytes  # (M, 32, 32, 3)
+    images: Bytes  # (M, S, S, 3), S the image size
     labels: Integers  # (M,)
     classes: tuple[str, ...]
     given_test: int  # how many of the last images are the test split; 0: the seed draws it
@@ -52,16 +52,19 @@ class DatasetSource:
     name: str
     address: str
     fingerprint: Callable[[], list[str]]
-    read: Callable[[], ImagePool]
+    read: Callable[[int], ImagePool]  # of images of a size
     notes: tuple[str, ...] = ()
+    notes_if_cached: tuple[str, ...] = ()
 
 
-def key_of(source: DatasetSource) -> str:
-    """Return the key of a source in the index."""
+def key_of(source: DatasetSource, image_size: int = IMAGE_SIZE) -> str:
+    """Return the key in the index of a source's images of a size."""
     import PIL  # not needed for training from memory
 
     # Pillow's version, because prediction decodes with the installed one.
     parts = [f"{_CACHE_VERSION}", PIL.__version__, source.name, *source.fingerprint()]
+    if image_size != IMAGE_SIZE:  # which entries of earlier versions have
+        parts.append(f"image_size {image_size}")
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -105,7 +108,8 @@ def open_entry(folder: Path, *, is_checked: bool = False) -> ImagePool | None:
 
 def _map_pool(folder: Path) -> ImagePool:
     meta = read_meta(folder)
-    shape = (meta["images"], IMAGE_SIZE, IMAGE_SIZE, 3)
+    size = meta.get("image_size", IMAGE_SIZE)
+    shape = (meta["images"], size, size, 3)
     return ImagePool(
         images=_map(folder / "images.npy", np.uint8, shape),
         labels=_map(folder / "labels.npy", np.int64, shape[:1]),
@@ -116,7 +120,7 @@ def _map_pool(folder: Path) -> ImagePool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the metadata of an entry: name, source, classes, number of images, copies."""
+    """Return the metadata of an entry: name, source, classes, number and size of images, copies."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
     # Entries of earlier versions have no checksum and no copies.
     if "checksum" in meta and meta.pop("checksum") != _checksum(meta):
@@ -138,11 +142,16 @@ def _map(file: Path, dtype: type[Scalar], shape: tuple[int, ...]) -> npt.NDArray
     return array
 
 
-def add_entry(cache: Path, key: str, source: DatasetSource) -> tuple[str, ImagePool]:
-    """Read a source into the cache. Other processes may do the same: entries appear whole."""
+def add_entry(
+    cache: Path, key: str, source: DatasetSource, image_size: int = IMAGE_SIZE
+) -> tuple[str, ImagePool]:
+    """Read a source's images of a size into the cache.
+
+    Other processes may do the same: entries appear whole.
+    """
     (cache / "index").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
-        pool = source.read()
+        pool = source.read(image_size)
         digest = _digest(pool)
         new = Path(scratch) / digest
         _write_pool(new, pool, source)
@@ -182,6 +191,8 @@ def _write_pool(folder: Path, pool: ImagePool, source: DatasetSource) -> None:
         "given_test": pool.given_test,
         "copies": _find_copies(pool.images),
     }
+    if (size := pool.images.shape[1]) != IMAGE_SIZE:
+        meta["image_size"] = size
     _write_json(folder / "meta.json", meta | {"checksum": _checksum(meta)})
 
 

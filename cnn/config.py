@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from cnn.augmentation import AUGMENTATIONS
-from cnn.losses import get_loss
-from cnn.networks import get_factory
+from cnn.losses import LOSSES, get_loss
+from cnn.networks import NETWORKS, TORCHVISION, get_factory
 from cnn.optimizers import OPTIMIZERS, SCHEDULES, WARMUP
+from cnn.references import digest_of, is_reference
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -100,6 +101,15 @@ class TrainConfig:
             except ValueError:
                 raise ValueError(f"its param {each.name} is {text!r}: no {each.type}") from None
         return cls(**given)
+
+    def code_digests(self) -> dict[str, str]:
+        """Return the digests of the files of a user's own network and loss, by their references."""
+        own = {self.loss, self.network} - {*LOSSES, *NETWORKS}
+        return {
+            name: digest_of(name)
+            for name in sorted(own)
+            if is_reference(name) and not name.startswith(TORCHVISION)
+        }
 
 
 _KINDS: dict[str, Callable[[str], Any]] = {

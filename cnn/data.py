@@ -26,6 +26,7 @@ from cnn.cache import (
     with_copies,
 )
 from cnn.datasets import find_source
+from cnn.images import IMAGE_SIZE, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 
 # With fewer validation images, one image is more than a point of accuracy.
 MIN_VALIDATION = 100
@@ -36,7 +37,7 @@ MAX_SHARE_OF_A_CLASS = 0.95
 class Split:
     """Rows of all images of a data set."""
 
-    all_images: Tensor  # (M, 32, 32, 3) uint8; on the CPU memory-mapped, shared by processes
+    all_images: Tensor  # (M, S, S, 3) uint8; on the CPU memory-mapped, shared by processes
     all_labels: Tensor  # (M,) int64
     rows: Tensor  # (N,) int64, which of all images belong to the split
 
@@ -44,13 +45,13 @@ class Split:
         return len(self.rows)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (B, 32, 32, 3) and labels (B,) of these positions (B,) of the split."""
+        """Return images (B, S, S, 3) and labels (B,) of these positions (B,) of the split."""
         rows = self.rows[indices]
         return self.all_images.index_select(0, rows), self.all_labels.index_select(0, rows)
 
     @property
     def images(self) -> Tensor:
-        """All images of the split (N, 32, 32, 3), copied."""
+        """All images of the split (N, S, S, 3), copied."""
         return self.all_images.index_select(0, self.rows)
 
     @property
@@ -90,24 +91,27 @@ class Dataset:
         return self.train.all_images.shape[1]
 
 
-def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
-    """Return a data set by its name (see DATASETS) or by the path of a folder of images.
+def load(name: str, *, data_dir: Path, seed: int, image_size: int = IMAGE_SIZE) -> Dataset:
+    """Return a data set: by its name (see DATASETS), by the path of a folder, or of a function.
 
-    A folder holds `train/<class>/*`, with `test/<class>/*` if there is a given test split, or
-    just `<class>/*`. Names like `Training` or `seg_test` are recognised as splits. A validation
-    split is refused, and system files are skipped. Decoded images are stored in `data_dir`, where
-    CIFAR-10 is downloaded to.
+    A function is `package.module:function` or `file.py:function`; see `cnn.functions`. A folder
+    has Parquet files (see `cnn.parquet`) or images: `train/<class>/*`, with `test/<class>/*` if
+    there is a given test split, or just `<class>/*`. Names like `Training`
+    or `seg_test` are recognised as splits. A validation split is refused, and system files are
+    skipped. Decoded images are stored in `data_dir`, which is also for downloads. They become
+    squares of `image_size` pixels a side.
 
     A given test split is the same for every seed, and the validation split is 10 % of the rest.
     Without one, validation and test get 20 % each. Both are drawn class by class.
     Raises ValueError.
     """
     _check_seed(seed)
+    _check_image_size(image_size)
     source = find_source(name, data_dir)
     cache = data_dir / "cache"
     notes = source.notes
     try:
-        key = key_of(source)
+        key = key_of(source, image_size)
         digest = look_up(cache, key)
         states = None if digest is None else file_states(cache / digest)
         pool = None if digest is None else open_entry(cache / digest)
@@ -117,9 +121,11 @@ def load(name: str, *, data_dir: Path, seed: int) -> Dataset:
                     f"{str(cache / digest)!r} was damaged: its images were read again from "
                     f"{source.address}",
                 )
-            digest, pool = add_entry(cache, key, source)
+            digest, pool = add_entry(cache, key, source, image_size)
             states = file_states(cache / digest)
-        elif pool.copies is None:
+        else:
+            notes += source.notes_if_cached
+        if pool.copies is None:
             pool, states = with_copies(pool, cache / digest), None
     except OSError as error:
         raise ValueError(f"can't use the data folder {str(data_dir)!r}: {error}") from error
@@ -152,6 +158,13 @@ def open_cached(
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"the seed must be 0 or more: {seed}")
+
+
+def _check_image_size(image_size: int) -> None:
+    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"the image size must be from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels: {image_size}"
+        )
 
 
 # Splitting

@@ -1,45 +1,33 @@
-"""Where images come from: the named data sets, and folders of images."""
+"""Where images come from: named data sets, folders of images, and what other files here read."""
 
-import http.client
 import importlib.metadata
 import os
 import re
-import socket
-import sys
-import tempfile
-import urllib.error
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from cnn import functions, parquet
 from cnn.cache import Bytes, DatasetSource, ImagePool
-from cnn.folders import count_skipped, is_system_name, note_on_skipped, walk
-from cnn.images import IMAGE_SIZE, decode, resize
+from cnn.downloads import NAMES as DOWNLOADED
+from cnn.downloads import source_of
+from cnn.folders import (
+    SPLITS,
+    count_skipped,
+    is_system_name,
+    note_on_skipped,
+    role_of,
+    state_of,
+    walk,
+)
+from cnn.images import decode, empty_images, resize
+from cnn.references import is_reference
 
 _FILES_PER_TASK = 32
-
-# Names of the folders of splits, without fillers such as in `train_images`.
-_SPLITS = {
-    "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
-    "validation": {
-        *("val", "valid", "validation", "validate", "valset", "validationset"),
-        *("dev", "devset", "development", "eval", "evaluation", "evalset"),
-    },
-    "test": {"test", "testing", "tst", "testset", "testingset", "holdout", "heldout"},
-}
-
-_FILLERS = {
-    *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
-    *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
-}
-
-_NETWORK_TIMEOUT_SECONDS = 20.0
-
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def is_known(name: str) -> bool:
@@ -48,16 +36,22 @@ def is_known(name: str) -> bool:
 
 
 def find_source(name: str, data_dir: Path) -> DatasetSource:
-    """Return the source of a named data set, or of a folder of images. Raises ValueError."""
+    """Return the source of a named data set, a folder or a function. Raises ValueError."""
     if is_known(name):
         return DATASETS[name](data_dir)
     try:
         if name and Path(name).is_dir():
-            return _folder(Path(name).resolve())
+            folder = Path(name).resolve()
+            return parquet.source_in(folder) or _folder(folder)
+        if is_reference(name):
+            return functions.source_of(name)
     except OSError as error:
         raise ValueError(f"can't list the folder {name!r}: {error}") from error
     known = ", ".join(sorted(DATASETS))
-    raise ValueError(f"unknown data set {name!r}: choose {known}, or the path of a folder")
+    raise ValueError(
+        f"unknown data set {name!r}: choose {known}, the path of a folder, or a function "
+        "(package.module:function or file.py:function)"
+    )
 
 
 def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn contains it
@@ -69,87 +63,17 @@ def _digits(data_dir: Path) -> DatasetSource:  # noqa: ARG001 -- scikit-learn co
     )
 
 
-def _read_digits() -> ImagePool:
+def _read_digits(image_size: int) -> ImagePool:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (M, 8, 8), was 0 to 16
     return ImagePool(
-        images=resize(grey),
+        images=resize(grey, image_size),
         labels=digits.target.astype(np.int64),
         classes=tuple(str(name) for name in digits.target_names),
         given_test=0,
     )
-
-
-def _cifar10(data_dir: Path) -> DatasetSource:
-    return DatasetSource(
-        name="cifar10",
-        address="torchvision.datasets.CIFAR10",
-        fingerprint=list,  # it never changes, and torchvision checks its checksums
-        read=lambda: _read_cifar10(data_dir),
-    )
-
-
-def _read_cifar10(data_dir: Path) -> ImagePool:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import extract_archive
-
-    with (
-        redirect_stdout(sys.stderr),  # torchvision's progress
-        tempfile.TemporaryDirectory(dir=data_dir, prefix=".cifar10-") as scratch,
-    ):
-        try:
-            train, test = (CIFAR10(data_dir, train=train) for train in (True, False))
-        except RuntimeError:  # not unpacked, or damaged
-            extract_archive(_fetch_cifar10(data_dir, Path(scratch)), scratch)
-            train, test = (CIFAR10(scratch, train=train) for train in (True, False))
-    return ImagePool(
-        images=np.ascontiguousarray(np.concatenate([train.data, test.data])),
-        labels=np.array(train.targets + test.targets, np.int64),
-        classes=tuple(train.classes),
-        given_test=len(test.targets),
-    )
-
-
-def _fetch_cifar10(data_dir: Path, scratch: Path) -> Path:
-    """Return CIFAR-10's archive in `data_dir`; download it if it is missing or damaged."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    archive: Path = data_dir / CIFAR10.filename
-    if check_integrity(archive, CIFAR10.tgz_md5):
-        return archive
-    try:
-        with _network_timeout(_NETWORK_TIMEOUT_SECONDS):
-            download_url(CIFAR10.url, scratch, CIFAR10.filename, CIFAR10.tgz_md5)
-    except (*_NETWORK_ERRORS, RuntimeError) as error:
-        damage = f"{str(archive)!r} is damaged, and " if archive.exists() else ""
-        raise ValueError(
-            f"{damage}CIFAR-10 can't be downloaded ({_reason(error)}): put an intact "
-            f"{CIFAR10.filename} from {CIFAR10.url} into {str(data_dir)!r}, or use --dataset digits"
-        ) from error
-    # Only a complete archive gets the final name.
-    (scratch / CIFAR10.filename).replace(archive)
-    return archive
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError):  # torchvision's checksum failed
-        return "the server sent another file"
-    # An HTTPError's reason lacks the code, a plain URLError's text is wrapped.
-    return str(error.reason if type(error) is urllib.error.URLError else error)
-
-
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Let connections fail after `seconds`: torchvision would wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _folder(folder: Path) -> DatasetSource:
@@ -170,9 +94,9 @@ def _folder(folder: Path) -> DatasetSource:
     return DatasetSource(
         name=folder.name,
         address=str(folder),
-        fingerprint=lambda: [_fingerprint(file) for file in files],
-        read=lambda: ImagePool(
-            images=_decode_all(files),
+        fingerprint=lambda: [state_of(file) for file in files],
+        read=lambda image_size: ImagePool(
+            images=_decode_all(files, image_size),
             labels=np.array(labels + test_labels, np.int64),
             classes=tuple(classes),
             given_test=len(test_labels),
@@ -184,22 +108,22 @@ def _folder(folder: Path) -> DatasetSource:
 def _layout(folder: Path, skipped: Counter[str]) -> tuple[Path, Path | None, tuple[str, ...]]:
     """Return the folder of the training images (or of all), that of a given test split, and notes.
 
-    A folder named like a split (see `_role`) is one, or the data set is refused. One exception: a
+    A folder named like a split (see `role_of`) is one, or the data set is refused. One exception: a
     folder named like `train` is a class, such as the vehicle, if it contains no folders and there
     are at least two other folders.
     """
     names = _folders(folder, skipped)
-    roles = {name: role for name in names if (role := _role(name))}
+    roles = {name: role for name in names if (role := role_of(name))}
     if "invalid" in map(str.lower, names):  # valid and invalid are two classes
         roles = {name: role for name, role in roles.items() if name.lower() != "valid"}
-    plain = {name: role for name, role in roles.items() if _role(name, plain=True)}
+    plain = {name: role for name, role in roles.items() if role_of(name, plain=True)}
     if "train" in plain.values():
         roles = plain  # next to `train`, `train_old` is another folder
     others = [name for name in names if name not in roles]
     is_vehicle = set(roles.values()) == {"train"} and len(others) >= 2
     if not roles or (is_vehicle and not any(_folders(folder / name) for name in roles)):
         return folder, None, ()
-    of_role = {role: [name for name in roles if roles[name] == role] for role in _SPLITS}
+    of_role = {role: [name for name in roles if roles[name] == role] for role in SPLITS}
     objection = _objection(of_role)
     if objection:
         raise ValueError(
@@ -226,18 +150,6 @@ def _objection(of_role: dict[str, list[str]]) -> str:
             "from train): move its images into train, or the folder away"
         )
     return ""
-
-
-def _role(name: str, *, plain: bool = False) -> str | None:
-    """Return the split that a folder's name means, a key of `_SPLITS`, or None.
-
-    Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
-    Without `plain`, the last of several words may mean it: `seg_train`.
-    """
-    words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
-    telling = [word for word in words if word not in _FILLERS and len(word) > 1]
-    candidates = ["".join(telling), *([] if plain else telling[-1:])]
-    return next((role for role in _SPLITS for word in candidates if word in _SPLITS[role]), None)
 
 
 def _unwrapped(split: Path) -> Path:
@@ -284,8 +196,8 @@ def _notes_of_inner_splits(folder: Path, files: list[str]) -> tuple[str, ...]:
     """Return a note on CLASS/train and CLASS/test, which are read as one class."""
     depth = str(folder).count("/") + 2
     inner = {parts[depth] for file in files if len(parts := file.split("/")) > depth + 1}
-    names = sorted(name for name in inner if _role(name, plain=True))
-    if len({_role(name) for name in names}) < 2:
+    names = sorted(name for name in inner if role_of(name, plain=True))
+    if len({role_of(name) for name in names}) < 2:
         return ()
     return (
         f"below the classes are folders {', '.join(map(repr, names))}: they are read as one, and "
@@ -307,22 +219,12 @@ def _notes_of_numbered(folder: Path, classes: list[str]) -> tuple[str, ...]:
     )
 
 
-def _fingerprint(file: str) -> str:
-    # Archives and copying restore the content's time (mtime), but can't restore the time of the
-    # last change of any kind (ctime). Therefore copied images are decoded again.
-    try:
-        status = os.stat(file)  # noqa: PTH116 -- see _labelled_files
-    except OSError as error:
-        raise ValueError(f"can't read {file!r}: {error.strerror}") from error
-    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
-
-
-def _decode_all(files: Sequence[str]) -> Bytes:
-    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def _decode_all(files: Sequence[str], image_size: int) -> Bytes:
+    images = empty_images(len(files), image_size)
 
     def decode_from(start: int) -> None:
         for row, file in enumerate(files[start : start + _FILES_PER_TASK], start):
-            images[row] = decode(Path(file))
+            images[row] = decode(Path(file), image_size)
 
     # Threads: Pillow releases the lock while it decodes, and nothing is copied between processes.
     with ThreadPoolExecutor(os.cpu_count()) as executor:
@@ -333,4 +235,7 @@ def _decode_all(files: Sequence[str]) -> Bytes:
 
 
 # The source of each named data set, given `data_dir`.
-DATASETS: dict[str, Callable[[Path], DatasetSource]] = {"digits": _digits, "cifar10": _cifar10}
+DATASETS: dict[str, Callable[[Path], DatasetSource]] = {
+    "digits": _digits,
+    **{name: partial(source_of, name) for name in DOWNLOADED},
+}

@@ -1,4 +1,4 @@
-"""Folders of images: the files in them, without those that systems leave behind.
+"""Folders of images: the files in them, without what systems leave behind, and their splits.
 
 Needs only the standard library, so that a prediction need not import torch.
 """
@@ -6,6 +6,7 @@ Needs only the standard library, so that a prediction need not import torch.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,21 @@ _SYSTEM_NAMES = {
     "@recycle",
     "@recently-snapshot",
     "~snapshot",
+}
+
+# Names of the folders of splits, without fillers such as in `train_images`.
+SPLITS = {
+    "train": {"train", "training", "trn", "trainval", "trainset", "trainingset"},
+    "validation": {
+        *("val", "valid", "validation", "validate", "valset", "validationset"),
+        *("dev", "devset", "development", "eval", "evaluation", "evalset"),
+    },
+    "test": {"test", "testing", "tst", "testset", "testingset", "holdout", "heldout"},
+}
+
+_FILLERS = {
+    *("data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures"),
+    *("files", "folder", "samples", "examples", "jpg", "jpeg", "png", "masks", "labels"),
 }
 
 
@@ -109,3 +125,26 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself, for example: `decode` reports it
         return False
+
+
+def role_of(name: str, *, plain: bool = False) -> str | None:
+    """Return the split that a folder's name means, a key of `SPLITS`, or None.
+
+    Upper case, digits, punctuation and fillers don't count: `Training`, `val2017`, `test_images`.
+    Without `plain`, the last of several words may mean it: `seg_train`.
+    """
+    words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
+    telling = [word for word in words if word not in _FILLERS and len(word) > 1]
+    candidates = ["".join(telling), *([] if plain else telling[-1:])]
+    return next((role for role in SPLITS for word in candidates if word in SPLITS[role]), None)
+
+
+def state_of(file: str) -> str:
+    """Return a file's path, size and times, which change when it does. Raises ValueError."""
+    # Archives and copying restore the content's time (mtime), but can't restore the time of the
+    # last change of any kind (ctime). Therefore copied images are decoded again.
+    try:
+        status = os.stat(file)  # noqa: PTH116 -- `Path` takes longer, and there may be millions
+    except OSError as error:
+        raise ValueError(f"can't read {file!r}: {error.strerror}") from error
+    return f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"

@@ -1,4 +1,4 @@
-"""Image files and arrays to 32×32 RGB pixels: one way of decoding, for training and prediction.
+"""Image files and arrays to square RGB images: one way of decoding, for training and prediction.
 
 Needs only numpy, and Pillow where it decodes. So a prediction reads images without torch, and
 training from memory does without Pillow.
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SIZE = 32
+"""Height and width of a data set's images, unless `--image-size` says otherwise."""
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
+"""The smallest are the digits as they were scanned. Of the largest, a thousand take 0.8 GB."""
 
 # Named, so that a stray file does not reach one of Pillow's forty parsers (EPS starts Ghostscript).
 # Also, earlier imports of plugins make no difference.
@@ -58,8 +62,8 @@ _BYTES = {1, 2, 7}  # TIFF's type numbers whose values stay bytes
 MAX_SCANS = 100
 
 
-def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
-    """Return an image file, or the bytes of one, as uint8 pixels (32, 32, 3).
+def decode(source: Path | bytes, image_size: int = IMAGE_SIZE) -> npt.NDArray[np.uint8]:
+    """Return an image file, or the bytes of one, as uint8 pixels (S, S, 3), S the image size.
 
     Turned by its EXIF orientation, converted to RGB (transparency is dropped, as torchvision's
     ImageFolder does), and squashed to a square. Of an animation, the first frame is taken.
@@ -72,9 +76,11 @@ def decode(source: Path | bytes) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{name} is no image: it is empty")
     try:
         if _is_demanding_to_parse(encoded):
-            return _decode_confined(encoded)
+            return _decode_confined(encoded, image_size)
         with _opened(encoded) as image:
-            return _decode_confined(encoded) if _is_demanding(image, encoded) else _pixels(image)
+            if not _is_demanding(image, encoded):
+                return pixels(image, image_size)
+        return _decode_confined(encoded, image_size)
     except Exception as error:  # a parser may raise anything on a damaged file
         raise ValueError(f"{name} {_complaint(error)}") from error
 
@@ -190,9 +196,10 @@ def _pixels_of_codestreams(encoded: bytes) -> Iterator[int]:
             yield (right - left) * (bottom - top)
 
 
-def _decode_confined(encoded: bytes) -> npt.NDArray[np.uint8]:
+def _decode_confined(encoded: bytes, image_size: int) -> npt.NDArray[np.uint8]:
     """Return the pixels of an image, decoded by a process with limits: this file as a script."""
-    command = [sys.executable, "-P", __file__, str(math.ceil(MAX_SECONDS) + 1), str(MAX_MEMORY)]
+    arguments = map(str, (math.ceil(MAX_SECONDS) + 1, MAX_MEMORY, image_size))
+    command = [sys.executable, "-P", __file__, *arguments]
     # The threads of numpy's library would take memory for each core.
     variables = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     try:
@@ -208,13 +215,13 @@ def _decode_confined(encoded: bytes) -> npt.NDArray[np.uint8]:
     except subprocess.TimeoutExpired as error:
         raise _RefusedError(f"is refused: it takes more than {MAX_SECONDS} seconds") from error
     if done.returncode == 0:
-        return np.frombuffer(bytearray(done.stdout), np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+        return np.frombuffer(bytearray(done.stdout), np.uint8).reshape(image_size, image_size, 3)
     if done.returncode == 1 and done.stdout:
         raise _RefusedError(done.stdout.decode())
     raise _RefusedError(f"is refused: its decoder ended with status {done.returncode}")
 
 
-def _confined(seconds: int, memory: int) -> int:
+def _confined(seconds: int, memory: int, image_size: int) -> int:
     """Decode the image on standard input; write its pixels, or the reason why not."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The parent kills this process earlier, unless the parent is gone.
@@ -222,7 +229,7 @@ def _confined(seconds: int, memory: int) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
         with _opened(sys.stdin.buffer.read()) as image:
-            sys.stdout.buffer.write(_pixels(image).tobytes())
+            sys.stdout.buffer.write(pixels(image, image_size).tobytes())
     except MemoryError:
         complaint = f"is refused: it takes more than {memory / 1e9:g} GB of memory"
     except Exception as error:  # out of memory, some parsers say that the data is broken
@@ -233,7 +240,8 @@ def _confined(seconds: int, memory: int) -> int:
     return 1
 
 
-def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+def pixels(image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
+    """Return an image of Pillow, which this may change, as `decode` returns a file."""
     from PIL import ImageOps
 
     ImageOps.exif_transpose(image, in_place=True)
@@ -244,8 +252,8 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     # RGB has no transparency, and Pillow warns of what it can't convert.
     image.info.pop("transparency", None)
     rgb = image.convert("RGB")
-    if rgb.size != (IMAGE_SIZE, IMAGE_SIZE):
-        rgb = _squash(rgb)
+    if rgb.size != (image_size, image_size):
+        rgb = _squash(rgb, image_size)
     return np.array(rgb)
 
 
@@ -263,18 +271,18 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def _squash(image: Image.Image) -> Image.Image:
+def _squash(image: Image.Image, image_size: int) -> Image.Image:
     from PIL import Image
 
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return images as (N, 32, 32, 3), interpolated as in `decode`.
+def resize(images: npt.NDArray[np.uint8], image_size: int = IMAGE_SIZE) -> npt.NDArray[np.uint8]:
+    """Return images as (N, S, S, 3), S the image size, interpolated as in `decode`.
 
     Takes uint8 arrays (N, H, W), (N, H, W, 1) or (N, H, W, 3), and returns images of the right
     shape unchanged. Raises ValueError for others.
@@ -286,14 +294,27 @@ def resize(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     colour = images.ndim == 4 and images.shape[3] == 3
     if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape[1:3]:
         raise ValueError(f"images must be {allowed}: these are {images.dtype} {images.shape}")
-    if images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3):
+    if images.shape[1:] == (image_size, image_size, 3):
         return images
-    squared = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    squared = empty_images(len(images), image_size)
     planes = images.reshape(images.shape[:3]) if grey else images
     for result, plane in zip(squared, planes, strict=True):
-        pixels = np.asarray(_squash(Image.fromarray(plane)))
+        pixels = np.asarray(_squash(Image.fromarray(plane), image_size))
         result[:] = pixels[:, :, None] if grey else pixels
     return squared
+
+
+def empty_images(count: int, image_size: int) -> npt.NDArray[np.uint8]:
+    """Return memory for images; raise ValueError if the machine has less than they take."""
+    shape = (count, image_size, image_size, 3)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if math.prod(shape) > memory:
+        raise ValueError(
+            f"{count:,} images of {image_size}×{image_size} pixels take "
+            f"{math.prod(shape) / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of "
+            "memory: give a smaller --image-size"
+        )
+    return np.empty(shape, np.uint8)
 
 
 if __name__ == "__main__":

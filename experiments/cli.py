@@ -65,11 +65,18 @@ def make_parser(module: str, description: str, epilog: str) -> ConfigParser:
         data,
         "--dataset",
         "digits",
-        "digits (bundled), cifar10 (downloaded on demand), or a folder of images: "
-        "train/<class>/* with test/<class>/* if there, else <class>/*; folders whose names say "
-        "train or test (Training, seg_test, train2017) are splits; one for validation is refused",
-        metavar="NAME|PATH",
+        "digits (bundled); cifar10, cifar100, mnist, fashion_mnist, kmnist, svhn or stl10 "
+        "(downloaded on demand); a folder of images: train/<class>/* with test/<class>/* if there, "
+        "else <class>/*; folders whose names say train or test (Training, seg_test, train2017) are "
+        "splits; one for validation is refused; a folder of Parquet files: train-*.parquet with "
+        "test-*.parquet if there, with columns image (bytes) and label; or package.module:function "
+        "or file.py:function, which returns images, uint8 (N, H, W, 3) or (N, H, W), and labels "
+        "(N,), integers or texts: as (images, labels), (images, labels, test_images, test_labels), "
+        "or a mapping with these names and classes",
+        metavar="NAME|PATH|FUNCTION",
     )
+    text = "height and width that all images are resized to, 8 to 512 pixels"
+    add_flag(data, "--image-size", 32, text, metavar="PIXELS")
     text = "the folder for downloads and decoded images"
     add_flag(data, "--data-dir", Path("data"), text, metavar="DIR")
     add_space_flags(parser)
@@ -261,7 +268,12 @@ def _checked_data(options: argparse.Namespace, settings: Settings) -> Dataset:
 
     check_storage(settings.storage)
     check_tracking()
-    data = load(options.dataset, data_dir=options.data_dir, seed=settings.seed)
+    data = load(
+        options.dataset,
+        data_dir=options.data_dir,
+        seed=settings.seed,
+        image_size=options.image_size,
+    )
     for note in (*data.notes, *notes_on_choosing(data)):
         print(f"note: {printable(note)}", file=sys.stderr)
     return data

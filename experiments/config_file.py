@@ -96,7 +96,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _not_given(told: Mapping[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a file which the command line does not give in any form."""
-    on_line = {name for name, value in vars(given).items() if value is not None}
+    others = {name: value for name, value in vars(given).items() if name not in (*_OWN, "vary")}
+    on_line = {name for name, value in others.items() if value is not None}
     varied = {text.partition("=")[0].strip().replace("-", "_") for text in given.vary}
     rest = {key: value for key, value in told.items() if key.replace("-", "_") not in on_line}
     vary = told.get("vary", {})

@@ -131,13 +131,11 @@ def _load(trial: RecordedTrial, seed: int, dataset: str | None, data_dir: Path) 
     """Load the data set of a trial; ValueError if it is not there, or another one now."""
     from cnn.data import load
 
-    told = trial.options
     # The command may have named a folder relative to its own.
     folder = trial.source if Path(trial.source).is_dir() else None
-    name = str(dataset or folder or told.get("dataset", trial.dataset))
-    size = {"image_size": told["image-size"]} if "image-size" in told else {}
+    name = str(dataset or folder or trial.options.get("dataset", trial.dataset))
     try:
-        data = load(name, data_dir=data_dir, seed=seed, **size)
+        data = load(name, data_dir=data_dir, seed=seed, image_size=trial.image_size)
     except ValueError as error:
         hint = "" if dataset else "; --dataset says where the trial's data set is now"
         raise ValueError(f"{error}{hint}") from error

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -107,10 +108,10 @@ def traced_once() -> Iterator[None]:
     from experiments.study.models import Models
 
     classifier = Models._classifier
-    of_data: dict[tuple[str, ...], dict[str, Classifier]] = {}
+    of_data: dict[tuple[Any, ...], dict[tuple[str, str], Classifier]] = {}
 
     def shared(models: Models, config: TrainConfig) -> Classifier:
-        models._classifiers = of_data.setdefault(models.data.classes, {})
+        models._classifiers = of_data.setdefault((models.data.classes, models.data.image_size), {})
         return classifier(models, config)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -65,11 +65,11 @@ def planted_results(
     trial_rows, repeat_rows, curve_rows = [], [], []
     for loss in losses:
         for trial in range(trials):
-            setting = {
+            configuration = {
                 "learning_rate": float(10 ** rng.uniform(-3, 0)),
                 "batch_size": int(rng.choice(batch_sizes)),
             }
-            row = _trained(rng, truth[loss], setting)
+            row = _trained(rng, truth[loss], configuration)
             trial_rows.append({"loss": loss, "trial": trial, "epochs": epochs, **row})
             curve_rows += _curve(rng, "search", loss, trial, row, epochs)
         found = pd.DataFrame(trial_rows, columns=list(TRIAL_COLUMNS))
@@ -77,11 +77,11 @@ def planted_results(
         if repeats and len(found):
             best = best_first(found).iloc[0]
             for repeat in range(repeats):
-                setting = {
+                configuration = {
                     "learning_rate": float(best["learning_rate"]),
                     "batch_size": int(best["batch_size"]),
                 }
-                row = _trained(rng, truth[loss], setting)
+                row = _trained(rng, truth[loss], configuration)
                 is_measured = is_tested and row["outcome"] == "complete"
                 noise = rng.normal(0, 0.003, 4)
                 test = {
@@ -123,18 +123,18 @@ def planted_results(
 
 
 def _trained(
-    rng: np.random.Generator, truth: tuple[float, float, float], setting: dict[str, Any]
+    rng: np.random.Generator, truth: tuple[float, float, float], configuration: dict[str, Any]
 ) -> dict[str, Any]:
     best, learning_rate, limit = truth
-    distance = np.log10(setting["learning_rate"] / learning_rate)
-    diverges = setting["learning_rate"] > limit
+    distance = np.log10(configuration["learning_rate"] / learning_rate)
+    diverges = configuration["learning_rate"] > limit
     accuracy = 0.1 if diverges else 0.1 + (best - 0.1) * np.exp(-(distance**2) / 1.5)
-    return setting | {
+    return configuration | {
         "outcome": "diverged" if diverges else "complete",
         "val_accuracy": float(np.clip(accuracy + (not diverges) * rng.normal(0, 0.004), 0, 1)),
         "val_loss": np.nan if diverges else float(2 - accuracy),
         "seconds": float(rng.uniform(50, 60)),
-        "images_per_second": float(4_000 + 5 * setting["batch_size"] + rng.normal(0, 50)),
+        "images_per_second": float(4_000 + 5 * configuration["batch_size"] + rng.normal(0, 50)),
         "run_id": rng.bytes(16).hex(),
     }
 

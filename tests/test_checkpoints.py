@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_STORED, ZipFile
 
@@ -17,7 +18,7 @@ from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.engine import checkpoints
 from experiments.engine.base import CheckpointLost, EpochEnded, Event, JobEnded
-from experiments.engine.checkpoints import CheckpointError, Checkpoints, unpack
+from experiments.engine.checkpoints import CheckpointError, Checkpoints, key_of, unpack
 from experiments.engine.job import train_job
 
 CONFIG = TrainConfig(loss="mse", learning_rate=0.01, batch_size=32, epochs=3)
@@ -245,3 +246,17 @@ def test_a_checkpoint_that_cannot_be_kept_is_told_once(coloured_noise: Dataset) 
         "interrupted, it would start again",
     )
     assert [type(event) for event in others] == [EpochEnded] * 3 + [JobEnded]
+
+
+def test_a_checkpoint_is_of_the_users_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "from torch import nn\ndef make(num_classes):\n    return nn.Linear(1, num_classes)\n"
+    Path("net.py").write_text(code)
+    config = replace(CONFIG, network="net.py:make")
+    before = key_of("0", config)
+    assert before == key_of("0", config)
+    Path("net.py").write_text(f"{code}\n# edited\n")
+    assert key_of("0", config) != before
+    assert CONFIG.code_digests() == {}

@@ -18,10 +18,7 @@ from benchmarks import pages
 from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
-from experiments import cli
 from experiments.compare import build_parser, main
-from experiments.study import parameters
-from experiments.study.parameters import PARAMETERS, LogRangeParameter
 from experiments.study.samplers import SAMPLERS
 from experiments.study.settings import Settings
 
@@ -191,22 +188,8 @@ def test_mlflows_pages_show_a_comparison_in_a_browser(compared: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_parameter_in_the_table_is_searched_named_and_reported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decay = LogRangeParameter(
-        name="weight_decay",
-        label="weight decay",
-        short="wd",
-        form=".2g",
-        help="weight decay",
-        metavar="RATE",
-        default=None,
-    )
-    monkeypatch.setitem(parameters.BY_NAME, decay.name, decay)
-    for module in (parameters, cli):
-        monkeypatch.setattr(module, "PARAMETERS", (*PARAMETERS, decay))
-    assert main([*SMALL, "--weight-decay-min", "1e-4", "--weight-decay-max", "1e-2"]) == 0
+def test_another_parameter_is_searched_named_and_reported() -> None:
+    assert main([*SMALL, "--vary", "weight_decay=1e-4..1e-2:log"]) == 0
     report = Path("reports/c/report.md").read_text()
     (heads,) = (line for line in report.splitlines() if line.startswith("| loss | learning rate"))
     assert "| batch size | weight decay |" in heads

@@ -88,7 +88,7 @@ def good(job: int, config: TrainConfig) -> float:
 
 
 class Stop(Interrupts):
-    """A wish to stop that comes with an event."""
+    """A request to stop that comes with an event."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_each_loss_has_a_search_with_the_same_draws(whole: Whole) -> None:
     assert table["learning_rate"].nunique() == 2
 
 
-def test_the_best_setting_of_each_loss_is_trained_again_on_fresh_seeds(whole: Whole) -> None:
+def test_the_best_configuration_of_each_loss_is_trained_again_on_fresh_seeds(whole: Whole) -> None:
     table = results(whole.plan).repeats
     assert list(table.columns) == list(REPEAT_COLUMNS)
     found = {*zip(table["loss"], table["seed"], strict=True)}
@@ -157,7 +157,7 @@ def test_the_best_setting_of_each_loss_is_trained_again_on_fresh_seeds(whole: Wh
         assert tried == {loss: {value} for loss, value in best[column].items()}
 
 
-def test_of_equal_settings_the_one_that_is_confirmed_is_the_best_in_every_table(
+def test_of_equal_configurations_the_one_that_is_confirmed_is_the_best_in_every_table(
     plan: Plan, data: Dataset
 ) -> None:
     def script(job: int, config: TrainConfig) -> Iterator[Event]:
@@ -195,7 +195,7 @@ def test_the_test_split_is_measured_with_the_recorded_model(whole: Whole, data: 
     assert (confusion.sum(axis=1) == 2 * np.bincount(labels, minlength=3)).all()
 
 
-def test_the_test_split_is_opened_only_after_the_settings_are_fixed(
+def test_the_test_split_is_opened_only_after_the_configurations_are_fixed(
     plan: Plan, data: Dataset
 ) -> None:
     at: list[int] = []
@@ -390,6 +390,13 @@ def test_a_comparison_that_is_not_there_is_told_from_those_that_are(whole: Whole
 def test_a_plan_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--repeats must be ≥ 1, not 0"):
         replace(plan_in(tmp_path), repeats=0)
+
+
+def test_the_seeds_of_a_plan_are_those_that_a_training_takes(tmp_path: Path) -> None:
+    settings = replace(plan_in(tmp_path).settings, seed=2**32 - 3)
+    assert Plan(settings=settings, repeats=2).seeds[-1] == 2**32 - 1
+    with pytest.raises(ValueError, match=r"--seed \+ --repeats must be < 2\*\*32: 4294967293"):
+        Plan(settings=settings, repeats=3)
 
 
 def test_a_plan_without_a_name_has_one_that_follows_from_it(tmp_path: Path, data: Dataset) -> None:

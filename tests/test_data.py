@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import http.server
 import json
 import os
 import pickle
@@ -21,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from file_server import FileServer
 from PIL import Image
 
-from cnn import cache, data, datasets
+from cnn import cache, data, datasets, downloads
 from cnn.data import load, notes_on_choosing, open_cached
 from cnn.datasets import DATASETS, is_known
 
@@ -60,7 +60,7 @@ def refusal(name, data_dir, seed=0):
 
 
 def forbid_decoding(monkeypatch):
-    def refuse(source):
+    def refuse(source, image_size):
         raise AssertionError(f"decodes {source}")
 
     monkeypatch.setattr(datasets, "decode", refuse)
@@ -665,16 +665,20 @@ def test_all_that_is_kept_is_on_the_disk_before_it_counts(folder, data_dir, monk
 
 
 def test_the_table_of_names_is_what_is_known():
-    assert sorted(DATASETS) == ["cifar10", "digits"]
+    assert sorted(DATASETS) == [
+        *("cifar10", "cifar100", "digits", "fashion_mnist", "kmnist", "mnist", "stl10", "svhn")
+    ]
     assert is_known("digits")
     assert not is_known("./digits")
 
 
-@pytest.mark.parametrize("name", ["mnist", "no/such/folder", "", "a\nb"])
+@pytest.mark.parametrize("name", ["minst", "no/such/folder", "", "a\nb"])
 def test_an_unknown_name_is_refused_with_what_is_allowed(data_dir, name):
     message = refusal(name, data_dir)
     assert message == (
-        f"unknown data set {name!r}: choose cifar10, digits, or the path of a folder"
+        f"unknown data set {name!r}: choose cifar10, cifar100, digits, fashion_mnist, kmnist, "
+        "mnist, stl10, svhn, the path of a folder, or a function (package.module:function or "
+        "file.py:function)"
     )
     assert not data_dir.exists()
 
@@ -701,7 +705,7 @@ def test_of_many_bad_files_the_first_is_named(tmp_path, data_dir):
 def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
     seen = []
 
-    def fail_at_first(file):
+    def fail_at_first(file, image_size):
         seen.append(file)
         if file.name == "0":
             raise ValueError("bad")
@@ -710,7 +714,7 @@ def test_a_bad_file_ends_the_decoding_of_the_others(monkeypatch):
 
     monkeypatch.setattr(datasets, "decode", fail_at_first)
     with pytest.raises(ValueError, match="bad"):
-        datasets._decode_all([Path(str(i)) for i in range(3200)])
+        datasets._decode_all([Path(str(i)) for i in range(3200)], 32)
     assert len(seen) < 1600
 
 
@@ -987,33 +991,6 @@ def cifar_archive(folder):
     return archive, sums
 
 
-class Server:
-    """A web server of this machine that counts what is fetched."""
-
-    def __init__(self, folder):
-        self.fetched = []
-        fetched = self.fetched
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def __init__(self, *args):
-                super().__init__(*args, directory=str(folder))
-
-            def do_GET(self):
-                fetched.append(self.path)
-                super().do_GET()
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/cifar-10-python.tar.gz"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,)).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """Let torchvision's CIFAR10 be a small archive, served on this machine; yield its server."""
@@ -1021,9 +998,9 @@ def cifar(tmp_path, monkeypatch):
 
     (tmp_path / "served").mkdir()
     archive, sums = cifar_archive(tmp_path / "served")
-    server = Server(tmp_path / "served")
+    server = FileServer(tmp_path / "served")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(CIFAR10, "url", server.url)
+    monkeypatch.setattr(CIFAR10, "url", server.url + archive.name)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     batches = [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
     monkeypatch.setattr(CIFAR10, "train_list", batches)
@@ -1103,9 +1080,8 @@ def test_without_network_the_refusal_says_what_to_do(cifar, data_dir):
     message = refusal("cifar10", data_dir)
     start = r"CIFAR-10 can't be downloaded \(\[Errno \d+\] Connection refused\): put an intact "
     assert re.match(start, message)
-    assert (
-        f"put an intact cifar-10-python.tar.gz from {cifar.url} into {str(data_dir)!r}" in message
-    )
+    file = "cifar-10-python.tar.gz"
+    assert f"put an intact {file} from {cifar.url}{file} into {str(data_dir)!r}" in message
     assert "or use --dataset digits" in message
     assert sorted(path.name for path in data_dir.rglob("*")) == ["cache", "index"]
 
@@ -1125,7 +1101,7 @@ def test_a_server_without_the_file_is_reported(cifar, data_dir):
 def test_a_server_that_never_answers_is_given_up(cifar, data_dir, monkeypatch):
     from torchvision.datasets import CIFAR10
 
-    monkeypatch.setattr(datasets, "_NETWORK_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(downloads, "_NETWORK_TIMEOUT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz")
         assert "timed out" in refusal("cifar10", data_dir)

@@ -275,6 +275,10 @@ def tensors(*names: str) -> dict[str, Any]:
     return {"as_tensors": [{"name": name} for name in names]}
 
 
+def optional(*names: str) -> dict[str, Any]:
+    return {"as_optional_tensors": [{"as_tensor": {"name": name}} for name in names]}
+
+
 Nodes = list[tuple[str, str, dict[str, Any]]]
 
 
@@ -379,6 +383,91 @@ GRAPHS: dict[str, tuple[Nodes, str]] = {
         ],
         TIME,
     ),
+    "attends to much": (
+        [
+            *doubled(7, (1,)),
+            ("q", "reshape.default", {"self": tensor("d6"), "shape": ints(1, 262144, 3)}),
+            (
+                "a",
+                "scaled_dot_product_attention.default",
+                {"query": tensor("q"), "key": tensor("q"), "value": tensor("q")},
+            ),
+        ],
+        MEMORY,
+    ),
+    "multiplies large batches of matrices": (
+        [
+            *FLAT,
+            ("m", "mm.default", {"self": tensor("v"), "mat2": tensor("t")}),
+            ("u", "unsqueeze.default", {"self": tensor("m"), "dim": size(0)}),
+            ("n", "bmm.default", {"self": tensor("u"), "mat2": tensor("u")}),
+        ],
+        TIME,
+    ),
+    "repeats": (
+        [
+            *doubled(0),
+            ("r", "repeat.default", {"self": tensor("f"), "repeats": ints(1, 999, 999, 1)}),
+        ],
+        MEMORY,
+    ),
+    "expands": (
+        [
+            *doubled(0),
+            ("e", "expand.default", {"self": tensor("f"), "size": ints(99999, 2, 32, 32, 3)}),
+        ],
+        MEMORY,
+    ),
+    "pads": (
+        [*doubled(0), ("p", "pad.default", {"self": tensor("f"), "pad": ints(0, 99999, 0, 999)})],
+        MEMORY,
+    ),
+    "stacks": (
+        [*doubled(12), ("s", "stack.default", {"tensors": tensors(*["d11"] * 99)})],
+        MEMORY,
+    ),
+    "enlarges": (
+        [
+            *doubled(0),
+            ("p", "permute.default", {"self": tensor("f"), "dims": ints(0, 3, 1, 2)}),
+            (
+                "u",
+                "upsample_nearest2d.vec",
+                {
+                    "input": tensor("p"), "output_size": ints(9999, 9999),
+                    "scale_factors": {"as_none": True},
+                },
+            ),
+        ],
+        MEMORY,
+    ),
+    "looks up much": (
+        [
+            *doubled(0),
+            ("i", "arange.default", {"end": size(60_000)}),
+            ("z", "zeros.default", {"size": ints(2, 9999)}),
+            ("e", "index.Tensor", {"self": tensor("z"), "indices": optional("i")}),
+        ],
+        MEMORY,
+    ),
+    "makes a large tensor": ([("z", "zeros.default", {"size": ints(10**6, 10**6)})], MEMORY),
+    "counts far": ([("a", "arange.default", {"end": size(10**12)})], MEMORY),
+    "splits into very many parts": (
+        [*doubled(0), ("v", "reshape.default", {"self": tensor("f"), "shape": ints(6144)}),
+         ("u", "unbind.int", {"self": tensor("v")})],
+        "its graph splits a tensor into more than 1,000 parts",
+    ),
+    "changes its weight": (
+        [("w", "mul_.Tensor", {"self": tensor("p_scale"), "other": {"as_float": 2.0}})],
+        "its graph changes its scale whenever it predicts",
+    ),
+    "changes a view of its weight": (
+        [
+            ("v", "view.default", {"self": tensor("p_scale"), "size": ints(1)}),
+            ("w", "mul_.Tensor", {"self": tensor("v"), "other": {"as_float": 2.0}}),
+        ],
+        "its graph changes its scale whenever it predicts",
+    ),
     "has 2,100 nodes": (
         [(f"n{i}", "abs.default", {"self": tensor("images")}) for i in range(2100)],
         "nodes: at most 2,000 are loaded",
@@ -396,6 +485,68 @@ def test_a_small_graph_that_takes_much_is_refused_before_it_runs(
     line = refused(capfd)
     assert line.startswith("python -m tracking.predict: error: can't load the model model: ")
     assert complaint in line
+
+
+def multiply(folder: Path, *factors: dict[str, Any], times: int = 1) -> None:
+    """Have a graph multiply sizes, first: then each product by itself."""
+
+    def edit(program: dict[str, Any]) -> None:
+        graph = program["graph_module"]["graph"]
+        symbol = graph["tensor_values"]["images"]["sizes"][0]
+        nodes: list[dict[str, Any]] = []
+        given: tuple[dict[str, Any], ...] = factors
+        for product in (f"size_{i}" for i in range(times)):
+            result = {"as_sym_int": {"as_name": product}}
+            nodes.append({
+                "target": "_operator.mul",
+                "inputs": [
+                    {"name": name, "arg": factor, "kind": 1}
+                    for name, factor in zip("ab", given, strict=True)
+                ],
+                "outputs": [result],
+                "metadata": {},
+                "is_hop_single_tensor_return": None,
+                "name": product,
+            })  # fmt: skip
+            graph["sym_int_values"][product] = symbol
+            given = (result, result)
+        graph["nodes"][:0] = nodes
+
+    edit_program(folder, edit)
+
+
+@pytest.mark.parametrize(
+    ("factors", "times", "complaint"),
+    [
+        ((size(3), size(3)), 99, "its graph multiplies sizes to more than 2^62"),
+        (({"as_string": "x"}, size(10**11)), 1, "multiplies 'x' by 100000000000, not two sizes"),
+        ((ints(1, 1), size(10**11)), 1, "multiplies [1, 1] by 100000000000, not two sizes"),
+    ],
+)  # fmt: skip
+def test_sizes_without_end_are_refused(
+    model: Path,
+    factors: tuple[dict[str, Any], ...],
+    times: int,
+    complaint: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    multiply(model, *factors, times=times)
+    assert complaint in refused(capfd)
+
+
+def test_a_graph_that_takes_much_for_one_image_alone_is_not_run() -> None:
+    graph, aten = torch.fx.Graph(), torch.ops.aten
+    images = graph.placeholder("images")
+    number = graph.call_function(aten.sym_size.int, (images, 0))
+    many = graph.call_function(aten.zeros.default, ([2],))
+    many = graph.call_function(aten.slice.Tensor, (many, 0, number, 2))  # none for two images
+    for _ in range(40):
+        many = graph.call_function(aten.cat.default, ([many, many],))
+    graph.output(graph.call_function(aten.sum.default, (many,)))
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    tracking.models.cost.check_cost(module, (32, 32, 3))
+    with pytest.raises(ValueError, match="for one image, its graph takes more than the 2 GiB"):
+        in_parts(module, (32, 32, 3))(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
 
 
 def test_what_a_graph_has_no_use_for_is_passed_over_in_silence(

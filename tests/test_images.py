@@ -198,7 +198,7 @@ def bomb(width, height):
 # Just above our limit, where Pillow only warns; and where Pillow refuses.
 @pytest.mark.parametrize("size", [(9460, 9460), (50_000, 50_000), (2**31 - 1, 1)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
     for action in ("ignore", "error"):
         warnings.simplefilter(action, Image.DecompressionBombWarning)
         with pytest.raises(ValueError, match="more than 89,478,485 pixels"):
@@ -222,7 +222,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(89_478_485, 1), (1, 89_478_485), (1_000_001, 2)])
 def test_a_long_side_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="a side of more than 1,000,000 pixels"):
         decode(bomb(*size))
 
@@ -235,10 +235,10 @@ def test_the_longest_side_is_resized_in_little_memory():
 def test_an_image_without_memory_for_it_is_refused_and_others_are_decoded(monkeypatch):
     pixels = images._pixels
 
-    def fail_for_some(image):
+    def fail_for_some(image, image_size):
         if image.width == 9:
             raise MemoryError
-        return pixels(image)
+        return pixels(image, image_size)
 
     monkeypatch.setattr(images, "_pixels", fail_for_some)
     data = [encoded(Image.new("RGB", (width, 9))) for width in (8, 9, 10)]
@@ -258,8 +258,8 @@ def progressive(size, *, scans):
 
 @pytest.mark.parametrize("size", [16, 6000])
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda _: pytest.fail("it was decoded"))
-    monkeypatch.setattr(images, "_decode_confined", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_decode_confined", lambda *_: pytest.fail("it was decoded"))
     data = progressive(16, scans=3000)
     position = data.index(b"\xff\xc2") + 5
     data = data[:position] + struct.pack(">HH", size, size) + data[position + 4 :]
@@ -594,7 +594,7 @@ def test_what_takes_pillow_long_to_parse_is_left_to_a_process_with_limits(
     encoded, demanding, monkeypatch
 ):
     confined = []
-    monkeypatch.setattr(images, "_decode_confined", confined.append)
+    monkeypatch.setattr(images, "_decode_confined", lambda data, _: confined.append(data))
 
     decode(encoded)
 

@@ -29,11 +29,12 @@ LAYERS = """
     cnn.images cnn.folders cnn.losses cnn.source cnn.networks cnn.network_digest
     cnn.optimizers cnn.augmentation
     cnn.cache cnn.config
-    cnn.datasets cnn.devices
+    cnn.arrays cnn.datasets cnn.devices cnn.downloads cnn.functions cnn.parquet
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
     tracking.text tracking.files tracking.cli tracking.store tracking.retries
+    tracking.prediction.pixels
     tracking.models
     tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
     tracking.selection

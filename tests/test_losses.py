@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cnn.losses import LOSSES, PROBABILITIES, Loss, get_loss
+from cnn.losses import LOSSES, PROBABILITIES, Loss, get_loss, smoothed
 
 Row = list[float]
 
@@ -361,3 +361,27 @@ def test_probabilities_are_exported_with_a_free_batch_size(key: str) -> None:
 def test_a_probability_function_travels_to_another_process(key: str) -> None:
     function = PROBABILITIES[key]
     assert pickle.loads(pickle.dumps(function)) is function
+
+
+# Label smoothing of any loss
+
+
+def test_smoothing_cross_entropy_is_that_of_torch():
+    outputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % 5
+    expected = nn.functional.cross_entropy(outputs, labels, label_smoothing=0.3)
+    torch.testing.assert_close(smoothed(LOSSES["cross_entropy"], 0.3)(outputs, labels), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_smoothed_loss_is_the_mean_over_labels_that_are_drawn_anew(name):
+    outputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4) % 3
+    loss = LOSSES[name]
+    each = torch.stack([loss(outputs, torch.full((4,), k)) for k in range(3)]).mean()
+    expected = 0.8 * loss(outputs, labels) + 0.2 * each
+    torch.testing.assert_close(smoothed(loss, 0.2)(outputs, labels), expected)
+
+
+def test_without_smoothing_it_is_the_loss_itself():
+    assert smoothed(LOSSES["mse"], 0.0) is LOSSES["mse"]

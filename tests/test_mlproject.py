@@ -175,7 +175,7 @@ def test_defaults_are_those_of_the_command_line(project: Any, entry_point: str, 
     assert of_mlproject == action.default
 
 
-def test_prediction_labels_the_test_split_of_the_default_data_set(project: Any) -> None:
+def test_predict_takes_the_test_split_of_the_default_data_set(project: Any) -> None:
     main, prediction = (project.get_entry_point(name).parameters for name in ("main", "predict"))
     assert prediction["source"].default == f"{main['dataset'].default}:test"
 

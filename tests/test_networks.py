@@ -10,7 +10,7 @@ from torch import nn
 
 from cnn.losses import PROBABILITIES
 from cnn.network_digest import network_digest
-from cnn.networks import CNN, Classifier, build_network
+from cnn.networks import CNN, Classifier, Normalised, build_network
 
 
 def random_images(num_images):
@@ -347,3 +347,70 @@ def test_an_exported_classifier_takes_any_number_of_images(model, key):
     for num_images in (1, 2, 7):
         images = random_images(num_images)
         torch.testing.assert_close(exported(images), classifier(images))
+
+
+# The other networks
+
+
+@pytest.mark.parametrize("name", ["cnn", "cnn_relu", "resnet", "torchvision:mobilenet_v3_small"])
+@pytest.mark.parametrize("image_size", [32, 48])
+def test_a_network_takes_images_of_any_size(name, image_size):
+    network = build_network(7, seed=0, name=name, image_size=image_size).eval()
+    images = torch.randint(256, (2, image_size, image_size, 3), dtype=torch.uint8)
+    assert network(images).shape == (2, 7)
+
+
+def test_the_cnn_with_relu_has_the_same_weights_and_no_negative_features():
+    plain, relu = (build_network(10, seed=0, name=name) for name in ("cnn", "cnn_relu"))
+    assert all(map(torch.equal, plain.parameters(), relu.parameters()))
+    given = inputs_of(relu.head[-1], relu, random_images(3))
+    assert given.min() == 0
+    assert inputs_of(plain.head[-1], plain, random_images(3)).min() < 0
+
+
+def test_the_resnet_is_that_of_the_paper():
+    network = build_network(10, seed=0, name="resnet")
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(m.kernel_size == (3, 3) for m in convolutions) == 19
+    assert sum(weight.numel() for weight in network.parameters()) == 272_474
+    assert inputs_of(network.network.head, network, random_images(2)).shape == (2, 64)
+
+
+def test_another_network_sees_normalised_pixels_channels_first():
+    class Seeing(nn.Linear):
+        def forward(self, pixels):
+            self.seen = pixels
+            return super().forward(pixels.flatten(1))
+
+    network = Normalised(Seeing(3072, 2))
+    images = random_images(2)
+    network(images)
+    expected = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert torch.equal(network.network.seen, expected)
+
+
+def test_a_users_network_is_built_by_its_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))\n"
+    )
+    network = build_network(4, seed=0, name="net.py:make", image_size=16)
+    assert network(torch.zeros(2, 16, 16, 3, dtype=torch.uint8)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnte", "unknown network 'resnte' (did you mean 'resnet'?)"),
+        ("", "unknown network ''"),
+        ("torchvision:resnet19", "no image classifier 'resnet19': did you mean 'resnet18'?"),
+        ("torchvision:fcn_resnet50", "no image classifier 'fcn_resnet50'"),
+        ("no.such:factory", "there is no module 'no'"),
+    ],
+)
+def test_a_network_that_there_is_not_is_refused(name, message):
+    with pytest.raises(ValueError, match="network|module|torchvision") as info:
+        build_network(10, seed=0, name=name)
+    assert message in str(info.value)

@@ -1,4 +1,4 @@
-"""Loading a recorded model, labelling images with it, and the command line of that."""
+"""Loading a recorded model, predicting images with it, and the command line of that."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_csv(file: str | Path = "predictions.csv") -> pd.DataFrame:
     return pd.read_csv(file, keep_default_na=False)
 
 
-# Labelling images from Python
+# Predicting from Python
 
 
 def test_each_image_gets_a_row_with_prediction_and_probabilities(predictor: Predictor) -> None:
@@ -167,19 +167,62 @@ def test_images_that_must_not_be_written_to_are_taken(predictor: Predictor) -> N
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros((2, 32, 32, 3), np.float32),
-        torch.zeros((2, 32, 32, 3)),
         np.zeros((2, 3, 32, 32), np.uint8),
+        torch.zeros((3, 32, 32)),
         np.zeros((2, 32, 32), np.uint8),
-        np.zeros((32, 32), np.uint8),
         np.zeros((2, 2, 32, 32, 3), np.uint8),
-        [np.zeros((32, 32, 3), np.uint8), np.zeros((28, 28, 3), np.uint8)],
+        np.zeros((2, 0, 32, 3), np.uint8),
+        np.zeros((32, 32, 3), np.int64),
+        [np.zeros((32, 32, 3), np.uint8), np.zeros((32,), np.uint8)],
         np.uint8(0),
+        None,
     ],
 )
 def test_other_images_are_refused_with_what_is_allowed(predictor: Predictor, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be uint8 .* and \(N, 32, 32, 3\) or \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"an image must be a path, .* of uint8 .*: this is "):
         predictor.predict(wrong)
+
+
+def test_floats_beyond_0_and_1_are_refused(predictor: Predictor) -> None:
+    for value in (-0.5, 255.0, np.nan):
+        with pytest.raises(ValueError, match=r"floats must be in 0 \.\. 1, not"):
+            predictor.predict(np.full((32, 32, 3), value))
+
+
+def test_images_of_any_kind_and_size_are_resized_to_the_models_own(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    photo = Image.effect_noise((45, 30), 80).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    array = np.asarray(photo)
+    alike = [
+        photo,
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        array,
+        torch.tensor(array),
+        array.astype(np.float64) / 255,
+        np.dstack([array, np.full(array.shape[:2], 9, np.uint8)]),
+        [photo],
+        array[None],
+    ]
+    expected = predictor.predict(photo)
+    for each in alike[1:]:
+        pd.testing.assert_frame_equal(predictor.predict(each), expected)
+    grey = np.asarray(photo.convert("L"))
+    same = [grey, grey[..., None], Image.fromarray(grey), np.dstack([grey] * 3)]
+    probabilities = predictor.probabilities(same)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(probabilities, probabilities[:1].repeat(4, axis=0))
+    assert len(predictor.predict([photo, array, str(tmp_path / "photo.png")])) == 3
+
+
+def test_a_predictor_shows_what_it_is_as_a_table(predictor: Predictor) -> None:
+    shown = Predictor(**vars(predictor) | {"metadata": {"dataset": "<b>", "loss": "mse"}})
+    table = shown._repr_html_()
+    assert "&lt;b&gt;</td>" in table
+    assert "32 × 32 × 3" in table
+    assert f"model {predictor.uri}" in repr(shown)
+    assert "loss mse" in repr(shown)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +354,7 @@ def edit_mlmodel(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None
         (lambda about: about["flavors"].pop("pytorch"), "no PyTorch model, but python_function"),
     ],
 )
-def test_a_model_that_cannot_label_images_is_refused(
+def test_a_model_that_cannot_predict_images_is_refused(
     desk: Path, predictor: Predictor, edit: Callable[[dict[str, Any]], object], complaint: str
 ) -> None:
     shutil.copytree(artifacts(predictor), desk / "model")
@@ -361,7 +404,7 @@ def test_where_no_run_is_left_none_is_loaded(workshop: dict[str, str]) -> None:
 # The command line
 
 
-def test_a_folder_is_labelled_and_compared_with_its_folders_names(
+def test_a_folder_is_predicted_and_compared_with_its_folders_names(
     desk: Path, workshop: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     paint(desk / "photos" / "deeper", each=4)
@@ -463,7 +506,7 @@ def test_a_single_image_takes_its_label_from_its_folder(
     ("shape", "count"),
     [((2, 32, 32, 3), 2), ((2, 28, 28), 2), ((2, 28, 28, 1), 2), ((40, 30, 3), 1), ((8, 8, 1), 1)],
 )
-def test_arrays_of_any_size_are_labelled(desk: Path, shape: tuple[int, ...], count: int) -> None:
+def test_arrays_of_any_size_are_predicted(desk: Path, shape: tuple[int, ...], count: int) -> None:
     np.save("a.npy", np.zeros(shape, np.uint8))
     assert main(["a.npy", "--experiment", "study"]) == 0
     assert list(read_csv()["source"]) == [f"a.npy[{index}]" for index in range(count)]
@@ -814,7 +857,7 @@ def test_help_explains_every_option_and_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-def test_labelling_an_array_from_python_never_loads_cnn(desk: Path) -> None:
+def test_predicting_an_array_from_python_never_loads_cnn(desk: Path) -> None:
     script = (
         "import sys, numpy as np, tracking\n"
         "frame = tracking.load_best('study').predict(np.zeros((2, 32, 32, 3), np.uint8))\n"
@@ -835,7 +878,7 @@ def test_as_a_command_bad_input_is_one_line_and_exit_code_2(desk: Path) -> None:
     assert done.stdout == ""
 
 
-def test_as_a_command_it_labels_and_says_nothing_on_standard_error(desk: Path) -> None:
+def test_as_a_command_it_predicts_and_says_nothing_on_standard_error(desk: Path) -> None:
     np.save("a.npy", images(2))
     done = python("-m", "tracking.predict", "a.npy", "--experiment", "study")
     assert (done.returncode, done.stderr) == (0, "")

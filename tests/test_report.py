@@ -146,7 +146,7 @@ def test_resumed_the_report_is_that_of_an_undisturbed_run(
         assert Path("report", name).read_bytes() == Path("whole", name).read_bytes(), name
 
 
-def test_a_finished_file_is_reported_on_as_it_was_while_labelling(desk: Path) -> None:
+def test_a_finished_file_is_reported_on_as_it_was_while_predicting(desk: Path) -> None:
     save_array()
     for ending in ENDINGS:
         out = f"out{ending}"
@@ -361,7 +361,7 @@ def fails(main: Callable[[Sequence[str]], int], arguments: Sequence[str], capsys
     return error.partition("error: ")[2]
 
 
-def test_without_any_label_a_report_is_refused_before_anything_is_labelled(
+def test_without_any_label_a_report_is_refused_before_anything_is_predicted(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save("a.npy", images(2))
@@ -418,7 +418,7 @@ def test_of_a_model_that_gives_no_numbers_there_is_no_report(
         ),
     ],
 )
-def test_a_bad_option_is_one_line_before_anything_is_labelled(
+def test_a_bad_option_is_one_line_before_anything_is_predicted(
     options: list[str], complaint: str, desk: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -608,7 +608,7 @@ def test_a_server_that_refuses_leaves_predictions_and_report(
     assert Path("predictions.csv").exists()
 
 
-def test_a_run_that_is_deleted_or_not_there_is_found_out_before_anything_is_labelled(
+def test_a_run_that_is_deleted_or_not_there_is_found_out_before_anything_is_predicted(
     run_id: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_array()

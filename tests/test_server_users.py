@@ -193,7 +193,7 @@ def the_line(capfd: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_a_user_sweeps_labels_and_promotes(
+def test_a_user_sweeps_predicts_and_promotes(
     world: None, swept: subprocess.CompletedProcess[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert (swept.returncode, swept.stderr) == (0, "")

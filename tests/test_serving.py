@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 import requests
 import torch
 import yaml
+from model_server import serving
 from tracking_helpers import COLOURS, ColourModel, log_model, new_store
 
 from tracking.models.predictor import load_model
@@ -64,39 +62,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[str]:
-    """The real server, as docs/how-to/serve.md says to start it; gives the address for images."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", CHAMPION]
-    command += ["--env-manager", "local", "--port", str(port)]
-    # MLflow starts `uvicorn` by its name.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    address = f"http://127.0.0.1:{port}"
-    with (
-        (store / "server.log").open("wb") as log,
-        subprocess.Popen(
-            command, cwd=store, stdout=log, stderr=log, env=os.environ | environment,
-            start_new_session=True,
-        ) as process,
-    ):  # fmt: skip
-        try:
-            wait_for(address, process, store / "server.log")
-            yield f"{address}/invocations"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if requests.get(f"{address}/ping", timeout=10).ok:
-                return
-        except requests.ConnectionError:
-            time.sleep(0.2)
-    pytest.fail(f"the server did not start: {log.read_text()}")
+    """The real server; gives the address for images."""
+    with serving(CHAMPION, store) as address:
+        yield address
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ CLASSES = ("red", "green", "blue")
 
 
 def source(text: str, **options: Any) -> Source:
-    return open_source(text, classes=CLASSES, metadata={}, data_dir=Path("data"), **options)
+    return open_source(
+        text, classes=CLASSES, metadata={}, data_dir=Path("data"), image_size=32, **options
+    )
 
 
 def whole(opened: Source, *, size: int = 4, start: int = 0) -> tuple[list[str], Any, list[Any]]:
@@ -329,13 +331,17 @@ def test_of_a_folder_that_has_changed_the_latest_digest_comes_first(photos: list
 
 
 def test_where_no_folder_is_a_class_the_note_names_both(photos: list[str]) -> None:
-    opened = open_source("photos", classes=("0", "1"), metadata={}, data_dir=Path("d"))
+    opened = open_source(
+        "photos", classes=("0", "1"), metadata={}, data_dir=Path("d"), image_size=32
+    )
     assert opened.notes == (
         "the model may be of another data set: its classes are '0', '1', and none of the images' "
         "folders is called so, but 'azure', 'blue', 'red'",
     )
     for text in ("photos/red", photos[0]):  # one folder may be called anything
-        assert not open_source(text, classes=("0",), metadata={}, data_dir=Path("d")).notes
+        assert not open_source(
+            text, classes=("0",), metadata={}, data_dir=Path("d"), image_size=32
+        ).notes
 
 
 @pytest.mark.parametrize("text", ["photos", "photos/red", "photos/red/00.png"])
@@ -347,7 +353,8 @@ def test_that_the_model_is_of_other_data_than_a_folder_is_noted(
     def notes(trained_on: str | None, data_dir: str = "d") -> tuple[str, ...]:
         metadata = {"dataset": "digits", "dataset_digest": trained_on} if trained_on else {}
         classes = ("red", "blue", "azure")
-        return open_source(text, classes=classes, metadata=metadata, data_dir=Path(data_dir)).notes
+        options: Any = {"metadata": metadata, "data_dir": Path(data_dir), "image_size": 32}
+        return open_source(text, classes=classes, **options).notes
 
     assert notes("f00") == (
         "the model was trained on other data ('digits', digest f00) than this is of ('photos', "
@@ -419,8 +426,8 @@ def test_decoding_goes_on_while_the_model_is_busy(
     decoded = []
     work = chunks._decode
 
-    def watched(block: Any) -> Any:
-        result = work(block)
+    def watched(block: Any, image_size: int) -> Any:
+        result = work(block, image_size=image_size)
         decoded.append(block)
         if len(decoded) == 3:
             done.set()

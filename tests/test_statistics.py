@@ -530,10 +530,8 @@ def with_curves(
     return replace(made, curves=pd.DataFrame(curves, columns=list(CURVE_COLUMNS)))
 
 
-def with_setting(made: Results, **setting: float) -> Results:
-    return replace(
-        made, repeats=made.repeats.assign(**setting), trials=made.trials.assign(**setting)
-    )
+def with_values(made: Results, **values: float) -> Results:
+    return replace(made, repeats=made.repeats.assign(**values), trials=made.trials.assign(**values))
 
 
 TWO = {"mse": around(70), "l1": around(69, offset=3)}
@@ -556,7 +554,7 @@ def test_a_sound_comparison_has_no_warnings() -> None:
     ],
 )  # fmt: skip
 def test_a_learning_rate_at_the_edge(rate: float, expected: str | None) -> None:
-    found = texts(with_setting(results({"mse": around(70)}), learning_rate=rate), "edge")
+    found = texts(with_values(results({"mse": around(70)}), learning_rate=rate), "edge")
     assert found == (
         [f"The best learning rate of `mse`, {rate:.2g}, is at the {expected}"] if expected else []
     )
@@ -600,7 +598,7 @@ def test_a_learning_rate_beyond_which_none_was_drawn(
     ],
 )
 def test_a_batch_size_at_the_edge(size: int, sizes: list[int], expected: str | None) -> None:
-    made = with_setting(results({"mse": around(70)}, batch_sizes=sizes), batch_size=size)
+    made = with_values(results({"mse": around(70)}, batch_sizes=sizes), batch_size=size)
     found = texts(made, "edge")
     assert found == (
         [f"The best batch size of `mse`, {size}, is {expected} to --batch-sizes."]

@@ -885,3 +885,24 @@ def test_an_error_that_waiting_does_not_mend_is_told_as_such(
     with pytest.raises(ValueError, match="params can't be changed") as error:
         run_sweep(settings, data, trains(good))
     assert not is_transient(error.value)
+
+
+# Patience
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "ended"), [(0, 0.0, 9), (2, 0.0, 7), (2, 0.05, 4), (9, 0.0, 9)]
+)
+def test_a_sweep_ends_when_more_trials_would_not_help(
+    settings: Settings, data: Dataset, patience: int, min_delta: float, ended: int
+) -> None:
+    reached = [0.5, 0.6, 0.55, 0.62, 0.63, 0.6, 0.6, 0.9, 0.9]
+    chosen = replace(settings, trials=9, patience=patience, min_delta=min_delta)
+    script = trains(lambda job, _: reached[job])
+    *_, last = run_sweep(chosen, data, script)
+    assert isinstance(last, SweepEnded)
+    assert last.outcome == "complete"
+    assert len(trials(settings, data)) == ended
+    assert last.reason == (f"no gain in accuracy, --patience {patience}" if ended < 9 else "")
+    again = run_sweep(chosen, data, script)
+    assert not any(isinstance(event, TrialStarted) for event in again)

@@ -91,8 +91,9 @@ def test_a_sweep_ends_with_its_table_its_best_and_what_to_type_next(
 
 def test_a_line_is_printed_for_each_trial_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     main([*SMALL, "--workers", "1", "--pruner", "none"])
-    lines = re.findall(r"^ +(\d) .* complete .* best 90.00%", capsys.readouterr().out, re.M)
-    assert lines == ["0", "1"]
+    line = r"^ +(\d) .* complete .* best 90.00% \(trial 0\)  (\d+:\d\d) left$"
+    (first, _), last = re.findall(line, capsys.readouterr().out, re.M)
+    assert (first, last) == ("0", ("1", "0:00"))
 
 
 def test_the_same_command_again_does_nothing_and_says_so(
@@ -199,7 +200,9 @@ def test_a_disk_that_is_full_of_event_files_stops_a_sweep_in_a_line(
     ("argv", "message"),
     [
         (["--losses", "hinge"], "unknown loss 'hinge'"),
-        (["--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["--dataset", "minst"], "unknown data set 'minst'"),
+        (["--dataset", "none.py:load"], "'none.py:load': there is no file"),
+        (["--image-size", "7"], "the image size must be from 8 to 512 pixels: 7"),
         (["--sampler", "cma"], "argument --sampler: invalid choice: 'cma'"),
         (["--pruner", "x"], "argument --pruner: invalid choice: 'x'"),
         (["--learning-rate-min", "0"], "--learning-rate-min must be finite and > 0, not 0.0"),

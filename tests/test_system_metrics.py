@@ -37,9 +37,7 @@ def test_a_sample_is_logged_every_ten_seconds(run: Run, clock: list[float]) -> N
     assert 0 < metrics["system/system_memory_usage_percentage"] < 100
 
 
-def test_a_run_that_is_taken_up_again_goes_on_with_the_next_step(
-    run: Run, clock: list[float]
-) -> None:
+def test_a_run_that_is_resumed_goes_on_with_the_next_step(run: Run, clock: list[float]) -> None:
     for _ in range(2):
         load = SystemMetrics(run)
         clock[0] += 11

@@ -191,6 +191,23 @@ def test_params_hold_every_field():
 # Schedules
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_warm_up_rises_linearly_and_then_the_schedule_begins(schedule):
+    rate, later = SCHEDULES[schedule], SCHEDULES[schedule]
+    assert rate(0.05, 0.2) == pytest.approx(0.25)
+    assert rate(0.2, 0.2) == 1
+    assert rate(0.6, 0.2) == pytest.approx(later(0.5))
+    assert rate(0.5, 0.0) == later(0.5)
+
+
+def test_the_warm_up_of_one_cycle_is_where_its_peak_is():
+    for warmup in (0.1, 0.3, 0.5):
+        rates = [SCHEDULES["one_cycle"](k / 1000, warmup) for k in range(1000)]
+        assert rates.index(max(rates)) == 1000 * warmup
+    assert make_config(schedule="one_cycle").warmup == 0.3
+    assert make_config(schedule="cosine").warmup == 0
+
+
 def torch_schedule(name, steps):
     """Return PyTorch's own learning rate at each step, of a peak of 1."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

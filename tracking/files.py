@@ -6,6 +6,7 @@ or a named pipe. So no link is followed, and no file of another user is written 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -155,7 +156,7 @@ def check_folder(folder: Path, *, option: str, source: str = "") -> None:
         source: the images to predict: the folder must not be inside them.
     """
     try:
-        target = folder.resolve()
+        target = resolved(folder)
         place = target if target.exists() else target.parent
         if not place.is_dir():
             raise ValueError(f"can't write {option}: there is no folder {str(place)!r}")
@@ -167,8 +168,20 @@ def check_folder(folder: Path, *, option: str, source: str = "") -> None:
                     f"can't write {option}: {str(folder)!r} is in {images!r}, and the figures "
                     "would be among its images"
                 )
-    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
+    except (OSError, RuntimeError) as error:  # before 3.13, a RuntimeError for links in a circle
         raise ValueError(f"can't write {option} {str(folder)!r}: {one_line(error)}") from error
+
+
+def resolved(path: Path) -> Path:
+    """Return where a path leads. OSError: links in a circle, or a name that is too long.
+
+    Newer Pythons' `Path.resolve` and `Path.exists` are silent on both.
+    """
+    target = path.resolve()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISLNK(target.lstat().st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 def is_writable(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tracking.cli import FILTERS, Parser, add_choice_flags, choice_filters, run_command
 from tracking.errors import one_line
 from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
-from tracking.files import check_folder, is_writable
+from tracking.files import check_folder, is_writable, resolved
 from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
 from tracking.prediction.chunks import Chunk, Source
 from tracking.prediction.drafts import check_drafts, draft_files, open_draft
@@ -58,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         "images, one a line, or with a NUL after each; an .npy file (uint8, N×H×W×C, N×H×W or "
         "H×W×C); an .npz file with such an array images, and optionally labels (class names, or "
         "integers from 0); a .parquet file with images, and optionally a column label; or "
-        "NAME:SPLIT of a data set (digits, cifar10 or a folder; train, validation or test), split "
-        "as for the model's training. Images of any size are resized",
+        "NAME:SPLIT of a data set (any --dataset of a sweep, such as digits or a folder; train, "
+        "validation or test), split "
+        "as for the model's training. Images of any size are resized to the model's",
     )
     _add_output_flags(parser)
     model = parser.add_argument_group(
@@ -164,6 +165,7 @@ def _run(options: argparse.Namespace) -> int:
         classes=predictor.classes,
         metadata=predictor.metadata,
         data_dir=options.data_dir,
+        image_size=_image_size(predictor),
         column=options.column or None,
     )
     _check_no_input([target, *draft_files(target)], source.files())
@@ -184,6 +186,17 @@ def _run(options: argparse.Namespace) -> int:
         subject = _subject(predictor, source, options)
         make(target, subject, options.report, is_logged=options.log)
     return SOME_FAILED if counts.failed else 0
+
+
+def _image_size(predictor: Predictor) -> int:
+    """Return height and width of the images that a model takes, or raise ValueError."""
+    height, width, channels = predictor.image_shape
+    if height != width or channels != 3:
+        raise ValueError(
+            f"the model takes images of {height}×{width} pixels and {channels} channels: this "
+            "command predicts square images with 3 (in Python, Predictor.predict takes them)"
+        )
+    return height
 
 
 def _write_predictions(
@@ -219,7 +232,10 @@ def _identity(
     return {
         "source": [options.source, source.size, source.fingerprint],
         "model": [predictor.digest, list(predictor.classes)],
-        "batch size": [options.batch_size, chunk_size(options.batch_size)],
+        "batch size": [
+            options.batch_size,
+            chunk_size(options.batch_size, predictor.image_shape),
+        ],
         "format": options.out.suffix.lower(),
         "version of PyTorch or Pillow": [torch.__version__, PIL.__version__],
     }
@@ -282,7 +298,7 @@ def _check_output(path: Path, source: str) -> tuple[Format, Path]:
     """Return the format of the output file and its real path, or raise ValueError."""
     out = format_of(path)
     try:
-        target = path.resolve()  # the link itself stays
+        target = resolved(path)  # the link itself stays
         # Another user may have put a link there: it must not lead to a file of another kind.
         if target.suffix.lower() != path.suffix.lower():
             raise ValueError(
@@ -291,7 +307,7 @@ def _check_output(path: Path, source: str) -> tuple[Format, Path]:
             )
         check_drafts(target)
         _check_writable(target, source)
-    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
+    except (OSError, RuntimeError) as error:  # before 3.13, a RuntimeError for links in a circle
         raise ValueError(f"can't write --out {str(path)!r}: {one_line(error)}") from error
     return out, target
 

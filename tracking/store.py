@@ -101,20 +101,19 @@ def check_uri(uri: str) -> None:
         if (":" in uri and not is_server) or uri == "databricks":
             return  # MLflow knows it, or has a message of its own
         meant = f"http://{uri}" if is_server else f"sqlite:///{uri}"
-        raise ValueError(f"{what}, no address of a tracking store: say {meant}")
+        raise ValueError(f"{what}, not the address of a tracking store: use {meant}")
     if scheme in ("http", "https"):
         if "#" in uri:
             server = f"{scheme}://{rest.partition('/')[0].partition('#')[0]}"
-            raise ValueError(f"{what}, the address of a page: say {without_passwords(server)}")
+            raise ValueError(f"{what}, the address of a page: use {without_passwords(server)}")
     elif scheme.partition("+")[0] in ("postgres", "redis", "mongodb"):
         raise ValueError(
-            f"{what}, which MLflow can't use: say http://HOST:PORT for a server, "
+            f"{what}, which MLflow doesn't know: use http://HOST:PORT for a server, "
             "sqlite:///mlflow.db for a file, or postgresql+psycopg://USER@HOST/DATABASE"
         )
     elif re.fullmatch(r"sqlite(\+\w+)?:///?((file)?:memory:.*|.*\bmode=memory\b.*|\?.*)?", uri):
         raise ValueError(
-            f"{what}, in memory: the runs would end with the process; say sqlite:///mlflow.db "
-            "for a file"
+            f"{what}, in memory, and lost with the process: use sqlite:///mlflow.db for a file"
         )
 
 

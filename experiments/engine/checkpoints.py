@@ -97,7 +97,7 @@ class Checkpoints:
 
 def key_of(digest: str, config: TrainConfig) -> str:
     """Return the key of a training on the data set with this digest."""
-    depends_on = [digest, version("torch"), config.as_params()]
+    depends_on = [digest, version("torch"), config.as_params(), config.code_digests()]
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
 

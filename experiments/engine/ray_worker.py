@@ -99,7 +99,7 @@ class RayWorker:
 
         Args:
             about: the data set without its images.
-            images: (M, 32, 32, 3), memory-mapped from Ray's store.
+            images: (M, S, S, 3), memory-mapped from Ray's store.
         """
         self._opened = lru_cache(maxsize=1)(lambda seed: about.split(images, seed))
         self._opened(0)

@@ -132,10 +132,11 @@ def check_same(
 
     `made_before` is None for one that is older than `made_with`.
     """
-    different = [key for key in settings if settings_before.get(key) != settings[key]]
+    keys = dict.fromkeys([*settings, *settings_before])
+    different = [key for key in keys if settings_before.get(key) != settings.get(key)]
     if different:
         changes = "; ".join(
-            f"{key} {settings_before.get(key)} → {settings[key]}" for key in different
+            f"{key} {settings_before.get(key)} → {settings.get(key)}" for key in different
         )
         raise ValueError(f"{what} was made with other settings ({changes}): choose another --study")
     changed = [] if made_before is None else _changed(made_before, made)

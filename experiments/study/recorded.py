@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cnn.config import TrainConfig
+from cnn.images import IMAGE_SIZE
 from experiments.study.recorder import OPTIONS_FILE
 from tracking.run_search import described
 from tracking.store import none_if_missing, reading, tracking_uri
@@ -43,6 +44,7 @@ class RecordedTrial:
     dataset: str
     """The data set's name."""
     dataset_digest: str
+    image_size: int
     options: Mapping[str, Any]
     """The options of the command that made it, as far as they are recorded."""
     source: str
@@ -73,6 +75,7 @@ def read_trial(run_id: str) -> RecordedTrial:
         try:
             config = TrainConfig.from_params(params)
             name, digest = params["dataset"], params["dataset_digest"]
+            image_size = int(params.get("image_size", IMAGE_SIZE))
         except KeyError as error:
             raise ValueError(f"{described(run)} can't be trained again: no {error}") from None
         except ValueError as error:
@@ -85,6 +88,7 @@ def read_trial(run_id: str) -> RecordedTrial:
             config=config,
             dataset=name,
             dataset_digest=digest,
+            image_size=image_size,
             options=_options(client, run),
             source=_source(run),
             made_with=_made_with(run),

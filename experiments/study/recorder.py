@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from cnn.config import TrainConfig
 from cnn.data import Dataset
+from cnn.images import IMAGE_SIZE
 from experiments.engine.base import EpochEnded, JobEnded
 from experiments.interrupts import Interrupts
 from experiments.study.events import TrialEnded
@@ -209,6 +210,7 @@ def log_config(run: Run, config: TrainConfig, data: Dataset) -> None:
             **config.as_params(),
             "dataset": data.name,
             "dataset_digest": data.digest,
+            **_image_size(data),
             "network_digest": digest_of_network(config.network, data),
             "training_digest": training_digest(config.loss, config.optimizer, config.schedule),
         }
@@ -222,6 +224,11 @@ def provenance_tags(
     names = ("commit", "uncommitted", "source", "python", "torch")
     tags = {f"code.{name}": provenance[name] for name in names}
     return tags | {f"worker.{name}": value for name, value in (arithmetic or {}).items()}
+
+
+def _image_size(data: Dataset) -> dict[str, int]:
+    """Return the images' size, where it is not that of all earlier runs."""
+    return {} if data.image_size == IMAGE_SIZE else {"image_size": data.image_size}
 
 
 def log_data(run: Run, data: Dataset) -> None:

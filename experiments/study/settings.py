@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 from cnn.config import check_choice
 from cnn.data import Dataset
 from cnn.devices import resolve_device, resolve_precision
+from cnn.images import IMAGE_SIZE
 from experiments.study.domains import Domain
 from experiments.study.identity import made_with
 from experiments.study.parameters import BY_NAME, Configuration
@@ -122,6 +123,8 @@ class Settings:
         """Return all settings that a study's results depend on: the same make the same study."""
         names = "epochs seed sampler pruner device"
         fingerprint: dict[str, Any] = {"dataset": data.name, "dataset_digest": data.digest}
+        if data.image_size != IMAGE_SIZE:  # studies of earlier versions don't say it
+            fingerprint["image_size"] = data.image_size
         for name, domain in self.search.items():
             fingerprint |= BY_NAME[name].to_settings(domain)
         fingerprint |= {name: getattr(self, name) for name in names.split()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from tracking.models.description import read_description
 from tracking.models.fetching import fetch, shown_uri
 from tracking.models.labels import class_names
 from tracking.models.safety import load_graph
+from tracking.prediction.pixels import as_batch
+from tracking.text import listed, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tracking.models.labels import Labels
-
-    Images = npt.NDArray[np.uint8] | Tensor
+    from tracking.prediction.pixels import Images
 
 
 # The fastest of 16 to 4,096 on two idle cores of an AMD EPYC: 7,350 images/s with 128, 5,170 with
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 128
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Predictor:
     """A recorded model, loaded to predict."""
 
@@ -56,7 +58,9 @@ class Predictor:
         """Predict the classes of images, and return a row for each image.
 
         Args:
-            images: uint8, (N, H, W, C) or one image (H, W, C), or a list of such.
+            images: one image, a batch, or a list of such, resized to the model's `image_shape`: paths
+                of image files, Pillow's images, or arrays (H, W), (H, W, C), (N, H, W, C) with C 1,
+                3, or 4 (transparency is dropped), uint8 or floats in 0 .. 1.
             sources: the name of each image; None takes its position.
             labels: the true classes: names (None if unknown) or positions in `classes`.
             batch_size: images that go through the model at once.
@@ -66,15 +70,15 @@ class Predictor:
             `p(<class>)` for each class, and `label` (a class name or missing) if labels are given.
 
         Raises:
-            ValueError: the images have another type or shape, or the numbers of images, sources
-                and labels differ.
+            ValueError: an image can't be read, has another type or shape, or the numbers of images,
+                sources and labels differ.
         """
         import numpy as np
         import pandas as pd
 
         if batch_size < 1:
             raise ValueError(f"the batch size must be ≥ 1, not {batch_size}")
-        batch = self._as_array(images)
+        batch = as_batch(images, self.image_shape)
         probabilities = self.probabilities(batch, batch_size=batch_size)
         names: Any = range(len(batch))
         if sources is not None:
@@ -93,38 +97,46 @@ class Predictor:
             columns["label"] = class_names(labels, self.classes, size=len(batch))
         return pd.DataFrame(columns)
 
-    def _as_array(self, images: Images | Sequence[Images]) -> npt.NDArray[np.uint8]:
-        import numpy as np
-
-        if isinstance(images, (list, tuple)):
-            parts = [self._as_array(image) for image in images]
-            return np.concatenate([np.empty((0, *self.image_shape), np.uint8), *parts])
-        array = np.asarray(images)
-        if array.ndim == 3:
-            array = array[np.newaxis]
-        if array.dtype != np.uint8 or array.shape[1:] != self.image_shape:
-            shape = ", ".join(str(size) for size in self.image_shape)
-            raise ValueError(
-                f"images must be uint8 (0 to 255) and (N, {shape}) or ({shape}): "
-                f"these are {array.dtype} {np.shape(images)}"
-            )
-        return array
-
     def probabilities(
-        self, images: npt.NDArray[np.uint8], *, batch_size: int = BATCH_SIZE
+        self, images: Images | Sequence[Images], *, batch_size: int = BATCH_SIZE
     ) -> npt.NDArray[np.float32]:
-        """Return the probabilities (N, K) of images (N, H, W, C), as `predict` takes them."""
+        """Return the probabilities (N, K) of images, as `predict` takes them."""
         import numpy as np
         import torch
 
-        images = self._as_array(images)
-        probabilities = np.empty((len(images), len(self.classes)), np.float32)
+        pixels = as_batch(images, self.image_shape)
+        probabilities = np.empty((len(pixels), len(self.classes)), np.float32)
         with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
+            for start in range(0, len(pixels), batch_size):
                 batch = slice(start, start + batch_size)
                 # A copy, because torch warns about read-only memory such as a mapped file.
-                probabilities[batch] = self.model(torch.from_numpy(images[batch].copy())).numpy()
+                probabilities[batch] = self.model(torch.from_numpy(pixels[batch].copy())).numpy()
         return probabilities
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name} {value}" for name, value in self._about().items())
+        return f"{type(self).__name__}({told})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align: left'>{html.escape(name)}</th>"
+            f"<td style='text-align: left'>{html.escape(value)}</td></tr>"
+            for name, value in self._about().items()
+        )
+        return f"<table>{rows}</table>"
+
+    def _about(self) -> dict[str, str]:
+        """Return what a reader wants to know of the model, in its order."""
+        height, width, channels = self.image_shape
+        told = {
+            "model": self.uri,
+            "run": self.run_id,
+            "data set": self.metadata.get("dataset"),
+            "loss": self.metadata.get("loss"),
+            "classes": f"{len(self.classes)}: {listed(self.classes)}",
+            "images": f"{height} × {width} × {channels}",
+        }
+        return {name: printable(str(value)) for name, value in told.items() if value is not None}
 
 
 def load_model(uri: str) -> Predictor:

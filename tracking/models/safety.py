@@ -21,30 +21,67 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-OPERATORS = {
-    # types and sizes
-    "_assert_tensor_metadata.default", "sym_size.int", "to.dtype",
-    # elements
-    "abs.default", "add.Tensor", "clamp.default", "clamp_min.default", "div.Tensor",
-    "eq.Scalar", "exp.default", "log.default", "matmul.default", "mul.Tensor", "neg.default",
-    "pow.Tensor_Scalar", "reciprocal.default", "sqrt.default", "sub.Tensor", "where.self",
-    # reductions
-    "amax.default", "mean.dim", "sum.dim_IntList",
-    # shapes
-    "cat.default", "flatten.using_ints", "permute.default", "reshape.default", "select.int",
-    "slice.Tensor", "squeeze.dim", "transpose.int", "unsqueeze.default", "view.default",
-    # layers
-    "adaptive_avg_pool2d.default", "avg_pool2d.default", "batch_norm.default", "conv2d.default",
-    "conv2d.padding", "dropout.default", "feature_dropout.default", "group_norm.default",
-    "layer_norm.default", "linear.default", "max_pool2d.default",
-    # activations
-    "elu.default", "gelu.default", "hardswish.default", "hardtanh.default",
-    "leaky_relu.default", "log_sigmoid.default", "log_softmax.int", "mish.default",
-    "relu.default", "sigmoid.default", "silu.default", "softmax.int", "softplus.default",
-    "tanh.default",
-}  # fmt: skip
+_WHY_SAFE: Mapping[str, str] = {
+    # What the operators of a group do, and why no graph can do harm with them: their names
+    # (`torch.ops.aten`). They read and write tensors of the process's memory; none opens a file,
+    # runs code or reads what no tensor holds. `cost` counts each result at its full size, views as
+    # well, before the graph runs. So temporary copies of operands are covered; what takes more has
+    # an entry there.
+    "types: copies of the same numbers; a device is always the CPU": """
+        _assert_tensor_metadata.default to.device to.dtype to.dtype_layout type_as.default
+        clone.default contiguous.default detach.default detach_.default lift_fresh_copy.default""",
+    "sizes: integers; the product is `cost`'s to bound": "sym_size.int",
+    "elements: one number from one of each operand": """
+        abs.default add.Tensor clamp.default clamp_max.default clamp_min.default clip.default
+        cos.default div.Tensor erf.default exp.default expm1.default log.default log1p.default
+        maximum.default minimum.default mul.Tensor neg.default pow.Scalar pow.Tensor_Scalar
+        pow.Tensor_Tensor reciprocal.default rsqrt.default rsub.Scalar sign.default sin.default
+        sqrt.default square.default sub.Tensor
+        eq.Scalar ge.Scalar gt.Scalar le.Scalar lt.Scalar ne.Scalar
+        masked_fill.Scalar where.ScalarOther where.self""",
+    "activations: the same, or a sum over one dimension besides": """
+        celu.default elu.default gelu.default glu.default hardsigmoid.default hardswish.default
+        hardtanh.default leaky_relu.default log_sigmoid.default log_softmax.int mish.default
+        prelu.default relu.default relu6.default selu.default sigmoid.default silu.default
+        softmax.int softplus.default tanh.default""",
+    "in place: the same, written into a tensor of the graph; `cost` refuses it for a weight": """
+        add_.Tensor celu_.default copy_.default div_.Tensor dropout_.default elu_.default
+        feature_dropout_.default fill_.Scalar hardsigmoid_.default hardswish_.default
+        hardtanh_.default leaky_relu_.default mish_.default mul_.Tensor relu_.default selu_.default
+        sigmoid_.default silu_.default sub_.Tensor zero_.default""",
+    "reductions: results smaller than the operand": """
+        amax.default amin.default linalg_vector_norm.default logsumexp.default max.dim mean.default
+        mean.dim min.dim std.dim sum.default sum.dim_IntList var.dim""",
+    "shapes: the same numbers, in another order or fewer": """
+        channel_shuffle.default flatten.using_ints flip.default mT.default movedim.int
+        narrow.default permute.default pixel_shuffle.default pixel_unshuffle.default
+        reshape.default roll.default select.int slice.Tensor squeeze.default squeeze.dim
+        swapaxes.default transpose.int unflatten.int unsqueeze.default view.default
+        view_as.default""",
+    "parts: lists of views, whose number `cost` bounds before they are made": """
+        chunk.default split.Tensor split_with_sizes.default unbind.int""",
+    "larger results: `cost` counts them": """
+        cat.default expand.default expand_as.default pad.default repeat.default stack.default
+        upsample_bilinear2d.vec upsample_nearest2d.vec""",
+    "made of nothing: `cost` counts the size that is asked for, and makes none of it": """
+        arange.default arange.start arange.start_step full.default full_like.default
+        new_zeros.default ones.default ones_like.default zeros.default zeros_like.default""",
+    "look-ups: an index outside of the tensor is an error": "embedding.default index.Tensor",
+    "layers: numbers from weights and inputs; `cost` refuses those that change their weights": """
+        adaptive_avg_pool2d.default adaptive_max_pool2d.default batch_norm.default
+        dropout.default feature_dropout.default group_norm.default instance_norm.default
+        layer_norm.default rms_norm.default""",
+    "products and windows: `cost` has the multiply-adds and the temporary memory of each": """
+        avg_pool2d.default bmm.default conv2d.default conv2d.padding linear.default matmul.default
+        max_pool2d.default mm.default scaled_dot_product_attention.default""",
+}
+
+OPERATORS = frozenset(name for names in _WHY_SAFE.values() for name in names.split())
 """The operators of `torch.ops.aten` that a graph may call: usual layers, which touch tensors only.
 """
+
+TARGETS = {f"torch.ops.aten.{name}" for name in OPERATORS} | {"_operator.mul"}
+"""What a graph may call: the operators, and `*` of two integers, such as batch size × heads."""
 
 MAX_ARCHIVE = 1 << 28
 _MAX_JSON = 1 << 22  # parsed, it takes ten times as much
@@ -73,17 +110,19 @@ _RECORD = re.compile(
 ).fullmatch
 
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*").fullmatch
+_SYMBOL = re.compile(r"Symbol\('s[0-9]+', positive=True, integer=True\)").fullmatch
+_ARITHMETIC = re.compile(r"[A-Z][A-Za-z0-9(),=' -]*").fullmatch
 _PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*").fullmatch
 
 # The texts that a graph's JSON may have, by key; other keys have no text. "type" is that of a
 # device or of a tree of inputs or outputs, as "context" is. Such a tree is JSON within a text.
 _TEXTS: dict[str, Callable[[str], object]] = {
-    "target": {f"torch.ops.aten.{name}" for name in OPERATORS}.__contains__,
+    "target": TARGETS.__contains__,
     **dict.fromkeys(("name", "as_name", "forward_arg_names"), _IDENTIFIER),
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name"), _PATH),
     "fqn": lambda text: text == "" or _PATH(text),
     "path_name": re.compile(r"(weight|tensor)_[0-9]+").fullmatch,
-    "expr_str": re.compile(r"Symbol\('s[0-9]+', positive=True, integer=True\)").fullmatch,
+    "expr_str": _SYMBOL,
     "as_float": {"Infinity", "-Infinity", "NaN"}.__contains__,
     "as_string": re.compile(r"[a-z_]*").fullmatch,
     "type": {"cpu", "builtins.tuple", "builtins.dict"}.__contains__,
@@ -207,6 +246,11 @@ def _checked(value: Any, key: str = "", where: str = "graph") -> Any:
     if key == "metadata":  # the origin of a node as free text: not needed
         return {}
     match value:
+        case {"as_expr": {"expr_str": str(text), "hint": {"as_int": int(example)}}} if _ARITHMETIC(
+            text
+        ) and not _SYMBOL(text):
+            # A size such as 4 × the batch size: that of the example does, and nothing evaluates it.
+            return {"as_int": example}
         case dict():
             for name in value:
                 if not _PATH(name):

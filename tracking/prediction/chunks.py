@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ BYTES_AHEAD = 2**26
 class Chunk:
     """Some images, their names, and their labels if they are known."""
 
-    images: npt.NDArray[np.uint8]  # (M, 32, 32, 3), of those that could be read
+    images: npt.NDArray[np.uint8]  # (M, S, S, 3), of those that could be read
     names: list[str]  # of all N
     labels: list[str | None] | None  # class names
     errors: dict[int, str] = field(default_factory=dict)
@@ -65,18 +66,21 @@ Row = tuple[str, Item, str | None]
 """The name of an image, the image, and its label."""
 
 
-def decoded(rows: Iterator[Row], size: int, *, has_labels: bool) -> Iterator[Chunk]:
+def decoded(
+    rows: Iterator[Row], size: int, *, has_labels: bool, image_size: int
+) -> Iterator[Chunk]:
     """Decode images in threads, and prefetch up to two chunks or 64 MiB of encoded images."""
     from cnn.devices import num_cores
 
     some: list[tuple[str, npt.NDArray[np.uint8] | str, str | None]] = []
-    for block in prefetch(_decode, _blocks(rows, size), threads=num_cores()):
+    decode = partial(_decode, image_size=image_size)
+    for block in prefetch(decode, _blocks(rows, size), threads=num_cores()):
         some += block
         if len(some) == size:
-            yield _chunk(some, has_labels=has_labels)
+            yield _chunk(some, has_labels=has_labels, image_size=image_size)
             some = []
     if some:
-        yield _chunk(some, has_labels=has_labels)
+        yield _chunk(some, has_labels=has_labels, image_size=image_size)
 
 
 def _blocks(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], float]]:
@@ -97,7 +101,9 @@ def _blocks(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], float]]
         yield block, weight
 
 
-def _decode(block: list[Row]) -> list[tuple[str, npt.NDArray[np.uint8] | str, str | None]]:
+def _decode(
+    block: list[Row], *, image_size: int
+) -> list[tuple[str, npt.NDArray[np.uint8] | str, str | None]]:
     """Return the name of each image, its pixels or its error, and its label."""
     from cnn.images import decode
 
@@ -109,7 +115,8 @@ def _decode(block: list[Row]) -> list[tuple[str, npt.NDArray[np.uint8] | str, st
             elif isinstance(item, ValueError):
                 results.append(str(item))
             else:
-                results.append(decode(item if isinstance(item, bytes) else Path(item)))
+                source = item if isinstance(item, bytes) else Path(item)
+                results.append(decode(source, image_size))
         except ValueError as error:
             name = f"{str(Path(item))!r} " if isinstance(item, str) else ""
             results.append(str(error).removeprefix(name))  # the row has the name
@@ -119,15 +126,16 @@ def _decode(block: list[Row]) -> list[tuple[str, npt.NDArray[np.uint8] | str, st
 
 
 def _chunk(
-    rows: list[tuple[str, npt.NDArray[np.uint8] | str, str | None]], *, has_labels: bool
+    rows: list[tuple[str, npt.NDArray[np.uint8] | str, str | None]],
+    *,
+    has_labels: bool,
+    image_size: int,
 ) -> Chunk:
     import numpy as np
 
-    from cnn.images import IMAGE_SIZE
-
     images = [result for _, result, _ in rows if not isinstance(result, str)]
     return Chunk(
-        images=np.array(images, np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3),
+        images=np.array(images, np.uint8).reshape(-1, image_size, image_size, 3),
         names=[name for name, _, _ in rows],
         labels=[label for _, _, label in rows] if has_labels else None,
         errors={index: text for index, (_, text, _) in enumerate(rows) if isinstance(text, str)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
     from tracking.prediction.drafts import Draft
     from tracking.prediction.formats import Format
 
-# Images that are read and written at once: with so many, the cost of a chunk is small.
+# Images that are read and written at once: with so many, the cost of a chunk is small. Fewer, if
+# they take more bytes: three chunks are in memory.
 CHUNK = 1024
+_CHUNK_BYTES = 2**26
 
 _COUNTS = ("predicted", "true", "correct")
 
 
-def chunk_size(batch_size: int) -> int:
+def chunk_size(batch_size: int, image_shape: Sequence[int]) -> int:
     """Return how many images are read and written at once: a multiple of the batch size."""
-    return batch_size * max(1, CHUNK // batch_size)
+    most = min(CHUNK, _CHUNK_BYTES // math.prod(image_shape))
+    return batch_size * max(1, most // batch_size)
 
 
 def predict_images(
@@ -46,7 +50,8 @@ def predict_images(
     """
     counts = RunningCounts(predictor.classes, draft.state)
     with _progress(source.size, done=draft.rows) as advance, _quiet_pillow():
-        for chunk in source.read(chunk_size(batch_size), draft.rows):
+        size = chunk_size(batch_size, predictor.image_shape)
+        for chunk in source.read(size, draft.rows):
             if strict and chunk.errors:
                 index, error = min(chunk.errors.items())
                 raise ValueError(f"{chunk.names[index]!r} {error}")

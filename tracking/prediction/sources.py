@@ -62,6 +62,7 @@ def open_source(
     classes: Sequence[str],
     metadata: Mapping[str, Any],
     data_dir: Path,
+    image_size: int,
     column: str | None = None,
 ) -> Source:
     """Open a source for a model to predict.
@@ -72,6 +73,7 @@ def open_source(
         classes: the model's class names; images of other classes count as unlabelled.
         metadata: the model's; its `seed` draws a split.
         data_dir: the folder of data sets.
+        image_size: height and width of the images that the model takes.
         column: the column of a Parquet file with the images.
     """
     path = Path(text)
@@ -79,17 +81,17 @@ def open_source(
     if column and suffix not in TABLES:
         raise ValueError(f"--column is for Parquet files, not for {text!r}")
     if is_list(text):
-        return _open_files(read_list(text), classes, text, also=text[1:])
+        return _open_files(read_list(text), classes, text, image_size, also=text[1:])
     if not os.path.lexists(path):
         name, split = split_named(text)
-        return open_split(name, split, classes, metadata, data_dir)
+        return open_split(name, split, classes, metadata, data_dir, image_size)
     if os.path.isdir(text):  # noqa: PTH112 -- `Path` raises for a name that is too long
-        return _noted(_open_folder(path, classes), text, metadata, data_dir)
+        return _noted(_open_folder(path, classes, image_size), text, metadata, data_dir)
     if suffix in ARRAYS:
-        return _open_array(path, classes)
+        return _open_array(path, classes, image_size)
     if suffix in TABLES:
-        return _open_table(path, classes, column)
-    image = _open_files(listed_paths([text], prefix=""), classes, text)
+        return _open_table(path, classes, column, image_size)
+    image = _open_files(listed_paths([text], prefix=""), classes, text, image_size)
     return _noted(image, text, metadata, data_dir)
 
 
@@ -108,17 +110,19 @@ def _noted(source: Source, text: str, metadata: Mapping[str, Any], data_dir: Pat
 # Image files
 
 
-def _open_folder(folder: Path, classes: Sequence[str]) -> Source:
+def _open_folder(folder: Path, classes: Sequence[str], image_size: int) -> Source:
     from cnn.folders import note_on_skipped, walk
 
     prefix = str(folder / "x")[:-1]  # '' for the working folder
     passed_over: Counter[str] = Counter()
     paths = listed_paths(walk(folder, passed_over), prefix=prefix)
-    source = _open_files(paths, classes, str(folder))
+    source = _open_files(paths, classes, str(folder), image_size)
     return replace(source, notes=(*note_on_skipped(passed_over), *source.notes))
 
 
-def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = "") -> Source:
+def _open_files(
+    paths: Paths, classes: Sequence[str], text: str, image_size: int, *, also: str = ""
+) -> Source:
     """Open image files; the label of an image is the name of its folder, if this is a class."""
     if not len(paths):
         raise ValueError(f"no images in {text!r}")
@@ -144,7 +148,9 @@ def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = 
 
     return Source(
         size=len(paths),
-        read=lambda size, start: decoded(rows(start), size, has_labels=labels is not None),
+        read=lambda size, start: decoded(
+            rows(start), size, has_labels=labels is not None, image_size=image_size
+        ),
         fingerprint=hashlib.sha256(paths.prefix.encode(errors="replace") + paths.text).hexdigest(),
         has_labels=labels is not None,
         files=lambda: [*filter(None, [also]), *paths] if also else paths,
@@ -155,7 +161,7 @@ def _open_files(paths: Paths, classes: Sequence[str], text: str, *, also: str = 
 # Parquet
 
 
-def _open_table(file: Path, classes: Sequence[str], column: str | None) -> Source:
+def _open_table(file: Path, classes: Sequence[str], column: str | None, image_size: int) -> Source:
     """Open a Parquet file; its column `label` has class names or their positions."""
     table = Table(file, column)
     if not table.num_rows:
@@ -174,7 +180,9 @@ def _open_table(file: Path, classes: Sequence[str], column: str | None) -> Sourc
 
     return Source(
         size=table.num_rows,
-        read=lambda size, start: decoded(rows(start), size, has_labels=table.has_labels),
+        read=lambda size, start: decoded(
+            rows(start), size, has_labels=table.has_labels, image_size=image_size
+        ),
         fingerprint=f"{_state(file)} {table.column}",
         has_labels=table.has_labels,
         files=lambda: chain([str(file)], table.paths()),
@@ -189,7 +197,7 @@ def _state(file: Path) -> str:
 # Arrays
 
 
-def _open_array(file: Path, classes: Sequence[str]) -> Source:
+def _open_array(file: Path, classes: Sequence[str], image_size: int) -> Source:
     import numpy as np
 
     from cnn.images import MAX_PIXELS, resize
@@ -208,7 +216,7 @@ def _open_array(file: Path, classes: Sequence[str]) -> Source:
         firsts = range(part.start, part.stop, step)
         pieces = [slice(first, min(first + step, part.stop)) for first in firsts]
         return Chunk(
-            images=np.concatenate([resize(_part(images, piece)) for piece in pieces]),
+            images=np.concatenate([resize(_part(images, piece), image_size) for piece in pieces]),
             names=[f"{file}[{index}]" for index in range(part.start, part.stop)],
             labels=labels and labels[part],
         )

@@ -23,7 +23,7 @@ class KnownData:
     name: str
     """The value of their param `dataset`."""
     digests: tuple[str, ...]
-    """Values of their param `dataset_digest`: the present one first, then earlier ones."""
+    """Values of their param `dataset_digest`, the latest first."""
 
 
 def dataset_of(text: str, data_dir: Path) -> KnownData | None:
@@ -38,31 +38,38 @@ def dataset_of(text: str, data_dir: Path) -> KnownData | None:
     if is_list(text):
         return None
     if not os.path.lexists(text):
-        from cnn import data
+        from cnn import data, datasets
 
-        dataset = data.load(split_named(text)[0], data_dir=data_dir, seed=0)
+        name = split_named(text)[0]
+        source = datasets.find_source(name, data_dir)
+        if known := _digests_by_address(data_dir).get(source.address):  # of any image size
+            return KnownData(name=source.name, digests=known)
+        dataset = data.load(name, data_dir=data_dir, seed=0)
         return KnownData(name=dataset.name, digests=(dataset.digest,))
     place = Path(text).resolve()
     if not place.is_dir() and place.suffix.lower() in (*ARRAYS, *TABLES):
         return None  # it may lie among images, and hold others
-    digests = _digests_by_folder(data_dir)
+    digests = _digests_by_address(data_dir)
     for folder in map(str, (place, *place.parents)):
         if folder in digests:
             return KnownData(name=Path(folder).name, digests=digests[folder])
     return None
 
 
-def _digests_by_folder(data_dir: Path) -> dict[str, tuple[str, ...]]:
-    """Return the folders that `cnn.data` has read, each with its digests, the latest first."""
+def _digests_by_address(data_dir: Path) -> dict[str, tuple[str, ...]]:
+    """Return the folders and other sources that `cnn.data` has read, with their digests.
+
+    The latest digest comes first. A source has one of each state and image size.
+    """
     entries: list[tuple[float, str, str]] = []
     for file in (data_dir / "cache" / "index").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: `cnn.data` mends it
             entry = json.loads(file.read_text("utf-8"))
             entries.append((-file.stat().st_mtime, str(entry["source"]), str(entry["digest"])))
     found: dict[str, dict[str, None]] = {}
-    for _, folder, digest in sorted(entries):
-        found.setdefault(folder, {})[digest] = None
-    return {folder: tuple(digests) for folder, digests in found.items()}
+    for _, address, digest in sorted(entries):
+        found.setdefault(address, {})[digest] = None
+    return {address: tuple(digests) for address, digests in found.items()}
 
 
 def split_named(text: str) -> tuple[str, str]:
@@ -81,7 +88,12 @@ def split_named(text: str) -> tuple[str, str]:
 
 
 def open_split(
-    name: str, split: str, classes: Sequence[str], metadata: Mapping[str, Any], data_dir: Path
+    name: str,
+    split: str,
+    classes: Sequence[str],
+    metadata: Mapping[str, Any],
+    data_dir: Path,
+    image_size: int,
 ) -> Source:
     """Open a split of the model's training, drawn by the same seed."""
     import torch
@@ -90,7 +102,7 @@ def open_split(
 
     if "seed" not in metadata:
         raise ValueError(f"can't draw the split {split}: the model has no seed in its metadata")
-    dataset = data.load(name, data_dir=data_dir, seed=metadata["seed"])
+    dataset = data.load(name, data_dir=data_dir, seed=metadata["seed"], image_size=image_size)
     images: data.Split = getattr(dataset, split)
     names = [dataset.classes[label] for label in images.labels.tolist()]
     labels, notes = known_labels(names, classes)
