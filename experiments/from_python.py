@@ -47,7 +47,7 @@ class SweepResult:
         complete = self.trials[self.trials["outcome"] == "complete"]
         if not len(complete):
             raise ValueError(f"no trial of study {self.study} is complete")
-        return {name: _plain("", value) for name, value in complete.iloc[0].items()}
+        return {str(name): _plain("", value) for name, value in complete.iloc[0].items()}
 
     def load_best(self) -> Predictor:
         """Load the model of the best complete trial; ValueError if there is none any more."""

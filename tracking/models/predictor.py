@@ -58,9 +58,9 @@ class Predictor:
         """Predict the classes of images, and return a row for each image.
 
         Args:
-            images: one image, a batch, or a list of such, resized to the model's `image_shape`: paths
-                of image files, Pillow's images, or arrays (H, W), (H, W, C), (N, H, W, C) with C 1,
-                3, or 4 (transparency is dropped), uint8 or floats in 0 .. 1.
+            images: one image, a batch, or a list of such: paths of image files, Pillow's images, or
+                arrays (H, W), (H, W, C), (N, H, W, C) with C 1, 3 or 4 (transparency is dropped),
+                uint8 or floats in 0 .. 1. They are resized to the model's `image_shape`.
             sources: the name of each image; None takes its position.
             labels: the true classes: names (None if unknown) or positions in `classes`.
             batch_size: images that go through the model at once.

@@ -83,7 +83,8 @@ def _as_uint8(batch: npt.NDArray[Any], given: npt.NDArray[Any]) -> npt.NDArray[n
     low, high = (float(batch.min()), float(batch.max())) if batch.size else (0.0, 1.0)
     if not (low >= 0 and high <= 1):  # NaN as well
         raise ValueError(f"images of floats must be in 0 .. 1, not {low:.4g} .. {high:.4g}")
-    return np.rint(batch * 255).astype(np.uint8)
+    scaled: npt.NDArray[np.uint8] = np.rint(batch * 255).astype(np.uint8)
+    return scaled
 
 
 def _resized(
