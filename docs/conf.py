@@ -11,6 +11,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -180,6 +181,32 @@ class Files(Generated):
         return files_table(self.arguments[0])
 
 
+def notebook(file: Path) -> Iterator[str]:
+    """Yield in Markdown the cells of an executed notebook, without its title."""
+    for cell in json.loads(file.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield from (re.sub(r"\A# .*\n", "", source), "")
+            continue
+        yield from ("```python", source, "```", "")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text")})
+            if "text/html" in data:
+                yield from ("```{raw} html", "".join(data["text/html"]), "```", "")
+            else:
+                yield from ("```text", "".join(data["text/plain"]).rstrip("\n"), "```", "")
+
+
+class Notebook(Generated):
+    """`{notebook} notebook.ipynb`: the cells of a notebook in the page's folder, executed."""
+
+    required_arguments = 1
+
+    def lines(self) -> Iterator[str]:
+        """Yield the Markdown."""
+        return notebook(Path(self.env.doc2path(self.env.docname)).parent / self.arguments[0])
+
+
 class Losses(Generated):
     """`{losses}`: the table of all losses."""
 
@@ -215,6 +242,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("options", Options)
     app.add_directive("losses", Losses)
     app.add_directive("files", Files)
+    app.add_directive("notebook", Notebook)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     return {"parallel_read_safe": True}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.references import reference_to, stop_loading
 from experiments import cli
+from experiments.study.parameters import PARAMETERS, ChoiceParameter
 from experiments.sweep import build_parser, conduct
 from tracking.errors import TransientError, without_passwords
 from tracking.store import default_store, environment
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracking.models.predictor import Predictor
+
+_LISTS = {each.plural for each in PARAMETERS if isinstance(each, ChoiceParameter)}
 
 AGAIN = "the same call continues the study"
 SHOWN_ROWS = 10
@@ -154,6 +157,8 @@ def _plain(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value  # refused with the other wrong types
         return {key: _domain(domain) for key, domain in value.items()}
+    if name in _LISTS and not isinstance(value, (list, tuple)):
+        value = [value]
     if isinstance(value, str):
         return value
     if isinstance(value, Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -125,6 +126,31 @@ def test_the_readme_is_read_in_five_minutes() -> None:
 def test_every_command_has_a_page_and_every_page_a_command() -> None:
     pages = {page.stem for page in (ROOT / "docs/reference/commands").glob("*.md")}
     assert pages - {"index"} == COMMANDS
+
+
+@pytest.mark.parametrize("file", (ROOT / "docs").rglob("*.ipynb"), ids=lambda file: file.name)
+def test_a_notebook_is_executed_in_order(file: Path) -> None:
+    cells = json.loads(file.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    assert all(cell["outputs"] for cell in code)
+    assert "Traceback" not in file.read_text()
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        notebooks = importlib.import_module("notebooks")
+    finally:
+        sys.path.pop(0)
+    for file in notebooks.NOTEBOOKS:
+        cells = json.loads(file.read_text())["cells"]
+        before = [bool(cell.get("outputs")) for cell in cells]
+        folder = tmp_path / file.stem
+        folder.mkdir()
+        notebooks.execute(cells, folder)  # raises what a cell raises
+        assert [bool(cell.get("outputs")) for cell in cells] == before
 
 
 @pytest.mark.slow
