@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
+from experiments.study.parameters import BY_NAME, parse_vary
 from tracking.cli import Parser, leave
 
 # PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
@@ -78,6 +79,10 @@ def _run(options: argparse.Namespace) -> int:
 
     def make_settings(num_workers: int) -> Settings:
         cli.check_out(options.out, "--out")
+        for name in parse_vary(options.vary, options):
+            if BY_NAME[name].is_searched_by_default:  # its figures are of these three
+                flags = " and ".join(f"--{dest.replace('_', '-')}" for dest in BY_NAME[name].dests)
+                raise ValueError(f"experiments.compare takes {flags}, not --vary {name}")
         others = {"pruner": "none", "timeout": 0, "register": "none"}
         settings = cli.settings_from_args(options, num_workers, **others)
         make_plan(settings)  # checks it, before the data is loaded

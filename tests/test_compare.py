@@ -187,6 +187,14 @@ def test_mlflows_pages_show_a_comparison_in_a_browser(compared: str, tmp_path: P
     assert min(file.stat().st_size for file in pictures.values()) > 20_000
 
 
+@pytest.mark.parametrize("text", ["batch_size=16..64", "learning_rate=0.1..0.2", "loss=mse,l1"])
+def test_the_three_of_its_figures_have_their_own_flags(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    assert main(["--repeats", "2", "--vary", text]) == 2
+    assert f", not --vary {text.partition('=')[0]}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_another_parameter_is_searched_named_and_reported() -> None:
     assert main([*SMALL, "--vary", "weight_decay=1e-4..1e-2:log"]) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,7 +134,16 @@ def study_importances(study: optuna.Study) -> dict[str, float]:
     varied = varied_parameters(study)
     if len({trial.value for trial in complete}) < 2 or not varied:
         return {}
-    return dict(optuna.importance.get_param_importances(study, params=varied))
+    with without_warning_of_few_trials():
+        return dict(optuna.importance.get_param_importances(study, params=varied))
+
+
+@contextmanager
+def without_warning_of_few_trials() -> Iterator[None]:
+    """Hide Optuna's warning that a parameter which does not always apply was in one trial only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
+        yield
 
 
 def varied_parameters(study: optuna.Study) -> list[str]:

@@ -12,6 +12,7 @@ from experiments.reporting.figure_data import (
     losses_of,
     study_importances,
     varied_parameters,
+    without_warning_of_few_trials,
 )
 from experiments.reporting.figures import COLORS, DASHES, OBJECTIVE_TITLE, SYMBOLS
 from tracking.text import printable
@@ -49,9 +50,10 @@ def study_figures(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Fi
     figures["history"] = history
     if study_importances(joint):
         varied = varied_parameters(joint)
-        figures["importances"] = visualization.plot_param_importances(
-            joint, params=varied, target_name=OBJECTIVE_TITLE
-        )
+        with without_warning_of_few_trials():
+            figures["importances"] = visualization.plot_param_importances(
+                joint, params=varied, target_name=OBJECTIVE_TITLE
+            )
         figures["importances"].update_traces(marker_color=COLORS[0])
         figures["importances"].update_xaxes(range=(0, 1.1))
         figures["parallel"] = visualization.plot_parallel_coordinate(

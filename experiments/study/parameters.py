@@ -199,7 +199,7 @@ class LogRangeParameter(Parameter):
     kind: type = float
 
     def flags(self) -> tuple[str, str]:
-        """The flags of its lower and its upper end."""
+        """Return the flags of its lower and its upper end."""
         return f"{self.flag}-min", f"{self.flag}-max"
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
