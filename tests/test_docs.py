@@ -128,7 +128,7 @@ def test_every_command_has_a_page_and_every_page_a_command() -> None:
     assert pages - {"index"} == COMMANDS
 
 
-@pytest.mark.parametrize("file", (ROOT / "docs").rglob("*.ipynb"), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*(ROOT / "docs").rglob("*.ipynb")], ids=lambda file: file.name)
 def test_a_notebook_is_executed_in_order(file: Path) -> None:
     cells = json.loads(file.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
