@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.references import reference_to, stop_loading
 from experiments import cli
-from experiments.study.parameters import PARAMETERS, ChoiceParameter
+from experiments.study.parameter_types import ChoiceParameter
+from experiments.study.parameters import PARAMETERS
 from experiments.sweep import build_parser, conduct
 from tracking.errors import TransientError, without_passwords
 from tracking.store import default_store, environment

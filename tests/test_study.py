@@ -28,6 +28,7 @@ from cnn.data import Dataset
 from experiments.engine.base import CheckpointLost, Event, JobMoved
 from experiments.interrupts import Interrupts
 from experiments.study.controller import sweep
+from experiments.study.domains import Choices
 from experiments.study.events import (
     SweepEnded,
     SweepEvent,
@@ -39,7 +40,6 @@ from experiments.study.events import (
 )
 from experiments.study.identity import _digest_of_network, training_digest
 from experiments.study.opening import open_study
-from experiments.study.parameters import Choices
 from experiments.study.settings import Settings
 from experiments.study.trials import trials_table
 from tracking.errors import is_transient

@@ -25,7 +25,8 @@ from experiments.reporting.parts import (
     plain,
 )
 from experiments.reporting.small_multiples import SmallMultiples, draw_panels
-from experiments.study.parameters import BY_NAME, Parameter, searched
+from experiments.study.parameter_types import Parameter
+from experiments.study.parameters import BY_NAME, searched
 
 if TYPE_CHECKING:
     from experiments.comparison.assessment import Assessment

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from experiments.study.parameters import Configuration
+from experiments.study.parameter_types import Configuration
 
 
 class TrialSeededSampler(BaseSampler):

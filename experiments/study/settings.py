@@ -16,7 +16,8 @@ from cnn.devices import resolve_device, resolve_precision
 from cnn.images import IMAGE_SIZE
 from experiments.study.domains import Domain
 from experiments.study.identity import made_with
-from experiments.study.parameters import BY_NAME, Configuration
+from experiments.study.parameter_types import Configuration
+from experiments.study.parameters import BY_NAME
 from experiments.study.pruners import PRUNERS
 from experiments.study.samplers import SAMPLERS, FixedSampler, make_sampler
 from experiments.study.space import Space

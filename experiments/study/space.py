@@ -10,7 +10,8 @@ from optuna.trial import Trial
 
 from cnn.config import TrainConfig
 from experiments.study.domains import Domain
-from experiments.study.parameters import BY_NAME, PARAMETERS, Configuration
+from experiments.study.parameter_types import Configuration
+from experiments.study.parameters import BY_NAME, PARAMETERS
 
 MAX_SEED = 2**32 - 1
 
