@@ -198,7 +198,7 @@ def bomb(width, height):
 # Just above our limit, where Pillow only warns; and where Pillow refuses.
 @pytest.mark.parametrize("size", [(9460, 9460), (50_000, 50_000), (2**31 - 1, 1)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "pixels", lambda *_: pytest.fail("it was decoded"))
     for action in ("ignore", "error"):
         warnings.simplefilter(action, Image.DecompressionBombWarning)
         with pytest.raises(ValueError, match="more than 89,478,485 pixels"):
@@ -222,7 +222,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(89_478_485, 1), (1, 89_478_485), (1_000_001, 2)])
 def test_a_long_side_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "pixels", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="a side of more than 1,000,000 pixels"):
         decode(bomb(*size))
 
@@ -233,14 +233,14 @@ def test_the_longest_side_is_resized_in_little_memory():
 
 
 def test_an_image_without_memory_for_it_is_refused_and_others_are_decoded(monkeypatch):
-    pixels = images._pixels
+    pixels = images.pixels
 
     def fail_for_some(image, image_size):
         if image.width == 9:
             raise MemoryError
         return pixels(image, image_size)
 
-    monkeypatch.setattr(images, "_pixels", fail_for_some)
+    monkeypatch.setattr(images, "pixels", fail_for_some)
     data = [encoded(Image.new("RGB", (width, 9))) for width in (8, 9, 10)]
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(decode, item) for item in data]
@@ -258,7 +258,7 @@ def progressive(size, *, scans):
 
 @pytest.mark.parametrize("size", [16, 6000])
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(size, monkeypatch):
-    monkeypatch.setattr(images, "_pixels", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "pixels", lambda *_: pytest.fail("it was decoded"))
     monkeypatch.setattr(images, "_decode_confined", lambda *_: pytest.fail("it was decoded"))
     data = progressive(16, scans=3000)
     position = data.index(b"\xff\xc2") + 5
@@ -290,7 +290,7 @@ def test_what_is_decoded_by_a_process_with_limits_has_the_same_pixels(mode, monk
     data = encoded(image, exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0")
     expected = decode(data)
     monkeypatch.setattr(images, "_LARGE", 100)
-    monkeypatch.setattr(images, "_pixels", None)
+    monkeypatch.setattr(images, "pixels", None)
     result = decode(data)
     assert result.flags.writeable
     np.testing.assert_array_equal(result, expected)

@@ -157,7 +157,12 @@ def test_lists_are_taken_with_spaces_or_commas_and_all_is_all(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Settings] = []
-    monkeypatch.setattr("experiments.sweep._sweep", lambda _, settings, *__: seen.append(settings))
+
+    def keep(_: object, settings: Settings, *__: object) -> None:
+        seen.append(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("experiments.sweep._sweep", keep)
     main(["--losses", "l1 mse", "--batch-sizes", "8,16"])
     main(["--losses", "l1", "mse", "--batch-sizes", "8", "16"])
     main(["--losses", "all"])
