@@ -59,10 +59,10 @@ def stored_and_loaded(network: nn.Module, folder: Path, size: int = 32) -> None:
 
 # torchvision
 
-SMALL = ["resnet18", "mobilenet_v3_small", "vision_transformer"]
 FAMILIES = [
-    *SMALL, "resnet50", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "regnet_y_400mf",
-    "densenet121", "mobilenet_v2", "shufflenet_v2_x1_0", "swin_t",
+    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+    "efficientnet_b0", "convnext_tiny", "regnet_y_400mf", "densenet121", "shufflenet_v2_x1_0",
+    "swin_t", "vision_transformer",
 ]  # fmt: skip
 
 
@@ -80,9 +80,8 @@ def build(name: str, size: int = 32) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_small_networks_of_torchvision(name: str, tmp_path: Path) -> None:
-    stored_and_loaded(build(name), tmp_path)
+def test_a_small_network_of_torchvision(tmp_path: Path) -> None:
+    stored_and_loaded(build("vision_transformer"), tmp_path)
 
 
 @pytest.mark.slow
