@@ -112,7 +112,9 @@ _RECORD = re.compile(
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*").fullmatch
 _SYMBOL = re.compile(r"Symbol\('s[0-9]+', positive=True, integer=True\)").fullmatch
 _ARITHMETIC = re.compile(r"[A-Z][A-Za-z0-9(),=' -]*").fullmatch
-_PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*").fullmatch
+# A module's name may have a hyphen, as in torchvision's RegNet. PyTorch quotes such a name where it
+# writes code; unquoted, a hyphen could only subtract.
+_PATH = re.compile(r"(?!__)[A-Za-z0-9_-]+(\.(?!__)[A-Za-z0-9_-]+)*").fullmatch
 
 # The texts that a graph's JSON may have, by key; other keys have no text. "type" is that of a
 # device or of a tree of inputs or outputs, as "context" is. Such a tree is JSON within a text.
