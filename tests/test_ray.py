@@ -252,6 +252,22 @@ def test_nodes_with_other_versions_train_nothing(
     nodes.remove_node(node)
 
 
+def test_nodes_without_the_users_module_train_nothing(
+    nodes: Nodes, data: Dataset, data_dir: Path
+) -> None:
+    pool = RayPool(
+        Needs(cpus=0.1, gpus=0),
+        num_workers=1,
+        min_workers=1,
+        timeout=60,
+        references=["only_here:make"],
+    )
+    node = nodes.add_node(num_cpus=1)  # the head's CPU may be another pool's
+    with pytest.raises(ValueError, match=r"on node .*'only_here:make': there is no module"):
+        pool.open(data, data_dir)
+    nodes.remove_node(node)
+
+
 @pytest.mark.parametrize(
     "address", ["ray://127.0.0.1:1", "127.0.0.1:1", "[::1]:1", "ray://x:99999"]
 )
