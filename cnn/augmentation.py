@@ -18,27 +18,30 @@ class Augmentation:
 
     Args:
         name: one of `AUGMENTATIONS`.
-        num_images: of the epoch.
+        size: the number of the epoch's images.
         image_size: height and width, in pixels.
         seed: of the changes, in 0 .. 2⁶³ − 1. They depend on an image's position in the epoch, not
             on the batch size.
-        device: of the images.
     """
 
-    def __init__(
-        self, name: str, *, num_images: int, image_size: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, *, size: int, image_size: int, seed: int) -> None:
         self.name = name
         self.padding = image_size // 8 if name == "flip_crop" else 0
         if name == "none":
             return
         generator = torch.Generator().manual_seed(seed)
-        flips = torch.rand(num_images, 1, generator=generator) < 0.5
-        shifts = torch.randint(0, 2 * self.padding + 1, (2, num_images, 1), generator=generator)
+        flips = torch.rand(size, 1, generator=generator) < 0.5
+        shifts = torch.randint(0, 2 * self.padding + 1, (2, size, 1), generator=generator)
         line = torch.arange(image_size)
-        # Positions (N, H) and (N, W) in the padded images.
-        self.rows = (line + shifts[0]).to(device)
-        self.columns = (torch.where(flips, line.flip(0), line) + shifts[1]).to(device)
+        # Positions (size, H) and (size, W) in the padded images.
+        self.rows = line + shifts[0]
+        self.columns = torch.where(flips, line.flip(0), line) + shifts[1]
+
+    def to(self, device: torch.device) -> Augmentation:
+        """Move the changes to the device of the images."""
+        if self.name != "none":
+            self.rows, self.columns = self.rows.to(device), self.columns.to(device)
+        return self
 
     def __call__(self, images: Tensor, start: int) -> Tensor:
         """Return a batch (B, H, W, 3), changed, whose first image is the epoch's `start`-th."""

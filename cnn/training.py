@@ -117,12 +117,8 @@ def train(
         order = epoch_order(len(training), seed=config.seed, epoch=number).to(device)
         steps_seed, changes_seed = _epoch_seeds(config.seed, number)[1:]
         augmentation = Augmentation(
-            config.augment,
-            num_images=len(training),
-            image_size=data.image_size,
-            seed=changes_seed,
-            device=device,
-        )
+            config.augment, size=len(training), image_size=data.image_size, seed=changes_seed
+        ).to(device)
         with _drawing_from(steps_seed, device):
             trained, num_images = _train_epoch(
                 stepper, training, order, config.batch_size, augmentation

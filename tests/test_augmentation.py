@@ -15,9 +15,7 @@ def images(count=40, size=16):
 
 
 def augmentation(name, count=40, size=16, seed=0):
-    return Augmentation(
-        name, num_images=count, image_size=size, seed=seed, device=torch.device("cpu")
-    )
+    return Augmentation(name, size=count, image_size=size, seed=seed)
 
 
 def slow_changes(image, padding):
