@@ -10,7 +10,6 @@ targets (`l1`, `mse`, `smooth_l1`, `bce`, `squared_hinge`) and `multi_margin` di
 does. The others do not.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (F is its name everywhere)
 from torch import Tensor
 
-from cnn.references import is_reference, resolve
+from cnn.references import did_you_mean, is_reference, resolve
 
 LABEL_SMOOTHING = 0.1
 FOCAL_GAMMA = 2.0
@@ -275,8 +274,7 @@ def get_loss(name: str) -> Loss:
     if isinstance(name, str) and is_reference(name):
         found = resolve(name)
         return found if isinstance(found, Loss) else Loss(found, "softmax", name)
-    close = difflib.get_close_matches(str(name), LOSSES, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(str(name), LOSSES)
     raise ValueError(
         f"unknown loss {name!r}{hint}; choose from {', '.join(LOSSES)}, "
         "package.module:loss or file.py:loss"

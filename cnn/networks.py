@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from cnn.references import is_reference, resolve
+from cnn.references import did_you_mean, is_reference, resolve
 
 Factory = Callable[..., nn.Module]
 
@@ -206,8 +206,7 @@ def get_factory(name: str) -> Factory:
         factory: Factory = resolve(name)
         _check_parameters(name, factory)
         return factory
-    close = difflib.get_close_matches(str(name), NETWORKS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(str(name), NETWORKS)
     raise ValueError(
         f"unknown network {name!r}{hint}: choose one of {', '.join(NETWORKS)}, "
         "torchvision:MODEL, package.module:factory or file.py:factory"

@@ -6,11 +6,18 @@ import importlib
 import inspect
 import sys
 import threading
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like another, empty if none is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def is_reference(text: str) -> bool:
@@ -36,8 +43,7 @@ def resolve(reference: str) -> Any:
         found: object = getattr(module, name)
     except AttributeError:
         known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"{reference!r}: there is no {name!r} in it{hint}") from None
     if not callable(found):
         kind = type(found).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 import tomllib
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnn.references import did_you_mean
 from experiments.study.parameters import BY_NAME
 from tracking.cli import Parser
 from tracking.errors import without_passwords
@@ -66,8 +66,8 @@ class ConfigParser(Parser):
         for key, value in told.items():
             name = key.replace("-", "_")
             if name not in actions:
-                close = difflib.get_close_matches(name, actions, n=1)
-                hint = f" (did you mean {close[0].replace('_', '-')!r}?)" if close else ""
+                known = [dest.replace("_", "-") for dest in actions]
+                hint = did_you_mean(name.replace("_", "-"), known)
                 raise ValueError(f"{where} has an unknown option {key!r}{hint}")
             yield from _words_of(actions[name], key, value, where)
 

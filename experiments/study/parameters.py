@@ -7,11 +7,10 @@ Flags and their help, checks, studies' settings, names of runs, progress, tables
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn.references import is_reference
+from cnn.references import did_you_mean, is_reference
 from experiments.study.domains import Domain, Range, split_words
 from experiments.study.parameter_types import (
     ChoiceParameter,
@@ -143,8 +142,7 @@ def parse_vary(texts: Sequence[str], options: argparse.Namespace) -> dict[str, D
         if not sign:
             raise ValueError(f"--vary takes NAME=LOW..HIGH[:log] or NAME=A,B,C, not {text!r}")
         if name not in BY_NAME:
-            close = difflib.get_close_matches(name, BY_NAME, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(name, BY_NAME)
             raise ValueError(
                 f"--vary: there is no parameter {name!r}{hint}: choose one of {', '.join(BY_NAME)}"
             )
