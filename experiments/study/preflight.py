@@ -36,19 +36,17 @@ def check_configurations(configs: Sequence[TrainConfig], data: Dataset) -> None:
     Raises:
         ValueError: one can't be built, trained or stored; in one line that says why.
     """
+    losses = {config.loss: get_loss(config.loss) for config in configs}
+    for name in losses:
+        if name not in LOSSES:
+            _check_loss(name, len(data.classes))
     images, labels = data.train.batch(torch.arange(min(NUM_IMAGES, len(data.train))))
-    stored: set[tuple[str, str]] = set()
-    for config in configs:
-        loss = get_loss(config.loss)
-        if config.loss not in LOSSES:
-            _check_loss(config.loss, len(data.classes))
-        if config.network in NETWORKS:
-            continue
-        network = _check_network(replace(config, device="cpu"), data, images, labels)
-        key = (config.network, loss.outputs_to_probabilities)
-        if key not in stored:
-            stored.add(key)
-            _check_storable(Classifier(network, PROBABILITIES[key[1]]), config.network, data)
+    # One loss is enough to train a network: the others differ in what comes after its outputs.
+    for config in {config.network: config for config in configs}.values():
+        if config.network not in NETWORKS:
+            network = _check_network(replace(config, device="cpu"), data, images, labels)
+            for kind in {loss.outputs_to_probabilities for loss in losses.values()}:
+                _check_storable(Classifier(network, PROBABILITIES[kind]), config.network, data)
 
 
 def _check_network(config: TrainConfig, data: Dataset, images: Tensor, labels: Tensor) -> nn.Module:
