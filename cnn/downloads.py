@@ -123,7 +123,7 @@ def _splits(download: _Download, kind: Any, data_dir: Path, scratch: Path) -> li
     """Return torchvision's two splits, from what is in the data folder or downloaded."""
     archives = download.archives(kind)
     missing = [each for each in archives if not _is_intact(each, data_dir)]
-    # Of MNIST's unpacked files, torchvision has no checksums: intact archives go before them.
+    # torchvision has no checksums of MNIST's unpacked files: intact archives are preferred.
     if missing or download.archives is not _four:
         splits = _unpacked(download, kind, data_dir)
         if splits is not None:

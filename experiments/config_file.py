@@ -19,7 +19,7 @@ _OWN = ("help", "config", "print_config")
 
 
 class ConfigParser(Parser):
-    """A parser with `--config FILE` and `--print-config`. The command line goes before the file."""
+    """A parser with `--config FILE` and `--print-config`. The command line overrides the file."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -27,7 +27,7 @@ class ConfigParser(Parser):
             "--config",
             type=Path,
             metavar="FILE",
-            help="read options from a TOML file, each by its name; the command line goes before it",
+            help="read options from a TOML file, each by its name; the command line overrides it",
         )
         self.add_argument(
             "--print-config", action="store_true", help="print all options as such a file, and exit"

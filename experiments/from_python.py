@@ -111,7 +111,7 @@ def run_sweep(**options: Any) -> SweepResult:
     The keywords are the options of the command, with underscores: numbers, texts, lists. `vary` is
     a mapping: a text as on the command line, a tuple `(low, high)` or `(low, high, "log")`, or a
     list of values. Networks and losses may be functions of a module or of the script; those of a
-    notebook must be in a file. `config` names a file of options; keywords go before it.
+    notebook must be in a file. `config` names a file of options; keywords override it.
 
     The same call continues its study. Ctrl-C, or a notebook's stop button, stops it in order.
 
