@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 TRIAL_COLUMNS = (
-    *("loss", "trial", "outcome", "learning_rate", "batch_size", "epochs", "val_accuracy"),
-    *("val_loss", "seconds", "images_per_second", "run_id"),
+    *("loss", "search", "stage", "trial", "seed", "outcome", "learning_rate", "batch_size"),
+    *("epochs", "val_accuracy", "val_loss", "seconds", "images_per_second", "run_id", "reused"),
 )
 REPEAT_COLUMNS = (
-    *("loss", "trial", "seed", "outcome", "learning_rate", "batch_size", "val_accuracy"),
+    *("loss", "search", "trial", "seed", "outcome", "learning_rate", "batch_size", "val_accuracy"),
     *("test_accuracy", "test_nll", "test_brier", "test_ece", "test_evaluations"),
-    *("seconds", "images_per_second", "run_id"),
+    *("seconds", "images_per_second", "run_id", "reused"),
 )
 CURVE_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-CURVE_COLUMNS = ("stage", "loss", "trial", "epoch", *CURVE_METRICS)
+CURVE_COLUMNS = ("stage", "loss", "search", "trial", "epoch", *CURVE_METRICS)
 METRICS = {
     "train_loss": "train/loss",
     "train_accuracy": "train/accuracy",
@@ -64,25 +64,42 @@ class Results:
 
     name: str
     plan: Mapping[str, Any]
-    """Its settings: dataset, dataset_digest, losses, learning_rate_min, learning_rate_max,
-    batch_sizes, trials (of each loss), epochs, repeats, seed, sampler, optimizer, schedule, device,
-    precision; and given_test, whether the test split is the same for every seed."""
+    """Its settings: search (staged, random or tpe), dataset, dataset_digest, losses, searches (of
+    each loss), trials (of each search), learning_rate_min, learning_rate_max, batch_sizes, epochs,
+    repeats, seed, optimizer, schedule, device, precision; and given_test, whether the test split is
+    the same for every seed."""
     classes: tuple[str, ...]
     """The K class names."""
     sizes: Mapping[str, int]
     """Images of each split: train, validation, test."""
     trials: pd.DataFrame
-    """A row for each finished trial of the search: `TRIAL_COLUMNS`. Accuracies are shares, 0 to 1,
-    of the last epoch. `outcome` is complete, diverged or failed; nothing is pruned. `seconds` is
-    the time of training and validation, `images_per_second` the mean over the epochs."""
+    """A row for each finished training of the searches: `TRIAL_COLUMNS`. Accuracies are shares, 0
+    to 1, of the last epoch. `outcome` is complete, diverged or failed; nothing is pruned. `search`
+    counts the searches of a loss from 1, `trial` the trainings of a search from 0, and `stage` is
+    explore, refine or choose; random and tpe have one search and one stage, search. `seconds` is
+    the time of training and validation, `images_per_second` the mean over the epochs. `reused`: the
+    training was found, not made."""
     repeats: pd.DataFrame
-    """A row for each finished repeat of a loss' best configuration: `REPEAT_COLUMNS`. Repeats of
-    different losses with the same seed are paired: they share the split and the order of images.
-    `test_…` is NaN before the test, and where the training diverged or failed and left no model.
-    `test_nll` takes probabilities below 1e-6 as 1e-6."""
+    """A row for each finished repeat: `REPEAT_COLUMNS`. A repeat is the training, on a fresh seed,
+    of the configuration that a search has chosen. With random and tpe there is one search, and its
+    configuration has a repeat for each of several seeds. Repeats of different losses with the same
+    seed are paired: their searches and they share the split and the order of images. `test_…` is
+    NaN before the test, and where the training diverged or failed and left no model. `test_nll`
+    takes probabilities below 1e-6 as 1e-6."""
+    confirmed: pd.DataFrame
+    """A row for each finished training of the configuration to use, on fresh seeds:
+    `REPEAT_COLUMNS`. It was chosen from all searches of the winner together. Empty for random and
+    tpe, where `repeats` confirm it."""
+    hits: Mapping[str, npt.NDArray[np.bool_]]
+    """Of each loss, (n, N): whether each of the N test images was predicted correctly, in each of
+    its n tested repeats, ordered by seed. Empty unless the test split is given."""
+    ranges: Mapping[str, tuple[float, float]]
+    """Of each loss, the range of learning rates in which its searches began."""
+    test_rounds: int
+    """How often models were shown the test split; each model was shown it once."""
     curves: pd.DataFrame
-    """A row for each epoch of each of these trainings: `CURVE_COLUMNS`. `stage` is search or
-    confirm, `trial` the trial's number in the loss' search or in the confirmation."""
+    """A row for each epoch of each training in `trials` and `repeats`: `CURVE_COLUMNS`. `stage` is
+    search or confirm; `search` and `trial` are those of the training's row."""
     confusions: Mapping[str, npt.NDArray[np.int64]]
     """Of each loss, (K, K) counts of test images over all repeats: rows true, columns predicted."""
     studies: Mapping[str, Study]
