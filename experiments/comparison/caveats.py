@@ -195,8 +195,8 @@ def _few_trials(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
         math.ceil(FEW_TRIALS * tried / done) if done else 2 * planned
         for done, tried in few.values()
     )
-    text = f"{listed([f'`{loss}` has {done} complete trials of {of}' for loss, (done, of) in few.items()])}: "
-    text += "a best configuration may be a lucky one, or not among them."
+    has = [f"`{loss}` has {done} complete trials of {of}" for loss, (done, of) in few.items()]
+    text = f"{listed(has)}: a best configuration may be a lucky one, or not among them."
     command = made_anew(results, "--trials", enough) if enough > planned else ""
     loss = next(iter(few)) if len(few) == 1 else None
     yield Caveat(kind="few trials", loss=loss, text=text, command=command)

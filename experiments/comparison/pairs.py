@@ -30,7 +30,14 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from experiments.comparison.intervals import ALPHA, Estimate, NewImages, exact, over_trainings
+from experiments.comparison.intervals import (
+    ALPHA,
+    Estimate,
+    Floats,
+    NewImages,
+    exact,
+    over_trainings,
+)
 
 IRRELEVANT = 0.002
 """A smaller difference of accuracies matters to nobody, unless the plan has another min_effect."""
@@ -42,8 +49,8 @@ SPREAD_LIMIT = 0.8
 """How sure it is that the true spread is not larger than the one that `repeats_needed` assumes.
 
 Browne (1995, "On the use of a pilot sample for sample size determination") takes the same. Planned
-so from n = 2 to 20 repeats, half a point was shown in 85 to 91 %; planned from the spread itself, in
-44 to 81 %.
+so from n = 2 to 20 repeats, half a point was shown in 85 to 91 %; planned from the spread itself,
+in 44 to 81 %.
 """
 MAX_REPEATS = 10_000
 """The upper bound of `repeats_needed`."""
@@ -75,38 +82,28 @@ def pairwise_tests(
     doubts: Doubts | None = None,
 ) -> pd.DataFrame:
     """Return `Assessment.pairs` of accuracies: a row a seed, a column a loss, the best first."""
-    rows: list[dict[str, Any]] = []
-    estimates: list[tuple[Estimate, Estimate]] = []
-    for first, loss in combinations(accuracy.columns, 2):
-        differences = (accuracy[first] - accuracy[loss]).dropna()
-        values = exact(differences)
-        both = Estimate(mean=math.nan), Estimate(mean=math.nan)
-        if len(values):
-            both = over_trainings(values), Estimate(mean=float(values.mean()))
-            if images is not None:
-                both = both[0], images.of_pair(first, loss, list(differences.index), values)
-        estimates.append(both)
-        rows.append({"first": first, "loss": loss, **_row(values, *both)})
-    pairs = pd.DataFrame(rows, columns=PAIR_COLUMNS)
-    for p, corrected in (("p", "p_holm"), ("p_images", "p_images_holm")):
-        tested = pairs[p].notna()
-        if tested.any():
-            pairs.loc[tested, corrected] = multipletests(pairs.loc[tested, p], method="holm")[1]
-    judge = _Judge(min_effect=min_effect, doubts=doubts or Doubts())
-    alphas = [ALPHA / max(1, int(pairs[p].notna().sum())) for p in ("p", "p_images")]
-    for index, row in enumerate(pairs.to_dict("records")):
-        bounds, of_images = (
-            each.ends(alpha) for each, alpha in zip(estimates[index], alphas, strict=True)
-        )
-        pairs.loc[index, ["bound_low", "bound_high"]] = bounds
-        pairs.loc[index, "verdict"] = judge(row, row["p_holm"], bounds)
-        pairs.loc[index, "images_verdict"] = judge(row, row["p_images_holm"], of_images)
-    level = ALPHA / max(1, int((pairs["p_holm"] > ALPHA).sum()))
-    pairs["repeats_needed"] = [
-        repeats_needed(upper_spread(sd, n), level)
-        for sd, n in zip(pairs["sd"], pairs["n"], strict=True)
+    found = [
+        _Pair(first=first, loss=loss, differences=accuracy[first] - accuracy[loss], images=images)
+        for first, loss in combinations(accuracy.columns, 2)
     ]
-    return pairs
+    rows = [each.row() for each in found]
+    judge = _Judge(min_effect=min_effect, doubts=doubts or Doubts())
+    for prefix, name in (("", "trainings"), ("images_", "on_new")):
+        estimates: list[Estimate] = [getattr(each, name) for each in found]
+        p_values = np.array([each.p for each in estimates])
+        corrected, alpha = _holm(p_values), ALPHA / max(1, np.isfinite(p_values).sum())
+        for row, each, p, p_holm in zip(rows, estimates, p_values, corrected, strict=True):
+            bounds = each.ends(alpha)
+            row[f"{prefix}verdict"] = judge(row, p_holm, bounds)
+            if prefix:
+                row |= {"p_images": p, "p_images_holm": p_holm}
+            else:
+                row |= {"p": p, "p_holm": p_holm}
+                row["bound_low"], row["bound_high"] = np.clip(bounds, -1.0, 1.0)
+    level = ALPHA / max(1, sum(row["p_holm"] > ALPHA for row in rows))
+    for row in rows:
+        row["repeats_needed"] = repeats_needed(upper_spread(row["sd"], row["n"]), level)
+    return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
 
 def repeats_needed(sd: float, level: float) -> float:
@@ -136,21 +133,50 @@ def may_fail(n: int) -> float:
     return float(1 - ALPHA ** (1 / n))
 
 
-def _row(values: np.ndarray[Any, Any], trainings: Estimate, images: Estimate) -> dict[str, Any]:
-    """Return a pair's row; columns that n is too small for are missing."""
-    n = len(values)
-    ahead, ties = int((values > 0).sum()), int((values == 0).sum())
-    row: dict[str, Any] = {"n": n, "difference": trainings.mean, "ahead": ahead, "ties": ties}
-    if n:
-        row["probability"] = (ahead + ties / 2) / n
-        row["probability_low"], _ = proportion_confint(ahead, n, ALPHA, method="beta")
-        _, row["probability_high"] = proportion_confint(ahead + ties, n, ALPHA, method="beta")
-    if n > 1:
-        row["sd"] = float(values.std(ddof=1)) if np.ptp(values) else 0.0
-    for prefix, each, p in (("", trainings, "p"), ("images_", images, "p_images")):
-        row[p] = each.p
-        row[f"{prefix}low"], row[f"{prefix}high"] = np.clip(each.ends(), -1.0, 1.0)
-    return row
+def _holm(p_values: Floats) -> Floats:
+    """Return p-values corrected for all that are not NaN."""
+    corrected = p_values.copy()
+    tested = np.isfinite(p_values)
+    if tested.any():
+        corrected[tested] = multipletests(p_values[tested], method="holm")[1]
+    return corrected
+
+
+class _Pair:
+    """The differences of a pair of losses, seed by seed."""
+
+    def __init__(
+        self, *, first: str, loss: str, differences: pd.Series[float], images: NewImages | None
+    ) -> None:
+        self.first, self.loss = first, loss
+        self.values = exact(differences)
+        self.trainings = over_trainings(self.values)
+        seeds = list(differences.dropna().index)
+        if images is None:
+            self.on_new = Estimate(mean=self.trainings.mean)
+        else:
+            self.on_new = images.of_pair(first, loss, seeds, self.values)
+
+    def row(self) -> dict[str, Any]:
+        """Return the columns that do not depend on other pairs."""
+        values, n = self.values, len(self.values)
+        ahead, ties = int((values > 0).sum()), int((values == 0).sum())
+        row: dict[str, Any] = {
+            "first": self.first,
+            "loss": self.loss,
+            "n": n,
+            "difference": self.trainings.mean,
+            "sd": math.nan if n < 2 else float(values.std(ddof=1)) if np.ptp(values) else 0.0,
+            "ahead": ahead,
+            "ties": ties,
+        }
+        if n:
+            row["probability"] = (ahead + ties / 2) / n
+            row["probability_low"], _ = proportion_confint(ahead, n, ALPHA, method="beta")
+            _, row["probability_high"] = proportion_confint(ahead + ties, n, ALPHA, method="beta")
+        for prefix, each in (("", self.trainings), ("images_", self.on_new)):
+            row[f"{prefix}low"], row[f"{prefix}high"] = np.clip(each.ends(), -1.0, 1.0)
+        return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +186,7 @@ class _Judge:
     min_effect: float
     doubts: Doubts
 
-    def __call__(self, row: dict[Any, Any], p: float, bounds: tuple[float, float]) -> str:
+    def __call__(self, row: dict[str, Any], p: float, bounds: tuple[float, float]) -> str:
         """Return the verdict on `loss`, from a corrected p and simultaneous bounds."""
         if row["n"] < 2:
             return "not compared"
@@ -176,7 +202,7 @@ class _Judge:
             leader = row["first"] if is_first else row["loss"]
             if leader in self.doubts.incomplete:
                 return "behind" if is_first else "ahead"
-            size = "" if abs(row["difference"]) >= self.min_effect else "slightly "
+            size = "" if round(abs(row["difference"]), 9) >= self.min_effect else "slightly "
             return f"{size}{'worse' if is_first else 'better'}"
         is_inside = -self.min_effect <= bounds[0] and bounds[1] <= self.min_effect
         if is_inside and not pair & set(self.doubts.incomplete):

@@ -112,9 +112,7 @@ def _of_rate(results: Results, loss: str, rate: float) -> Iterator[Open]:
     tried = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
     for end, is_limit in (("lower", place <= EDGE), ("upper", place >= 1 - EDGE)):
         if is_limit or _is_open(rate, list(tried), end):
-            yield Open(
-                loss=loss, parameter="learning_rate", end=end, best=rate, is_limit=is_limit
-            )
+            yield Open(loss=loss, parameter="learning_rate", end=end, best=rate, is_limit=is_limit)
 
 
 def _of_size(results: Results, loss: str, size: int) -> Iterator[Open]:

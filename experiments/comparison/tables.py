@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.comparison.intervals import Floats, NewImages, exact, over_trainings
+from experiments.comparison.ranges import is_staged
 from experiments.comparison.results import Results, with_searched
 from experiments.study.parameters import BY_NAME
 from experiments.study.ranking import best_first
@@ -62,9 +63,9 @@ def summarise(results: Results, repeats: pd.DataFrame, images: NewImages) -> pd.
     """Return `Assessment.table`; repeats are sorted by seed."""
     table = pd.DataFrame(
         [
-            _loss(loss, results.trials[results.trials["loss"] == loss], of_loss, images)
+            _loss(loss, trials, repeats[repeats["loss"] == loss], images, results.plan)
             for loss in results.plan["losses"]
-            for of_loss in [repeats[repeats["loss"] == loss]]
+            for trials in [results.trials[results.trials["loss"] == loss]]
         ],
         columns=with_searched(TABLE_COLUMNS, results.plan),
     ).astype({"batch_size": "Int64"})
@@ -98,18 +99,23 @@ def summary(values: Floats, bounds: tuple[float, float]) -> dict[str, float]:
 
 
 def _loss(
-    loss: str, trials: pd.DataFrame, repeats: pd.DataFrame, images: NewImages
+    loss: str,
+    trials: pd.DataFrame,
+    repeats: pd.DataFrame,
+    images: NewImages,
+    plan: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a row of the table; repeats are in the order of their seeds."""
     by_outcome = {name: repeats[repeats["outcome"] == name] for name in OUTCOMES}
+    lost = _lost_searches(trials, repeats, plan)
     complete = by_outcome["complete"]
     accuracy = exact(complete["test_accuracy"])
     row: dict[str, Any] = {
         "loss": loss,
         **_configuration(trials, repeats),
-        "repeats": len(repeats),
+        "repeats": len(repeats) + lost,
         "diverged": len(by_outcome["diverged"]),
-        "failed": len(by_outcome["failed"]),
+        "failed": len(by_outcome["failed"]) + lost,
         "n": len(accuracy),
         "outliers": len(outlying(repeats)),
     }
@@ -125,6 +131,15 @@ def _loss(
         of_measure = summary(exact(complete[f"test_{measure}"]), bounds)
         row |= {f"{measure}_{name}": value for name, value in of_measure.items()}
     return row
+
+
+def _lost_searches(trials: pd.DataFrame, repeats: pd.DataFrame, plan: Mapping[str, Any]) -> int:
+    """Return how many searches chose nothing, because no trial was complete."""
+    if not is_staged(plan):
+        return 0
+    complete = (trials["outcome"] == "complete").groupby(trials["search"]).agg(["size", "any"])
+    is_lost = (complete["size"] >= plan["trials"]) & ~complete["any"].astype(bool)
+    return int((is_lost & ~complete.index.isin(repeats["search"])).sum())
 
 
 def _configuration(trials: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, Any]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.comparison.intervals import ALPHA
+
+Row = Mapping[Hashable, Any]
+"""Of a table of `experiments.comparison`."""
+
+INTERVAL = f"{100 * (1 - ALPHA):g} % interval"
 
 
 def percent(share: float) -> str:
@@ -13,6 +22,12 @@ def percent(share: float) -> str:
 def points(difference: float) -> str:
     """Return a difference of shares in percent points, without the unit."""
     return f"{100 * difference:z.2f}".replace("-", "−")
+
+
+def no_more_than(pair: Row) -> str:
+    """Return how large a pair's difference may be, by its simultaneous bounds, rounded up."""
+    most = max(abs(pair["bound_low"]), abs(pair["bound_high"]))
+    return f"no more than {math.ceil(round(1e4 * most, 6)) / 100:.2f} points"
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
