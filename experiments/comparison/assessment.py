@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.comparison.caveats import Caveat, find_caveats
 from experiments.comparison.intervals import NewImages, exact
 from experiments.comparison.pairs import IRRELEVANT, Doubts, pairwise_tests
-from experiments.comparison.ranges import is_staged
+from experiments.comparison.ranges import is_staged, open_ranges
 from experiments.comparison.results import Results
 from experiments.comparison.statements import make_statements
 from experiments.comparison.tables import MEASURES, summarise, summary
@@ -114,14 +114,14 @@ def assess(results: Results) -> Assessment:
         min_effect=results.plan.get("min_effect", IRRELEVANT),
         doubts=doubts,
     )
-    to_use = _to_use(results, winner)
+    to_use, still_open = _to_use(results, winner), open_ranges(results, table)
     return Assessment(
         winner=winner,
         table=table,
         pairs=pairs,
         to_use=to_use,
-        statements=make_statements(results, table, pairs, to_use),
-        warnings=find_caveats(results, table),
+        statements=make_statements(results, table, pairs, to_use, still_open),
+        warnings=find_caveats(results, table, still_open),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.comparison.advice import continued, made_anew
-from experiments.comparison.ranges import Open, is_staged, open_ranges
+from experiments.comparison.ranges import Open, is_staged
 from experiments.comparison.results import Results
 from experiments.comparison.settling import unsettled
 from experiments.comparison.tables import outlying
@@ -51,10 +51,12 @@ class Caveat:
         return f"{self.text} Try: `{self.command}`" if self.command else self.text
 
 
-def find_caveats(results: Results, table: pd.DataFrame) -> tuple[Caveat, ...]:
+def find_caveats(
+    results: Results, table: pd.DataFrame, still_open: Sequence[Open]
+) -> tuple[Caveat, ...]:
     """Return the warnings of an `Assessment`, from its table: those that matter most first."""
     found = [
-        *_edges(results, table),
+        *_edges(results, still_open),
         *_outliers(results, table),
         *_few_repeats(results, table),
         *_retest(results),
@@ -67,10 +69,10 @@ def find_caveats(results: Results, table: pd.DataFrame) -> tuple[Caveat, ...]:
     return tuple(sorted(found, key=lambda caveat: KINDS.index(caveat.kind)))
 
 
-def _edges(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
+def _edges(results: Results, still_open: Sequence[Open]) -> Iterator[Caveat]:
     """Yield a caveat for the losses whose ranges are open at the same end."""
     groups: dict[tuple[str, str, bool], list[Open]] = defaultdict(list)
-    for each in open_ranges(results, table):
+    for each in still_open:
         groups[each.parameter, each.end, each.is_limit].append(each)
     for found in groups.values():
         text, command = (_of_searches if is_staged(results.plan) else _of_one)(results, found)

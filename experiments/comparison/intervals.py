@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from experiments.comparison.results import Results
 
@@ -54,7 +54,7 @@ class Estimate:
         """Return half the width of the interval that misses in a share alpha; NaN if unknown."""
         if not self.variance > 0:
             return math.nan
-        own = float(stats.t.isf(alpha / 2, self.df)) * math.sqrt(self.variance)
+        own = -float(special.stdtrit(self.df, alpha / 2)) * math.sqrt(self.variance)
         return own if self.least is None else max(own, self.least.half_width(alpha))
 
     def ends(self, alpha: float = ALPHA) -> tuple[float, float]:
@@ -67,7 +67,7 @@ class Estimate:
         """The two-sided p of the t-test that the true mean is 0; NaN if unknown."""
         if not self.variance > 0:
             return math.nan
-        own = 2 * float(stats.t.sf(abs(self.mean) / math.sqrt(self.variance), self.df))
+        own = 2 * float(special.stdtr(self.df, -abs(self.mean) / math.sqrt(self.variance)))
         return own if self.least is None else max(own, self.least.p)
 
 
@@ -94,6 +94,18 @@ def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
         1 - ALPHA, values.shape[-1] - 1, loc=values.mean(-1), scale=stats.sem(values, axis=-1)
     )
     return low, high
+
+
+def holm(p_values: Floats) -> Floats:
+    """Return p-values corrected for all that are not NaN (Holm 1979).
+
+    That of statsmodels collects garbage at each call, which takes a fifth of a second.
+    """
+    corrected = np.full(len(p_values), math.nan)
+    order = np.argsort(p_values)[: np.isfinite(p_values).sum()]  # NaN come last
+    steps = p_values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected
 
 
 def crossed(values: npt.NDArray[np.int8]) -> tuple[float, float]:

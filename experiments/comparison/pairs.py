@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 from experiments.comparison.intervals import (
     ALPHA,
     Estimate,
-    Floats,
     NewImages,
     exact,
+    holm,
     over_trainings,
 )
 
@@ -91,7 +90,7 @@ def pairwise_tests(
     for prefix, name in (("", "trainings"), ("images_", "on_new")):
         estimates: list[Estimate] = [getattr(each, name) for each in found]
         p_values = np.array([each.p for each in estimates])
-        corrected, alpha = _holm(p_values), ALPHA / max(1, np.isfinite(p_values).sum())
+        corrected, alpha = holm(p_values), ALPHA / max(1, np.isfinite(p_values).sum())
         for row, each, p, p_holm in zip(rows, estimates, p_values, corrected, strict=True):
             bounds = each.ends(alpha)
             row[f"{prefix}verdict"] = judge(row, p_holm, bounds)
@@ -131,15 +130,6 @@ def upper_spread(sd: float, n: int) -> float:
 def may_fail(n: int) -> float:
     """Return the share of repeats that may fail, if none of n did: the upper 95 % limit."""
     return float(1 - ALPHA ** (1 / n))
-
-
-def _holm(p_values: Floats) -> Floats:
-    """Return p-values corrected for all that are not NaN."""
-    corrected = p_values.copy()
-    tested = np.isfinite(p_values)
-    if tested.any():
-        corrected[tested] = multipletests(p_values[tested], method="holm")[1]
-    return corrected
 
 
 class _Pair:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from experiments.comparison.intervals import Floats
 from experiments.comparison.results import Results
 
 EDGE = 0.05
@@ -50,7 +53,8 @@ def open_ranges(results: Results, table: pd.DataFrame) -> list[Open]:
     With several searches, those are counted that are open in at least half of them.
     """
     if is_staged(results.plan):
-        return [found for loss in table["loss"] for found in _of_searches(results, loss)]
+        tried = _tried(results.trials)
+        return [found for loss in table["loss"] for found in _of_searches(results, loss, tried)]
     rows = table[table["learning_rate"].notna()].to_dict("records")
     return [
         found
@@ -62,40 +66,41 @@ def open_ranges(results: Results, table: pd.DataFrame) -> list[Open]:
     ]
 
 
-def _of_searches(results: Results, loss: str) -> Iterator[Open]:
+def _tried(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the extremes of what each search tried; a failed trial says nothing of its values."""
+    trials = trials[trials["outcome"] != "failed"]
+    searches = trials.groupby(["loss", "search"])
+    return searches[["learning_rate", "batch_size"]].agg(["min", "max"])
+
+
+def _of_searches(results: Results, loss: str, tried: pd.DataFrame) -> Iterator[Open]:
     repeats = results.repeats[results.repeats["loss"] == loss].sort_values("search")
-    trials = results.trials[results.trials["loss"] == loss]
-    trials = trials[trials["outcome"] != "failed"]  # says nothing of its configuration
+    chosen = repeats[[(loss, search) in tried.index for search in repeats["search"]]]
+    if chosen.empty:
+        return
+    ranges = tried.loc[[(loss, search) for search in chosen["search"]]]
     for parameter in ("learning_rate", "batch_size"):
+        best = chosen[parameter].to_numpy(float)
+        low, high = ranges[parameter].to_numpy(float).T
         for end in ("lower", "upper"):
-            found = [
-                float(chosen[parameter])
-                for chosen in repeats.to_dict("records")
-                if _is_open(
-                    float(chosen[parameter]),
-                    list(trials.loc[trials["search"] == chosen["search"], parameter]),
-                    end,
-                )
-                and _can_go_on(results, parameter, end, chosen[parameter])
+            is_open = _is_open(best, low, high, end) & [
+                _can_go_on(results, parameter, end, value) for value in best
             ]
-            if found and 2 * len(found) >= len(repeats):
+            if is_open.any() and 2 * is_open.sum() >= len(repeats):
                 yield Open(
                     loss=loss,
                     parameter=parameter,
                     end=end,
-                    best=found[0],
-                    count=len(found),
+                    best=float(best[is_open][0]),
+                    count=int(is_open.sum()),
                     searches=len(repeats),
                 )
 
 
-def _is_open(best: float, tried: Sequence[float], end: str) -> bool:
+def _is_open(best: Floats, low: Floats, high: Floats, end: str) -> npt.NDArray[np.bool_]:
     """Return whether nothing was tried beyond the best value; what diverged there was tried."""
-    if len(set(tried)) < 2:  # it was not searched
-        return False
-    if end == "lower":
-        return best <= min(tried) * (1 + 1e-9)
-    return best >= max(tried) * (1 - 1e-9)
+    is_extreme = best <= low * (1 + 1e-9) if end == "lower" else best >= high * (1 - 1e-9)
+    return is_extreme & (low < high)  # else it was not searched
 
 
 def _can_go_on(results: Results, parameter: str, end: str, value: float) -> bool:
@@ -110,8 +115,9 @@ def _of_rate(results: Results, loss: str, rate: float) -> Iterator[Open]:
     low, high = results.plan["learning_rate_min"], results.plan["learning_rate_max"]
     place = math.log(rate / low) / math.log(high / low)
     tried = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
+    best, lowest, highest = (np.array([value]) for value in (rate, tried.min(), tried.max()))
     for end, is_limit in (("lower", place <= EDGE), ("upper", place >= 1 - EDGE)):
-        if is_limit or _is_open(rate, list(tried), end):
+        if is_limit or _is_open(best, lowest, highest, end).any():
             yield Open(loss=loss, parameter="learning_rate", end=end, best=rate, is_limit=is_limit)
 
 

@@ -9,9 +9,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
-from experiments.comparison.intervals import ALPHA
+from experiments.comparison.intervals import ALPHA, holm
 from experiments.comparison.results import Results
 
 LAST_PART = 0.25
@@ -72,9 +71,7 @@ def _reversals(early: pd.DataFrame, late: pd.DataFrame) -> list[tuple[str, str]]
         mean = leads.mean()
         pairs.append((first, second, mean["early"], mean["late"]))
         p_values.append(stats.ttest_1samp(changes, 0).pvalue)
-    if not pairs:
-        return []
-    is_change = multipletests(p_values, alpha=ALPHA, method="holm")[0]
+    is_change = holm(np.array(p_values)) <= ALPHA
     return [
         (first, second) if lead > 0 else (second, first)
         for (first, second, lead_before, lead), changed in zip(pairs, is_change, strict=True)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.comparison.details import details, incomplete, use
 from experiments.comparison.pairs import DECIDED
-from experiments.comparison.ranges import Open, is_staged, open_ranges
+from experiments.comparison.ranges import Open, is_staged
 from experiments.comparison.results import Results
 from experiments.comparison.wording import (
     INTERVAL,
@@ -30,9 +30,13 @@ SHOWN = 3
 
 
 def make_statements(
-    results: Results, table: pd.DataFrame, pairs: pd.DataFrame, to_use: Row | None
+    results: Results,
+    table: pd.DataFrame,
+    pairs: pd.DataFrame,
+    to_use: Row | None,
+    still_open: Sequence[Open],
 ) -> tuple[str, ...]:
-    """Return the statements of an `Assessment`, from its table, its pairs and what to use."""
+    """Return the statements of an `Assessment`, from its table and what else was found."""
     losses: Sequence[Row] = table.to_dict("records")
     rows: Sequence[Row] = pairs.to_dict("records")
     winner = losses[0]
@@ -47,7 +51,7 @@ def make_statements(
     else:
         others = [row for row in rows if row["first"] == winner["loss"]]
         answer = [
-            _on_these_images(results, losses, others, open_ranges(results, table)),
+            _on_these_images(results, losses, others, still_open),
             _on_other_images(results, losses, others),
         ]
     answer[0] = f"{_failures(losses)}{answer[0]}"
