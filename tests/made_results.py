@@ -105,9 +105,7 @@ def _row(columns: Sequence[str], loss: str, search: int, seed: int) -> dict[str,
     }
 
 
-def with_hits(
-    made: Results, *, own: float = 0.5, noise: float = 0.5, seed: int = 0
-) -> Results:
+def with_hits(made: Results, *, own: float = 0.5, noise: float = 0.5, seed: int = 0) -> Results:
     """Return them with hits that have these accuracies.
 
     Images differ in difficulty: for all losses, for each loss on its own, and for each repeat.
