@@ -347,15 +347,15 @@ def test_an_order_that_still_changes(search: str, command: str) -> None:
 def test_an_order_that_changes_by_luck_is_no_warning() -> None:
     rng = np.random.default_rng(0)
     warned = changed = 0
-    for _ in range(25):
+    for _ in range(15):
         made = results({loss: list(rng.normal(70, 0.3, 5).round(2)) for loss in "abc"})
         made = curved(made, lambda at: float(at["val_accuracy"] + rng.normal(0, 0.004)))
         of_repeats = made.curves.query("stage == 'confirm'")
         means = of_repeats.groupby(["epoch", "loss"])["val_accuracy"].mean()
         changed += list(means[6].sort_values().index) != list(means[8].sort_values().index)
         warned += any("order still" in text for text in texts(made, "epochs"))
-    assert changed >= 10
-    assert warned <= 2  # 5 % may be
+    assert changed >= 6
+    assert warned <= 1  # 5 % may be
 
 
 def test_a_lead_that_grows_is_no_change_of_order() -> None:

@@ -483,7 +483,7 @@ def test_points_have_no_negative_zero() -> None:
 def test_words_agree_with_the_verdicts() -> None:
     rng = np.random.default_rng(0)
     firsts = set()
-    for number in range(40):
+    for number in range(20):
         n = 2 + number % 12
         made = staged(
             {
