@@ -124,8 +124,9 @@ def test_losses_at_the_same_edge_share_a_caveat() -> None:
 
 def test_the_edge_is_that_of_the_best_trial_before_there_are_repeats() -> None:
     made = results({"mse": around(70)})
-    made.trials.loc[3, ["val_accuracy", "learning_rate"]] = [0.9, 0.99]
-    made.trials.loc[4, ["val_accuracy", "learning_rate", "outcome"]] = [0.95, 0.1, "diverged"]
+    made.trials.loc[[3, 4], "val_accuracy"] = [0.9, 0.95]
+    made.trials.loc[[3, 4], "learning_rate"] = [0.99, 0.1]
+    made.trials.loc[4, "outcome"] = "diverged"
     made = replace(made, repeats=made.repeats.iloc[:0])
     assert len(texts(made, "edge")) == 1
     assert "`mse` (0.99) is at the upper end" in texts(made, "edge")[0]
@@ -169,10 +170,8 @@ def test_what_diverged_beyond_closes_a_range_and_what_failed_does_not() -> None:
 
 def test_rates_are_compared_at_the_same_batch_size() -> None:
     # 0.1 at 64 was the best; at 128 its rate is 1.74 times as high, and 0.13 at 64 was worse.
-    trials = {"learning_rate": [0.01, 0.03, 0.1, 0.13, 0.174] * 4, "batch_size": [64] * 4 + [128]}
-    made = searched([0.174] * 4, learning_rate=trials["learning_rate"])
-    sizes = np.tile(trials["batch_size"], 4)
-    made.trials.loc[made.trials["loss"] == "mse", "batch_size"] = sizes
+    rates, sizes = [0.01, 0.03, 0.1, 0.13, 0.174], [64, 64, 64, 64, 128]
+    made = searched([0.174] * 4, learning_rate=rates * 4, batch_size=sizes * 4)
     made.repeats.loc[made.repeats["loss"] == "mse", "batch_size"] = 128
     assert not any("learning rates" in text for text in texts(made, "edge"))
     # A complete trial at four times the batch size says nothing of the rate, a diverged one does.

@@ -20,6 +20,7 @@ from experiments.comparison.tables import TABLE_COLUMNS
 
 NAN = math.nan
 Row = dict[str, Any]
+Matrix = np.ndarray[Any, Any]
 
 
 def drawn(seed: int, *, search: str, given_test: bool, n: int = 6) -> Results:
@@ -38,7 +39,8 @@ def drawn(seed: int, *, search: str, given_test: bool, n: int = 6) -> Results:
     }
     made = results(accuracies, validation=validation, search=search, given_test=given_test)
     is_failed = (made.repeats["loss"] == "d") & (made.repeats["seed"] == 4)
-    made.repeats.loc[is_failed, ["outcome", "val_accuracy"]] = ["failed", NAN]
+    made.repeats.loc[is_failed, "outcome"] = "failed"
+    made.repeats.loc[is_failed, "val_accuracy"] = NAN
     for name in ("test_nll", "test_brier", "test_ece"):
         made.repeats[name] = rng.random(len(made.repeats))
         made.repeats.loc[made.repeats["test_accuracy"].isna(), name] = NAN
@@ -63,9 +65,9 @@ def t_interval(values: Sequence[float], alpha: float = 0.05) -> tuple[float, flo
     return float(ends.low), float(ends.high)
 
 
-def anova(matrix: Sequence[Sequence[int]]) -> tuple[float, float]:
+def anova(matrix: Matrix) -> tuple[float, float]:
     """Return variance and degrees of freedom of the mean, term by term from the definition."""
-    x = np.array(matrix, dtype=float)
+    x = matrix.astype(float)
     n, images = x.shape
     mean, rows, columns = x.mean(), x.mean(axis=1), x.mean(axis=0)
     of_rows = sum(images * (row - mean) ** 2 for row in rows) / (n - 1)
@@ -90,7 +92,7 @@ def t_of(mean: float, variance: float, df: float, alpha: float) -> tuple[float, 
 
 
 def on_new_images(
-    made: Results, values: Sequence[float], matrix: Sequence[Sequence[int]] | None, alpha: float
+    made: Results, values: Sequence[float], matrix: Matrix | None, alpha: float
 ) -> tuple[float, float, float]:
     """Return the ends of the interval over new trainings and new images, and p."""
     low, high = t_interval(values, alpha)
@@ -116,7 +118,7 @@ def by_seed(made: Results, loss: str) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-def hits_at(made: Results, loss: str, seeds: Sequence[int]) -> np.ndarray[Any, Any] | None:
+def hits_at(made: Results, loss: str, seeds: Sequence[int]) -> Matrix | None:
     if loss not in made.hits:
         return None
     order = list(by_seed(made, loss))
@@ -185,7 +187,7 @@ def test_the_table_is_right(made: Results) -> None:
 @pytest.mark.parametrize("made", CASES)
 def test_the_pairs_are_right(made: Results) -> None:
     assessment = assess(made)
-    pairs: list[Row] = [dict(row) for row in assessment.pairs.to_dict("records")]
+    pairs: list[Any] = assessment.pairs.to_dict("records")
     assert set(assessment.pairs.columns) == set(PAIR_COLUMNS)
     order = list(assessment.table["loss"])
     assert [(pair["first"], pair["loss"]) for pair in pairs] == list(combinations(order, 2))

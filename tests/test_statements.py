@@ -17,7 +17,10 @@ from experiments.comparison.wording import no_more_than, points
 
 NAN = math.nan
 TWO = {"mse": around(70), "l1": around(69, offset=3)}
-METHOD = "Better means p ≤ 0.05 in the t-test of paired repeats{}, and a difference of at least {} points."
+METHOD = (
+    "Better means p ≤ 0.05 in the t-test of paired repeats{}, and a difference of at least {} "
+    "points."
+)
 HOLM = ", corrected by Holm's method for {} pairs of losses"
 ALONE = "Each interval is for one loss or one pair alone."
 MAY_FAIL = (
@@ -498,7 +501,7 @@ def test_words_agree_with_the_verdicts() -> None:
         assert is_best == (verdicts == {"worse"})
         assert is_tie == ("undecided" in verdicts)
         for verdict, words in (("undecided", "can't be told apart from"), ("better", "is worse")):
-            for loss in differences.query("verdict == @verdict")["loss"]:
+            for loss in differences.loc[differences["verdict"] == verdict, "loss"]:
                 assert f"`{loss}`" in first.split(words)[1]
         firsts.add((is_best, is_tie))
     assert len(firsts) == 2

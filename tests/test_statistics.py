@@ -192,7 +192,7 @@ def test_new_images_widen_intervals_by_what_images_differ() -> None:
     made = results({"mse": around(70, n=5), "l1": around(69, n=5, offset=2)})
     assessment = assess(with_hits(made, noise=0.1))
     for row in [*assessment.table.to_dict("records"), *assessment.pairs.to_dict("records")]:
-        low, high = (row.get(f"accuracy_{end}", row.get(end)) for end in ("low", "high"))
+        low, high = (row[f"accuracy_{end}" if "p" not in row else end] for end in ("low", "high"))
         assert row["images_low"] < low < high < row["images_high"]
     # One training on N images has √(0.7 × 0.3 / N); five that agree have hardly less.
     half = np.diff(assessment.table.loc[0, ["images_low", "images_high"]]).item() / 2
