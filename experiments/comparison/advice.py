@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from experiments.comparison.ranges import is_staged
 from experiments.comparison.results import Results
 
 _MODULE = ["-m", "experiments.compare"]
@@ -24,11 +25,14 @@ def continued(results: Results, flag: str, value: int) -> str:
 
 def made_anew(results: Results, flag: str, *values: float) -> str:
     """Return the command of a comparison with other settings, which needs another name."""
-    return _changed(
-        results,
-        {"--study": [next_name(results.name)], flag: [f"{value:g}" for value in values]},
-        without="--retest",
-    )
+    changes: dict[str, Sequence[str]] = {"--study": [next_name(results.name)]}
+    if "; " in results.provenance.get("command", ""):  # the last one may have said less
+        plan = results.plan
+        changes["--losses"] = plan["losses"]
+        grown = ("searches", "trials") if is_staged(plan) else ("repeats",)
+        changes |= {f"--{name}": [str(plan[name])] for name in grown}
+    changes[flag] = [f"{value:g}" for value in values]
+    return _changed(results, changes, without="--retest")
 
 
 def next_name(name: str) -> str:

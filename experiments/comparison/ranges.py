@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ import pandas as pd
 
 from experiments.comparison.intervals import Floats
 from experiments.comparison.results import Results
+from experiments.comparison.search_rule import COMPARABLE, RATE_PER_SIZE
 
 EDGE = 0.05
 """The share of the log range of learning rates that counts as its edge, at each end."""
+_SAME = 1e-9
+"""Learning rates that differ by fewer decades are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,7 @@ def open_ranges(results: Results, table: pd.DataFrame) -> list[Open]:
     With several searches, those are counted that are open in at least half of them.
     """
     if is_staged(results.plan):
-        tried = _tried(results.trials)
-        return [found for loss in table["loss"] for found in _of_searches(results, loss, tried)]
+        return [found for loss in table["loss"] for found in _of_searches(results, loss)]
     rows = table[table["learning_rate"].notna()].to_dict("records")
     return [
         found
@@ -66,41 +69,59 @@ def open_ranges(results: Results, table: pd.DataFrame) -> list[Open]:
     ]
 
 
-def _tried(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return the extremes of what each search tried; a failed trial says nothing of its values."""
-    trials = trials[trials["outcome"] != "failed"]
-    searches = trials.groupby(["loss", "search"])
-    return searches[["learning_rate", "batch_size"]].agg(["min", "max"])
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """What a search tried; a failed trial says nothing of its values."""
+
+    rates: Floats
+    """In decades, as if at a batch size of 1: learning rates are compared so by `search_rule`."""
+    sizes: Floats
+    is_complete: npt.NDArray[np.bool_]
+
+    def is_open(self, parameter: str, end: str, rate: float, size: float) -> bool:
+        """Return whether no trial lies beyond the chosen value; one that diverged there counts."""
+        sign = -1 if end == "lower" else 1
+        if parameter == "batch_size":
+            return len(set(self.sizes)) > 1 and not (sign * self.sizes > sign * size).any()
+        factor = np.maximum(self.sizes, size) / np.minimum(self.sizes, size)
+        # A rate that diverges is too high at any batch size.
+        is_comparable = (factor <= COMPARABLE) | ~self.is_complete
+        is_beyond = sign * (self.rates - rate) > _SAME
+        return len(set(self.rates)) > 1 and not (is_beyond & is_comparable).any()
 
 
-def _of_searches(results: Results, loss: str, tried: pd.DataFrame) -> Iterator[Open]:
+def _of_searches(results: Results, loss: str) -> Iterator[Open]:
+    power = RATE_PER_SIZE.get(results.plan.get("optimizer", "sgd"), 0.0)
     repeats = results.repeats[results.repeats["loss"] == loss].sort_values("search")
-    chosen = repeats[[(loss, search) in tried.index for search in repeats["search"]]]
-    if chosen.empty:
-        return
-    ranges = tried.loc[[(loss, search) for search in chosen["search"]]]
-    for parameter in ("learning_rate", "batch_size"):
-        best = chosen[parameter].to_numpy(float)
-        low, high = ranges[parameter].to_numpy(float).T
-        for end in ("lower", "upper"):
-            is_open = _is_open(best, low, high, end) & [
-                _can_go_on(results, parameter, end, value) for value in best
-            ]
-            if is_open.any() and 2 * is_open.sum() >= len(repeats):
-                yield Open(
-                    loss=loss,
-                    parameter=parameter,
-                    end=end,
-                    best=float(best[is_open][0]),
-                    count=int(is_open.sum()),
-                    searches=len(repeats),
-                )
-
-
-def _is_open(best: Floats, low: Floats, high: Floats, end: str) -> npt.NDArray[np.bool_]:
-    """Return whether nothing was tried beyond the best value; what diverged there was tried."""
-    is_extreme = best <= low * (1 + 1e-9) if end == "lower" else best >= high * (1 - 1e-9)
-    return is_extreme & (low < high)  # else it was not searched
+    trials = results.trials[results.trials["loss"] == loss]
+    trials = trials[trials["outcome"] != "failed"]
+    found: dict[tuple[str, str], list[float]] = {}
+    for chosen in repeats.to_dict("records"):
+        of_search = trials[trials["search"] == chosen["search"]]
+        sizes = of_search["batch_size"].to_numpy(float)
+        search = _Search(
+            rates=np.log10(of_search["learning_rate"].to_numpy(float)) - power * np.log10(sizes),
+            sizes=sizes,
+            is_complete=(of_search["outcome"] == "complete").to_numpy(),
+        )
+        size = chosen["batch_size"]
+        rate = math.log10(chosen["learning_rate"]) - power * math.log10(size)
+        for parameter, end in product(("learning_rate", "batch_size"), ("lower", "upper")):
+            value = float(chosen[parameter])
+            if search.is_open(parameter, end, rate, size) and _can_go_on(
+                results, parameter, end, value
+            ):
+                found.setdefault((parameter, end), []).append(value)
+    for (parameter, end), bests in found.items():
+        if 2 * len(bests) >= len(repeats):
+            yield Open(
+                loss=loss,
+                parameter=parameter,
+                end=end,
+                best=bests[0],
+                count=len(bests),
+                searches=len(repeats),
+            )
 
 
 def _can_go_on(results: Results, parameter: str, end: str, value: float) -> bool:
@@ -115,9 +136,11 @@ def _of_rate(results: Results, loss: str, rate: float) -> Iterator[Open]:
     low, high = results.plan["learning_rate_min"], results.plan["learning_rate_max"]
     place = math.log(rate / low) / math.log(high / low)
     tried = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
-    best, lowest, highest = (np.array([value]) for value in (rate, tried.min(), tried.max()))
-    for end, is_limit in (("lower", place <= EDGE), ("upper", place >= 1 - EDGE)):
-        if is_limit or _is_open(best, lowest, highest, end).any():
+    for end, is_limit, is_extreme in (
+        ("lower", place <= EDGE, rate <= tried.min() < tried.max()),
+        ("upper", place >= 1 - EDGE, rate >= tried.max() > tried.min()),
+    ):
+        if is_limit or is_extreme:
             yield Open(loss=loss, parameter="learning_rate", end=end, best=rate, is_limit=is_limit)
 
 

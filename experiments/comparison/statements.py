@@ -100,7 +100,7 @@ def _verdict(winner: Row, others: Sequence[Row], losses: int) -> str:
     relations = _relations(others)
     highest = f"{name} has the highest validation accuracy"
     if len(relations) == 1:
-        is_good = others[0]["verdict"] in ("worse", "slightly worse")
+        is_good = others[0]["verdict"] in ("worse", "slightly worse", "equal", "behind")
         return f"{highest}{' and' if is_good else ', but'} {relations[0]}"
     return ", ".join([highest, *relations[:-1]]) + (f", and {relations[-1]}" if relations else "")
 
