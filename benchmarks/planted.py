@@ -72,7 +72,7 @@ class Size:
             method=method,
             noise=noise,
             shapes=self.shapes,
-            searches=max(2, round(share * self.pooled)),
+            searches=max(1, round(share * self.pooled)),
             seed=self.seed,
         )
 
@@ -258,10 +258,10 @@ def verify(study: Study, said: Said) -> Counter[str]:
             add(f"difference {images}", low <= difference <= high)
             is_right = {"worse": lead > 0, "better": lead < 0}.get(verdict.split()[-1])
             if verdict == "equal":
-                is_right = abs(difference) <= IRRELEVANT
+                is_right = bool(abs(difference) <= IRRELEVANT)
             wrong[images] += is_right is False
             if lead:
-                add(f"shown {images}", verdict in ("worse", "better") and bool(is_right))
+                add(f"shown {images}", verdict in ("worse", "better") and is_right is True)
     for images in truths:
         add(f"false {images}", wrong[images] > 0)
     return counts
