@@ -45,7 +45,7 @@ LEVELS = np.linspace(-4, 4, 1025)
 """Values of ease."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
     """How hard images are."""
 
@@ -82,7 +82,7 @@ class Images:
         return levels
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tuned:
     """A loss, tuned: what its searches chose, and the truth about it."""
 
