@@ -52,7 +52,7 @@ class Size:
 
     studies: int = 1000
     """Of each cell of a table."""
-    pooled: int = 300
+    pooled: int = 150
     """Searches of a loss."""
     shapes: int = 12
     """Of losses, for each position of the optimum."""
@@ -263,35 +263,40 @@ def verify(study: Study, said: Said) -> Counter[str]:
     """Count what is said and true, and with " of", how often it could be."""
     counts: Counter[str] = Counter()
 
-    def add(what: str, is_true: bool) -> None:
+    def add(what: str, is_true: bool | np.bool_) -> None:
         counts.update({what: int(is_true), f"{what} of": 1})
 
     means = [loss.mean for loss in study.losses]
     truths: dict[str, Sequence[float]] = {"these": list(study.on_these), "new": means}
-    for at, estimates in zip(said.order, said.accuracies, strict=True):
-        for (images, true), each in zip(truths.items(), estimates, strict=True):
-            low, high = each.ends()
-            add(f"accuracy {images}", low <= true[at] <= high)
-            if at == said.order[0]:
-                add(f"winner {images}", low <= true[at] <= high)
-    wrong: Counter[str] = Counter()
-    for pair in said.pairs:
-        lead = round(study.losses[pair.first].best - study.losses[pair.loss].best, 9)
-        for (images, true), each, verdict in zip(
-            truths.items(), pair.estimates, pair.verdicts, strict=True
-        ):
-            difference = true[pair.first] - true[pair.loss]
-            low, high = each.ends()
-            add(f"difference {images}", low <= difference <= high)
-            is_right = {"worse": lead > 0, "better": lead < 0}.get(verdict.split()[-1])
-            if verdict == "equal":
-                is_right = bool(abs(difference) <= IRRELEVANT)
-            wrong[images] += is_right is False
+    for (images, true), accuracies, differences, verdicts in zip(
+        truths.items(), said.accuracies, said.differences, said.verdicts, strict=True
+    ):
+        low, high = accuracies.ends()
+        covers = [low[at] <= true[loss] <= high[at] for at, loss in enumerate(said.order)]
+        counts.update({f"accuracy {images}": sum(covers), f"accuracy {images} of": len(covers)})
+        add(f"winner {images}", covers[0])
+        low, high = differences.ends()
+        wrong = False
+        for at, (first, loss) in enumerate(said.pairs):
+            difference = true[first] - true[loss]
+            add(f"difference {images}", low[at] <= difference <= high[at])
+            lead = round(study.losses[first].best - study.losses[loss].best, 9)
+            is_so = holds(verdicts[at], lead, difference)
+            wrong |= is_so is False
             if lead:
-                add(f"shown {images}", verdict in ("worse", "better") and is_right is True)
-    for images in truths:
-        add(f"false {images}", wrong[images] > 0)
+                add(f"shown {images}", verdicts[at] in ("worse", "better") and is_so is True)
+        add(f"false {images}", wrong)
     return counts
+
+
+def holds(verdict: str, lead: float, difference: float) -> bool | None:
+    """Return whether a verdict is so, given the truth; None if it decides nothing.
+
+    The lead is that of best accuracies; the difference is what the verdict is about.
+    """
+    if verdict == "equal":
+        return bool(abs(difference) <= IRRELEVANT)
+    return {"worse": lead > 0, "better": lead < 0}.get(verdict.split()[-1])
 
 
 def share(counts: Counter[str], what: str) -> str:

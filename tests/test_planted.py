@@ -17,8 +17,7 @@ from benchmarks.planted_studies import (
     LEVELS,
     OWN_EASE,
     Images,
-    Pair,
-    Said,
+    Means,
     Study,
     Tuned,
     check,
@@ -176,12 +175,14 @@ def test_what_is_judged_fast_is_what_compare_says(searches: int, noise: str) -> 
         study = draw(losses, searches, rng)
         said = judge(study)
         check(study, said)
-        verdicts |= {verdict for pair in said.pairs for verdict in pair.verdicts}
+        verdicts |= {*said.verdicts[0], *said.verdicts[1]}
     assert "undecided" in verdicts
     assert "worse" in verdicts or searches < 10 or noise == "collapses"
-    other = replace(said.pairs[0], verdicts=("equal", "equal"))
     with pytest.raises(AssertionError):
-        check(study, replace(said, pairs=[other, *said.pairs[1:]]))
+        check(study, replace(said, verdicts=(said.verdicts[0], ["equal"] * 3)))
+    far = replace(said.differences[1], df=said.differences[1].df + 1, least=None)
+    with pytest.raises(AssertionError):
+        check(study, replace(said, differences=(said.differences[0], far)))
 
 
 # Counts
@@ -192,16 +193,16 @@ def test_what_is_not_so_is_counted() -> None:
     said = judge(study)
 
     def counts(*verdicts: tuple[int, int, str]) -> tuple[int, int, int]:
-        pairs = [
-            Pair(
-                first=first,
-                loss=loss,
-                estimates=said.pairs[0].estimates,
-                verdicts=(verdict, "undecided"),
-            )
-            for first, loss, verdict in verdicts
-        ]
-        found = verify(study, Said(order=said.order, accuracies=said.accuracies, pairs=pairs))
+        words = [each[2] for each in verdicts]
+        unknown = np.full(len(words), math.nan)
+        means = Means(mean=unknown, variance=unknown, df=unknown)
+        other = replace(
+            said,
+            pairs=[each[:2] for each in verdicts],
+            differences=(means, means),
+            verdicts=(words, ["undecided"] * len(words)),
+        )
+        found = verify(study, other)
         assert found["false new"] == 0
         return found["false these"], found["shown these"], found["shown these of"]
 
@@ -220,7 +221,7 @@ def test_intervals_are_counted_where_they_cover() -> None:
         losses=study.losses,
         validation=study.validation,
         hits=study.hits,
-        on_these=np.array([said.accuracies[0][0].mean] * 2),
+        on_these=np.array([said.accuracies[0].mean[0]] * 2),
         is_staged=True,
     )
     far = replace(near, on_these=np.array([0.9, 0.1]))
