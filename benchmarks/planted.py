@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import make_parser, markdown
-from benchmarks.planted_studies import OWN_EASE, Images, Said, Study, Tuned, check, draw, judge
+from benchmarks.planted_judging import check, judge, verify
+from benchmarks.planted_studies import OWN_EASE, Images, Tuned, draw
 from benchmarks.planted_worlds import BEST, CHANCE, POSITIONS, REST, Floats, Pool, lucky
-from experiments.comparison.pairs import IRRELEVANT
 
 DEFAULT = "staged-11"
 REGRETS = {
@@ -257,46 +257,6 @@ def _images(own: float, count: int) -> Images:
 @cache
 def _tuned(chosen: bytes, noise: str, images: Images, best: float) -> Tuned:
     return Tuned(chosen=np.frombuffer(chosen), noise=noise, images=images, best=best)
-
-
-def verify(study: Study, said: Said) -> Counter[str]:
-    """Count what is said and true, and with " of", how often it could be."""
-    counts: Counter[str] = Counter()
-
-    def add(what: str, is_true: bool | np.bool_) -> None:
-        counts.update({what: int(is_true), f"{what} of": 1})
-
-    means = [loss.mean for loss in study.losses]
-    truths: dict[str, Sequence[float]] = {"these": list(study.on_these), "new": means}
-    for (images, true), accuracies, differences, verdicts in zip(
-        truths.items(), said.accuracies, said.differences, said.verdicts, strict=True
-    ):
-        low, high = accuracies.ends()
-        covers = [low[at] <= true[loss] <= high[at] for at, loss in enumerate(said.order)]
-        counts.update({f"accuracy {images}": sum(covers), f"accuracy {images} of": len(covers)})
-        add(f"winner {images}", covers[0])
-        low, high = differences.ends()
-        wrong = False
-        for at, (first, loss) in enumerate(said.pairs):
-            difference = true[first] - true[loss]
-            add(f"difference {images}", low[at] <= difference <= high[at])
-            lead = round(study.losses[first].best - study.losses[loss].best, 9)
-            is_so = holds(verdicts[at], lead, difference)
-            wrong |= is_so is False
-            if lead:
-                add(f"shown {images}", verdicts[at] in ("worse", "better") and is_so is True)
-        add(f"false {images}", wrong)
-    return counts
-
-
-def holds(verdict: str, lead: float, difference: float) -> bool | None:
-    """Return whether a verdict is so, given the truth; None if it decides nothing.
-
-    The lead is that of best accuracies; the difference is what the verdict is about.
-    """
-    if verdict == "equal":
-        return bool(abs(difference) <= IRRELEVANT)
-    return {"worse": lead > 0, "better": lead < 0}.get(verdict.split()[-1])
 
 
 def share(counts: Counter[str], what: str) -> str:

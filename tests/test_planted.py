@@ -12,18 +12,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from small_sweep import small_settings
 
-from benchmarks.planted import Cell, count, main, verify
-from benchmarks.planted_studies import (
-    LEVELS,
-    OWN_EASE,
-    Images,
-    Means,
-    Study,
-    Tuned,
-    check,
-    draw,
-    judge,
-)
+from benchmarks.planted import Cell, count, main
+from benchmarks.planted_judging import Means, check, judge, verify
+from benchmarks.planted_studies import LEVELS, OWN_EASE, Images, Study, Tuned, draw
 from benchmarks.planted_worlds import BEST, DOMAINS, POSITIONS, Pool, Truth, lucky, staged
 from experiments.comparison.plan import Block, Plan
 from experiments.comparison.searches import Searches
