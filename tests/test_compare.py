@@ -95,7 +95,7 @@ def test_the_same_command_again_looks_at_nothing_twice(
 ) -> None:
     first = Path("reports/c/report.md").read_text()
     assert main(SMALL) == 0
-    assert "seed 1:" not in capsys.readouterr().out
+    assert "seed 1999:" not in capsys.readouterr().out
     assert Path("reports/c/report.md").read_text() == first
     (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
     history = MlflowClient().get_metric_history(run.info.run_id, "mse/test_accuracy")
