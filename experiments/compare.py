@@ -63,15 +63,11 @@ def build_parser() -> Parser:
     )
     text = "how often the search of each loss is repeated, if it is staged"
     cli.add_flag(search, "--searches", 5, text, metavar="N")
-    cli.add_flag(
-        search,
-        "--repeats",
-        None,
-        "train a best configuration again on this many seeds after --seed: the one to use; with "
-        "random or tpe that of each loss (default: 5; 10 with random or tpe)",
-        type=int,
-        metavar="N",
+    text = (
+        "train the best configuration again on this many seeds after --seed: the one to use; with "
+        "random or tpe, that of each loss"
     )
+    cli.add_flag(search, "--repeats", 5, text, metavar="N")
     text = "the smallest difference in accuracy that matters, in points"
     cli.add_flag(search, "--min-effect", 0.2, text, metavar="POINTS")
     search.add_argument(
@@ -100,13 +96,11 @@ def _run(options: argparse.Namespace) -> int:
     def make_plan(settings: Settings) -> Plan:
         from experiments.comparison.plan import Plan
 
-        is_staged = options.search == "staged"
-        repeats = options.repeats
         return Plan(
             settings=settings,
             search=options.search,
-            searches=options.searches if is_staged else 1,
-            repeats=(5 if is_staged else 10) if repeats is None else repeats,
+            searches=options.searches,
+            repeats=options.repeats,
             min_effect=options.min_effect / 100,
             reuse=not options.no_reuse,
         )

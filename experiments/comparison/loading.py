@@ -139,7 +139,7 @@ def _read_staged(record: Study, storage: Any) -> _Read:
         read.trials += _trials_of(block, name, num_parameters, storage)
         final = _study(block.study(name, "repeats"), storage)
         read.repeats += [
-            Found(each, {"search": _search_of(each, plan), "trial": each.number})
+            Found(each, dict.fromkeys(("search", "trial"), _search_of(each, plan)))
             for each in (finished_trials(final) if final else ())
         ]
     if blocks and (confirm := _study(blocks[-1].study(name, "confirm"), storage)):

@@ -56,14 +56,16 @@ class Plan:
         if not 0 <= self.min_effect < 1:
             shown = f"{100 * self.min_effect:g}"
             raise ValueError(f"--min-effect must be points from 0 to 100, not {shown}")
-        if not 1 <= self.repeats < SEEDS_A_SEARCH:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be ≥ 1, not {self.repeats}")
+        if self.is_staged and self.repeats >= SEEDS_A_SEARCH:
+            raise ValueError(f"--repeats must be < {SEEDS_A_SEARCH}, not {self.repeats}")
+        most = SEEDS_A_SEARCH * (self.searches + 1) - 1 if self.is_staged else self.repeats
+        if self.settings.seed + most > 2**32 - 1:
+            flag = "--searches" if self.is_staged else "--repeats"
             raise ValueError(
-                f"--repeats must be from 1 to {SEEDS_A_SEARCH - 1}, not {self.repeats}"
-            )
-        if self.settings.seed + SEEDS_A_SEARCH * (self.searches + 1) > 2**32 - 1:
-            raise ValueError(
-                f"--seed must be < 2**32 - {SEEDS_A_SEARCH} × (--searches + 1), not "
-                f"{self.settings.seed}"
+                f"--seed {self.settings.seed} is too high for these {flag}: it must be "
+                f"< {2**32 - most}"
             )
 
     @property

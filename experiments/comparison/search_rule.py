@@ -39,6 +39,8 @@ STRIDE = 0.5
 """How far a learning rate goes beyond the edge, in decades."""
 CLOSED = 0.2
 """A gap between learning rates that is not halved any more, in decades."""
+SAME_RATE = 0.3
+"""Two learning rates count as the same, for the effect of another parameter, in decades."""
 COMPARABLE = 2
 """The largest factor between batch sizes at which accuracies show the effect of the rate alone."""
 BEYOND = 4
@@ -170,8 +172,11 @@ class Search:
             return {**best, name: _halve(domain, name, best, trainings, draw)}
         if name == SIZE:
             return self._change_size(domain, best, trainings, draw)
-        tried = {each.configuration[name] for each in trainings}
-        untried = [value for value in domain.values if value not in tried]
+        untried = [
+            value
+            for value in domain.values
+            if value != best[name] and not self._is_tried({**best, name: value}, name, trainings)
+        ]
         return {**best, name: untried[int(draw * len(untried))]} if untried else None
 
     def _change_size(
@@ -181,24 +186,22 @@ class Search:
         if len(domain.values) < 2:
             return None
         low, high = min(domain.values) / BEYOND, max(domain.values) * BEYOND
-        size, place = best[SIZE], self._place_of(best)
-
-        def is_tried(other: int) -> bool:
-            return any(
-                each.configuration[SIZE] == other and abs(self._place(each) - place) < 0.3
-                for each in trainings
-            )
-
-        others = [
-            other
+        size = best[SIZE]
+        changed = [
+            {**best, SIZE: other, RATE: best[RATE] * (other / size) ** self._power(best)}
             for other in (size * 2, size // 2)
-            if low <= other <= high and 1 <= other <= self.max_batch_size and not is_tried(other)
+            if low <= other <= high and 1 <= other <= self.max_batch_size
         ]
-        if not others:
-            return None
-        other = others[int(draw * len(others))]
-        rate = best[RATE] * (other / size) ** self._power(best)
-        return {**best, SIZE: other, RATE: rate}
+        untried = [each for each in changed if not self._is_tried(each, SIZE, trainings)]
+        return untried[int(draw * len(untried))] if untried else None
+
+    def _is_tried(self, wanted: Configuration, name: str, trainings: Sequence[Training]) -> bool:
+        """Return whether a value was tried at about this learning rate."""
+        return any(
+            each.configuration[name] == wanted[name]
+            and abs(self._place(each) - self._place_of(wanted)) < SAME_RATE
+            for each in trainings
+        )
 
     def _place(self, training: Training) -> float:
         return self._place_of(training.configuration)
