@@ -205,7 +205,6 @@ def _add_searches(made: _Made, of_loss: _Loss) -> None:
     exploring = (plan["trials"] - choosing + 1) // 2
     for search in range(1, plan["searches"] + 1):
         seed = plan["seed"] + search
-        about = {"search": search, "seed": seed}
         places = qmc.Sobol(2, rng=made.rng).random(8 * -(-exploring // 8))[:exploring]
         found: list[dict[str, Any]] = []
 
@@ -230,7 +229,8 @@ def _add_searches(made: _Made, of_loss: _Loss) -> None:
         for each in ranked:
             train("choose", each["learning_rate"], each["batch_size"], seed + 1_000)
         if plan["trials"] and (best := _best(found, of_loss.name)):
-            made.repeat(of_loss, best, trial=0, **about | {"seed": seed + 2_000})
+            number = plan["losses"].index(of_loss.name) + (search - 1) * len(plan["losses"])
+            made.repeat(of_loss, best, search=search, trial=number, seed=seed + 2_000)
 
 
 def _confirm(made: _Made) -> None:

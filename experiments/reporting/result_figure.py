@@ -1,0 +1,287 @@
+"""The first figure of a report: each loss' accuracy, and its difference to the winner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.comparison.results import Results
+from experiments.reporting.figures import percent
+from experiments.reporting.parts import number
+from experiments.reporting.search_data import losses_of
+from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallMultiples
+from tracking.text import shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+    from experiments.comparison.assessment import Assessment
+
+ACCURACY, DIFFERENCE = "test accuracy", "difference"
+"""The panels."""
+COLUMNS = ["panel", "loss", "seed", "value", "low", "high", "images_low", "images_high"]
+
+_ROW_HEIGHT = 30
+_LONGEST_NAME = 18
+_CHARACTER = {FONT_SIZE: 6.4, FONT_SIZE - 2: 5.4}
+"""The width of an average character, by the size of the font; an upper bound for most fonts."""
+_FAR = 25
+"""A loss this many median widths of an interval behind the best has an arrow instead of a place."""
+
+
+def result_rows(results: Results, assessment: Assessment) -> pd.DataFrame:
+    """Return what the figure shows: a row for each mean, and one for each repeat.
+
+    - `panel`: test accuracy (a share), or difference (to the winner, of shares).
+    - `loss`, the highest mean test accuracy first.
+    - `seed`: of a repeat; missing for the mean of all.
+    - `low`, `high`: the 95 % interval of a mean over new trainings; `images_low`, `images_high`:
+      over new trainings and new images.
+    """
+    rows: list[dict[str, Any]] = []
+    table = assessment.table.sort_values("accuracy_mean", ascending=False, kind="stable")
+    accuracies = results.repeats.sort_values("seed").pivot(  # noqa: PD010 (each seed once)
+        index="seed", columns="loss", values="test_accuracy"
+    )
+    differences: Mapping[str, Mapping[Any, Any]] = {
+        row["loss"]: row for row in assessment.differences.to_dict("records")
+    }
+    for row in table.to_dict("records"):
+        loss = row["loss"]
+        ends = _ends(row, "accuracy_", 1)
+        rows.append({"panel": ACCURACY, "loss": loss, "value": row["accuracy_mean"], **ends})
+        if loss in accuracies:
+            rows += _repeats(ACCURACY, loss, accuracies[loss])
+    for loss in table["loss"]:
+        if loss in differences:
+            pair = differences[loss]
+            mean = {"value": -pair["difference"], **_ends(pair, "", -1)}
+            rows.append({"panel": DIFFERENCE, "loss": loss, **mean})
+            if {loss, assessment.winner} <= set(accuracies):
+                lead = accuracies[loss] - accuracies[assessment.winner]
+                rows += _repeats(DIFFERENCE, loss, lead)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64"})
+
+
+def _ends(row: Mapping[Any, Any], prefix: str, sign: int) -> dict[str, float]:
+    """Return the ends of both intervals; of the opposite, with −1."""
+    found: dict[str, float] = {}
+    for which in ("", "images_"):
+        ends = [sign * row.get(f"{prefix}{which}{end}", np.nan) for end in ("low", "high")]
+        found |= zip((f"{which}low", f"{which}high"), ends[::sign], strict=True)
+    return found
+
+
+def _repeats(panel: str, loss: str, values: pd.Series[float]) -> list[dict[str, Any]]:
+    return [
+        {"panel": panel, "loss": loss, "seed": seed, "value": value}
+        for seed, value in values.dropna().items()
+    ]
+
+
+class ResultFigure(SmallMultiples):
+    """A row a loss: means, intervals and repeats; beside it the differences to the winner."""
+
+    name = data = "result"
+    title = "The result"
+    has_legend = True
+
+    def __init__(self, results: Results, assessment: Assessment) -> None:
+        self.rows = result_rows(results, assessment)
+        self.winner = assessment.winner
+        self.table = assessment.table.set_index("loss", drop=False)
+        of_means = self.rows[self.rows["seed"].isna()]
+        self.means = {
+            panel: rows.set_index("loss") for panel, rows in of_means.groupby("panel", sort=False)
+        }
+        self.has_images = bool(of_means["images_low"].notna().any())
+        tested = of_means.dropna(subset="value")["panel"].unique()
+        self.losses = [panel for panel in (ACCURACY, DIFFERENCE) if panel in tested]
+        order = list(dict.fromkeys(of_means["loss"]))
+        self.order = order or losses_of(results)
+        self.reach, self.far = _reach(self.means[ACCURACY]) if self.losses else (np.inf, [])
+        self.height = _ROW_HEIGHT * len(self.order) + 46
+        self.margins = (self._margin(), 40)
+        self.caption = self._caption()
+
+    def _caption(self) -> str:
+        """Return what dots and lines are."""
+        images = ""
+        if self.has_images:
+            images = "; thin, over new trainings and new images"
+        left = f" An arrow: {_LEFT}." if self.far else ""
+        return (
+            "Large dots are means over the repeats, small dots the repeats. Lines are 95 % "
+            f"intervals: thick, over new trainings on these test images{images}. The highest mean "
+            f"test accuracy is at the top.{left}"
+        )
+
+    def draw(self, axes: Axes, panel: str, palette: Palette) -> None:
+        """Draw a panel."""
+        means = self.means[panel]
+        factor = 1 if panel == ACCURACY else 100
+        limits = self._limits(panel)
+        for place, loss in enumerate(self.order):
+            if loss not in means.index:
+                continue
+            row = means.loc[loss]
+            if loss in self.far:
+                axes.plot(
+                    *(limits[0] * factor, place), color=palette.accent, marker="<", clip_on=False
+                )
+                continue
+            self._draw_row(axes, place, row, factor, palette)
+            repeats = self._repeats(panel, loss)
+            axes.plot(repeats * factor, np.full(len(repeats), place + 0.3), **_small(palette))
+        axes.set_xlim(limits[0] * factor, limits[1] * factor)
+        axes.set_ylim(len(self.order) - 0.4, -0.6)
+        self._name_rows(axes, panel, palette)
+        self._name_values(axes, panel, palette)
+
+    def _draw_row(
+        self, axes: Axes, place: int, row: Mapping[str, Any], factor: int, palette: Palette
+    ) -> None:
+        for ends, width in ((("images_low", "images_high"), 1.3), (("low", "high"), 4.0)):
+            span = [row[end] * factor for end in ends]
+            if not np.isnan(span).any():
+                axes.plot(span, [place, place], color=palette.accent, linewidth=width)
+        axes.plot(row["value"] * factor, place, **_large(palette))
+
+    def _name_rows(self, axes: Axes, panel: str, palette: Palette) -> None:
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        to_the_axes = axes.get_yaxis_transform()
+        for place, loss in enumerate(self.order):
+            lines = (
+                (shortened(loss, _LONGEST_NAME), FONT_SIZE, -0.05, "bottom"),
+                (self._note(panel, loss), FONT_SIZE - 2, 0.0, "top"),
+            )
+            for text, size, shift, side in lines:
+                words = axes.text(
+                    -0.03, place + shift, text, transform=to_the_axes, fontsize=size,
+                    color=palette.ink, parse_math=False,
+                )  # fmt: skip
+                words.set(ha="right", va=side)
+        for place in range(1, len(self.order)):
+            axes.axhline(place - 0.5, color=palette.grid, linewidth=0.6)
+
+    def _name_values(self, axes: Axes, panel: str, palette: Palette) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(visible=True, axis="x")
+        if panel == ACCURACY:
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=_decimals(high - low)))
+            axes.set_xlabel(ACCURACY)
+            return
+        axes.axvline(0, color=palette.ink, linewidth=1)
+        axes.set_xlabel(f"points more than {shortened(str(self.winner), _LONGEST_NAME)}")
+
+    def _note(self, panel: str, loss: str) -> str:
+        """Return what stands below the name of a loss."""
+        if panel == DIFFERENCE:
+            if loss == self.winner:
+                return "the reference"
+            if loss not in self.means[panel].index:
+                return "not compared"
+            return number(100 * self.means[panel].loc[loss, "value"], "+.2f") + " points"
+        value, lost = self.means[panel].loc[loss, "value"], self._lost(loss)
+        return ", ".join(filter(None, ("" if np.isnan(value) else f"{100 * value:.2f} %", lost)))
+
+    def _lost(self, loss: str) -> str:
+        """Return how many repeats of a loss have no test accuracy, and why."""
+        row = self.table.loc[loss]
+        parts = [f"{row[what]} {what}" for what in ("diverged", "failed") if row[what]]
+        if not parts:
+            return "" if row["repeats"] else "no repeat"
+        return f"{' and '.join(parts)} of {row['repeats']}"
+
+    def _repeats(self, panel: str, loss: str) -> pd.Series[float]:
+        of_loss = (self.rows["panel"] == panel) & (self.rows["loss"] == loss)
+        return self.rows.loc[of_loss & self.rows["seed"].notna(), "value"]
+
+    def _limits(self, panel: str) -> tuple[float, float]:
+        """Return the range of values that the axis has."""
+        rows = self.rows[(self.rows["panel"] == panel) & ~self.rows["loss"].isin(self.far)]
+        values = rows[["value", "low", "high", "images_low", "images_high"]].to_numpy(float)
+        found = [*values[~np.isnan(values)], *([0.0] if panel == DIFFERENCE else [])]
+        low, high = min(found, default=0.0), max(found, default=0.0)
+        low = max(low, high - 1.2 * self.reach)  # an interval may be very wide
+        margin = max(0.04 * (high - low), 0.0005)
+        return low - margin, high + margin
+
+    def _margin(self) -> int:
+        """Return the space that the names of rows need."""
+        widths = [10.0]
+        for panel in self.losses:
+            for loss in self.order:
+                name = shortened(loss, _LONGEST_NAME)
+                note = self._note(panel, loss)
+                widths.append(_CHARACTER[FONT_SIZE] * len(name))
+                widths.append(_CHARACTER[FONT_SIZE - 2] * len(note))
+        return min(round(max(widths)) + 14, 170)
+
+    def describe(self, panel: str) -> str:
+        """Describe a panel in words."""
+        means = self.means[panel]["value"].dropna()
+        if panel == DIFFERENCE:
+            return (
+                f"to {self.winner}, which has the highest validation accuracy, seed by seed; left "
+                "of the line, a loss is worse than it"
+            )
+        best, worst = means.index[0], means.index[-1]
+        text = f"{percent(means.iloc[0])} for {best}"
+        if len(means) > 1:
+            text = f"from {percent(means.iloc[-1])} for {worst} to {text}"
+        lost = [
+            f"{loss}: {self._lost(loss)} repeats" for loss in self.order if self._has_lost(loss)
+        ]
+        return "; ".join([text, *lost])
+
+    def _has_lost(self, loss: str) -> bool:
+        row = self.table.loc[loss]
+        return bool(row["diverged"] or row["failed"])
+
+    def legend(self, palette: Palette) -> list[Line2D]:
+        """Return an entry for each kind of mark."""
+        from matplotlib.lines import Line2D
+
+        thin = Line2D([], [], color=palette.accent, linewidth=1.3, label="and new images")
+        return [
+            Line2D([], [], label="mean", **_large(palette)),
+            Line2D([], [], label="a repeat", **_small(palette)),
+            Line2D([], [], color=palette.accent, linewidth=4, label="new trainings"),
+            *([thin] if self.has_images else []),
+        ]
+
+
+_LEFT = "the loss lies farther to the left"
+
+
+def _large(palette: Palette) -> dict[str, Any]:
+    return {"linestyle": "none", "marker": "o", "markersize": 7, "color": palette.ink}
+
+
+def _small(palette: Palette) -> dict[str, Any]:
+    edge = {"markersize": 4, "markerfacecolor": "none", "markeredgecolor": palette.ink}
+    return {"linestyle": "none", "marker": "o", "markeredgewidth": 0.7, **edge}
+
+
+def _reach(means: pd.DataFrame) -> tuple[float, Sequence[str]]:
+    """Return how far below the best the axis may reach, and the losses that lie beyond it.
+
+    Their places would squeeze the intervals of the others.
+    """
+    widths = (means["images_high"] - means["images_low"]).fillna(means["high"] - means["low"])
+    width = float(widths.median())
+    reach = _FAR * width if width > 0 else np.inf
+    return reach, list(means.index[means["value"] < means["value"].max() - reach])
+
+
+def _decimals(span: float) -> int:
+    return 0 if span > 0.04 else 1 if span > 0.004 else 2
