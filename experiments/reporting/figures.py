@@ -332,11 +332,8 @@ def _draw_band(axes: Axes, rows: pd.DataFrame, over: str, palette: Palette) -> N
 
 
 def _accuracy_axis(axes: Axes, limits: tuple[float, float]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    low, high = limits
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.04 else 1))
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_formatter(lambda share, _position: f"{round(100 * share, 6):g} %")
     axes.set_ylabel(OBJECTIVE_TITLE)
     axes.grid(visible=True)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.results import Results
 from experiments.reporting.figure_data import (
@@ -33,7 +34,8 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
     figures = _plots(joint_study(results), {loss: results.studies[loss] for loss in losses})
     shares = importances(results)
     if len(shares):
-        figures["importances"] = _styled(_importances_of_each(shares))
+        bars = figures["importances"] = _styled(_importances_of_each(shares))
+        bars.update_layout(height=160 + 40 * shares["loss"].nunique())
     return figures
 
 
@@ -80,7 +82,10 @@ def _plots(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Figure]:
             joint, params=varied_parameters(joint), target_name=OBJECTIVE_TITLE
         )
         _shade_lines(parallel)
+        _clear_labels(parallel)
         figures["parallel"] = _styled(parallel)
+        longest = max(len(label.text) for label in parallel.layout.annotations)
+        parallel.update_layout(margin={"r": 24 + 3 * longest})  # for the names of losses
     return figures
 
 
@@ -112,7 +117,6 @@ def _importances_of_each(shares: pd.DataFrame) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    losses = list(dict.fromkeys(shares["loss"]))
     for number, (parameter, rows) in enumerate(shares.groupby("parameter", sort=True)):
         figure.add_bar(
             name=str(parameter).replace("_", " "),
@@ -123,8 +127,7 @@ def _importances_of_each(shares: pd.DataFrame) -> go.Figure:
         )
     figure.update_layout(barmode="group")
     figure.update_xaxes(range=(0, 1), title=f"importance for the {OBJECTIVE_TITLE}")
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_layout(height=160 + 40 * len(losses))
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, ticksuffix="  ")
     return figure
 
 
@@ -154,9 +157,41 @@ def _name_traces(history: go.Figure, losses: Sequence[str]) -> None:
 def _shade_lines(parallel: go.Figure) -> None:
     """Draw better trials as stronger lines; some of Optuna's blues are too faint.
 
-    `parallel` has a trace for each trial, with the objective (0 to 1) first, and a colour bar.
+    `parallel` has a trace for each trial, with the objective (0 to 1) first, and a colour bar. With
+    many trials, all but the best are faint: else their lines fill the plot.
     """
     *trials, color_bar = parallel.data
+    faint = min(0.15, 6 / len(trials))
+    steep = 1 + len(trials) / 50
     for trial in trials:
-        trial.update(line_color=COLORS[0], opacity=0.15 + 0.85 * trial.y[0])
+        trial.update(line_color=COLORS[0], opacity=faint + (1 - faint) * trial.y[0] ** steep)
     color_bar.marker.showscale = False
+
+
+def _clear_labels(parallel: go.Figure) -> None:
+    """Keep the labels of values apart from each other, and legible over the lines.
+
+    They are annotations left of their axes, from the lowest value of an axis to the highest. The
+    ends stay. The page gives labels its background.
+    """
+    last = len(parallel.layout.xaxis.tickvals) - 1
+    kept: list[Any] = []
+    for _, group in groupby(parallel.layout.annotations, key=lambda label: label.x):
+        labels = list(group)
+        inner = [
+            label
+            for label in labels[1:-1]
+            if min(label.y - labels[0].y, labels[-1].y - label.y) > _LABEL_HEIGHT
+        ]
+        kept += [labels[0], *inner, labels[-1]] if len(labels) > 1 else labels
+    for label in kept:
+        label.update(name="value", bgcolor="rgba(0,0,0,0)", borderpad=1)
+        if label.x == last:
+            label.update(xanchor="left", xshift=4)
+    parallel.layout.annotations = kept
+    names = [name.replace("_", " ") for name in parallel.layout.xaxis.ticktext]
+    parallel.update_xaxes(ticktext=names)
+
+
+_LABEL_HEIGHT = 0.05
+"""Of the height of the axes."""

@@ -109,7 +109,7 @@ def _legend(multiples: SmallMultiples) -> Markup:
 
 def _unbroken(text: str) -> str:
     """Return a cell in which an interval stays on one line."""
-    return re.sub(r"\([^()]*\)", lambda part: part[0].replace(" ", "\u00a0"), text)
+    return text.replace(" to ", "\u00a0to\u00a0")
 
 
 class _Verbatim(str):

@@ -29,7 +29,7 @@ _ROW_HEIGHT = 30
 _LONGEST_NAME = 18
 _CHARACTER = {FONT_SIZE: 6.4, FONT_SIZE - 2: 5.4}
 """The width of an average character, by the size of the font; an upper bound for most fonts."""
-_FAR = 25
+_FAR = 8
 """A loss this many median widths of an interval behind the best has an arrow instead of a place."""
 
 
@@ -170,14 +170,16 @@ class ResultFigure(SmallMultiples):
             axes.axhline(place - 0.5, color=palette.grid, linewidth=0.6)
 
     def _name_values(self, axes: Axes, panel: str, palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
+        from matplotlib.ticker import MaxNLocator
 
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        low, high = axes.get_xlim()
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+        inside = low + 0.95 * (high - low)  # the label of a tick at the right end would be cut
+        axes.set_xticks(ticks[(ticks >= low) & (ticks <= inside)])
         axes.grid(visible=True, axis="x")
         if panel == ACCURACY:
-            low, high = axes.get_xlim()
-            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=_decimals(high - low)))
-            axes.set_xlabel(ACCURACY)
+            axes.xaxis.set_major_formatter(lambda share, _position: f"{round(100 * share, 6):g}")
+            axes.set_xlabel(f"{ACCURACY}, %")
             return
         axes.axvline(0, color=palette.ink, linewidth=1)
         axes.set_xlabel(f"points more than {shortened(str(self.winner), _LONGEST_NAME)}")
@@ -281,7 +283,3 @@ def _reach(means: pd.DataFrame) -> tuple[float, Sequence[str]]:
     width = float(widths.median())
     reach = _FAR * width if width > 0 else np.inf
     return reach, list(means.index[means["value"] < means["value"].max() - reach])
-
-
-def _decimals(span: float) -> int:
-    return 0 if span > 0.04 else 1 if span > 0.004 else 2

@@ -72,18 +72,18 @@ def _searches(results: Results, found: pd.DataFrame) -> Table:
         "search": lambda row: f"{row['search']}",
         "seed": lambda row: f"{row['seed']}",
         **parameter_columns(results),
-        "learning rates tried": lambda row: _range(row["tried_low"], row["tried_high"]),
-        "range of rates": lambda row: row["rate_ended"],
-        "batch sizes": lambda row: row["batch_ended"],
+        "rates tried": lambda row: _range(row["tried_low"], row["tried_high"]),
+        "range of learning rates": lambda row: row["rate_ended"],
+        "range of batch sizes": lambda row: row["batch_ended"],
         "validation, %": lambda row: number(100 * row["val_accuracy"], ".2f"),
         "test, %": lambda row: _test(row),
         "run": lambda row: str(row["run_id"])[:_ID_CHARACTERS],
     }
     caption = (
-        "Each search: the configuration that it chose, and the accuracies of its repeat, the "
-        "training of that configuration on a fresh seed. A range is open where the choice is the "
-        "most extreme that the search tried, else closed. A run is named by the first "
-        f"{_ID_CHARACTERS} characters of its id"
+        "Each search: the configuration that it chose, and the seed and the accuracies of its "
+        "repeat, the training of that configuration on a fresh seed. A range is "
+        "open where the choice is the most extreme that the search tried, else closed. A run is "
+        f"named by the first {_ID_CHARACTERS} characters of its id"
     )
     return make_table(caption, columns, found.to_dict("records"), "searches")
 
