@@ -51,5 +51,11 @@
   }
   paint();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-  matchMedia("print").addEventListener("change", paint);
+  // On paper, plots are as wide as a page of A4 between its margins.
+  matchMedia("print").addEventListener("change", (print) => {
+    paint();
+    for (const plot of plots) {
+      Plotly.relayout(plot, print.matches ? { width: 660 } : { width: null, autosize: true });
+    }
+  });
 })();
