@@ -54,8 +54,10 @@ class LearningRates(SmallMultiples):
             self.caption = f"{self.caption} Light: the trainings that explore; later ones are dark."
         self.all_trials = results.trials
         self.trials = results.trials.dropna(subset=["val_accuracy"])
-        self.sizes = sorted({*results.plan["batch_sizes"], *self.trials["batch_size"].astype(int)})
-        self.ranges = ranges(results).set_index("loss")
+        self.sizes = sorted(
+            {*results.plan["batch_sizes"], *self.trials["batch_size"].dropna().astype(int)}
+        )
+        self.ranges = ranges(results).set_index("loss").astype(float)
         self.chosen = chosen_trainings(results).dropna(subset="val_accuracy")
         self.best = best_settings(results)
         self.losses = _present(results, self.trials["loss"])
@@ -63,8 +65,8 @@ class LearningRates(SmallMultiples):
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
         """Draw the panel of a loss."""
-        start = self.ranges.loc[loss]
-        axes.axvspan(start["low"], start["high"], color=palette.others, alpha=0.25, linewidth=0)
+        start, end = (float(each) for each in self.ranges.loc[[loss], ["low", "high"]].iloc[0])
+        axes.axvspan(start, end, color=palette.others, alpha=0.25, linewidth=0)
         trials = self.trials[self.trials["loss"] == loss]
         for size, color, marker in self._looks():
             of_size = trials[trials["batch_size"] == size]
@@ -72,7 +74,8 @@ class LearningRates(SmallMultiples):
                 axes.plot(rows["learning_rate"], rows["val_accuracy"], marker=marker, **look)
         chosen = self.chosen[self.chosen["loss"] == loss]
         axes.plot(chosen["learning_rate"], chosen["val_accuracy"], **_ring(palette))
-        low, high = self.ranges.min(axis=None), self.ranges.max(axis=None)
+        rates = self.ranges.to_numpy(float)
+        low, high = float(np.nanmin(rates)), float(np.nanmax(rates))
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
         ticks = _decades(low, high)

@@ -108,8 +108,10 @@ def _styled(figure: go.Figure) -> go.Figure:
 
 def _whole_step(most: int) -> int:
     """Return a step of at least 1 that makes about ten ticks: 1, 2 or 5 times a power of ten."""
-    steps = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
-    return next(step for step in steps if 10 * step >= most)
+    power = 1
+    while 50 * power < most:
+        power *= 10
+    return next(factor * power for factor in (1, 2, 5) if 10 * factor * power >= most)
 
 
 def _importances_of_each(shares: pd.DataFrame) -> go.Figure:

@@ -11,7 +11,6 @@ import pandas as pd
 from experiments.comparison.results import Results
 from experiments.reporting.figures import percent
 from experiments.reporting.parts import number
-from experiments.reporting.search_data import losses_of
 from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallMultiples
 from tracking.text import shortened
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 ACCURACY, DIFFERENCE = "test accuracy", "difference"
 """The panels."""
 COLUMNS = ["panel", "loss", "seed", "value", "low", "high", "images_low", "images_high"]
+
+Row = Mapping[Any, Any]
+"""Of a table."""
 
 _ROW_HEIGHT = 30
 _LONGEST_NAME = 18
@@ -47,7 +49,7 @@ def result_rows(results: Results, assessment: Assessment) -> pd.DataFrame:
     accuracies = results.repeats.sort_values("seed").pivot(  # noqa: PD010 (each seed once)
         index="seed", columns="loss", values="test_accuracy"
     )
-    differences: Mapping[str, Mapping[Any, Any]] = {
+    differences: Mapping[str, Row] = {
         row["loss"]: row for row in assessment.differences.to_dict("records")
     }
     for row in table.to_dict("records"):
@@ -67,7 +69,7 @@ def result_rows(results: Results, assessment: Assessment) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64"})
 
 
-def _ends(row: Mapping[Any, Any], prefix: str, sign: int) -> dict[str, float]:
+def _ends(row: Row, prefix: str, sign: int) -> dict[str, float]:
     """Return the ends of both intervals; of the opposite, with −1."""
     found: dict[str, float] = {}
     for which in ("", "images_"):
@@ -93,17 +95,17 @@ class ResultFigure(SmallMultiples):
     def __init__(self, results: Results, assessment: Assessment) -> None:
         self.rows = result_rows(results, assessment)
         self.winner = assessment.winner
-        self.table = assessment.table.set_index("loss", drop=False)
-        of_means = self.rows[self.rows["seed"].isna()]
-        self.means = {
-            panel: rows.set_index("loss") for panel, rows in of_means.groupby("panel", sort=False)
+        self.table: Mapping[str, Row] = {
+            row["loss"]: row for row in assessment.table.to_dict("records")
         }
+        of_means = self.rows[self.rows["seed"].isna()]
+        self.means: dict[str, dict[str, Row]] = {ACCURACY: {}, DIFFERENCE: {}}
+        for row in of_means.dropna(subset="value").to_dict("records"):
+            self.means[row["panel"]][row["loss"]] = row
         self.has_images = bool(of_means["images_low"].notna().any())
-        tested = of_means.dropna(subset="value")["panel"].unique()
-        self.losses = [panel for panel in (ACCURACY, DIFFERENCE) if panel in tested]
-        order = list(dict.fromkeys(of_means["loss"]))
-        self.order = order or losses_of(results)
-        self.reach, self.far = _reach(self.means[ACCURACY]) if self.losses else (np.inf, [])
+        self.losses = [panel for panel in (ACCURACY, DIFFERENCE) if self.means[panel]]
+        self.order = list(dict.fromkeys(of_means["loss"]))
+        self.reach, self.far = _reach(of_means[of_means["panel"] == ACCURACY])
         self.height = _ROW_HEIGHT * len(self.order) + 46
         self.margins = (self._margin(), 40)
         self.caption = self._caption()
@@ -113,7 +115,7 @@ class ResultFigure(SmallMultiples):
         images = ""
         if self.has_images:
             images = "; thin, over new trainings and new images"
-        left = f" An arrow: {_LEFT}." if self.far else ""
+        left = " An arrow: the loss lies farther to the left." if self.far else ""
         return (
             "Large dots are means over the repeats, small dots the repeats. Lines are 95 % "
             f"intervals: thick, over new trainings on these test images{images}. The highest mean "
@@ -122,34 +124,27 @@ class ResultFigure(SmallMultiples):
 
     def draw(self, axes: Axes, panel: str, palette: Palette) -> None:
         """Draw a panel."""
-        means = self.means[panel]
-        factor = 1 if panel == ACCURACY else 100
-        limits = self._limits(panel)
+        left, right = self._limits(panel)
         for place, loss in enumerate(self.order):
-            if loss not in means.index:
-                continue
-            row = means.loc[loss]
-            if loss in self.far:
-                axes.plot(
-                    *(limits[0] * factor, place), color=palette.accent, marker="<", clip_on=False
-                )
-                continue
-            self._draw_row(axes, place, row, factor, palette)
-            repeats = self._repeats(panel, loss)
-            axes.plot(repeats * factor, np.full(len(repeats), place + 0.3), **_small(palette))
-        axes.set_xlim(limits[0] * factor, limits[1] * factor)
+            if loss in self.far and loss in self.means[panel]:
+                axes.plot(100 * left, place, color=palette.accent, marker="<", clip_on=False)
+            elif loss in self.means[panel]:
+                self._draw_row(axes, place, self.means[panel][loss], palette)
+        axes.set_xlim(100 * left, 100 * right)
         axes.set_ylim(len(self.order) - 0.4, -0.6)
         self._name_rows(axes, panel, palette)
         self._name_values(axes, panel, palette)
 
-    def _draw_row(
-        self, axes: Axes, place: int, row: Mapping[str, Any], factor: int, palette: Palette
-    ) -> None:
+    def _draw_row(self, axes: Axes, place: int, row: Row, palette: Palette) -> None:
         for ends, width in ((("images_low", "images_high"), 1.3), (("low", "high"), 4.0)):
-            span = [row[end] * factor for end in ends]
+            span = [100 * row[end] for end in ends]
             if not np.isnan(span).any():
                 axes.plot(span, [place, place], color=palette.accent, linewidth=width)
-        axes.plot(row["value"] * factor, place, **_large(palette))
+        axes.plot(100 * row["value"], place, **_large(palette))
+        rows = self.rows[self.rows["seed"].notna()]
+        repeats = rows[(rows["panel"] == row["panel"]) & (rows["loss"] == row["loss"])]
+        heights = np.full(len(repeats), place + 0.3)
+        axes.plot(100 * repeats["value"], heights, **_small(palette))
 
     def _name_rows(self, axes: Axes, panel: str, palette: Palette) -> None:
         axes.set_yticks([])
@@ -173,39 +168,34 @@ class ResultFigure(SmallMultiples):
         from matplotlib.ticker import MaxNLocator
 
         low, high = axes.get_xlim()
-        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
         inside = low + 0.95 * (high - low)  # the label of a tick at the right end would be cut
-        axes.set_xticks(ticks[(ticks >= low) & (ticks <= inside)])
+        ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)]
+        axes.set_xticks([tick for tick in ticks if low <= tick <= inside])
         axes.grid(visible=True, axis="x")
         if panel == ACCURACY:
-            axes.xaxis.set_major_formatter(lambda share, _position: f"{round(100 * share, 6):g}")
             axes.set_xlabel(f"{ACCURACY}, %")
             return
         axes.axvline(0, color=palette.ink, linewidth=1)
-        axes.set_xlabel(f"points more than {shortened(str(self.winner), _LONGEST_NAME)}")
+        winner = shortened(str(self.winner), _LONGEST_NAME)
+        axes.set_xlabel(f"points more than {winner}", parse_math=False)
 
     def _note(self, panel: str, loss: str) -> str:
         """Return what stands below the name of a loss."""
-        if panel == DIFFERENCE:
-            if loss == self.winner:
-                return "the reference"
-            if loss not in self.means[panel].index:
-                return "not compared"
-            return number(100 * self.means[panel].loc[loss, "value"], "+.2f") + " points"
-        value, lost = self.means[panel].loc[loss, "value"], self._lost(loss)
-        return ", ".join(filter(None, ("" if np.isnan(value) else f"{100 * value:.2f} %", lost)))
+        row = self.means[panel].get(loss)
+        if panel == ACCURACY:
+            mean = f"{100 * row['value']:.2f} %" if row else ""
+            return ", ".join(filter(None, (mean, self._lost(loss))))
+        if row:
+            return number(100 * row["value"], "+.2f") + " points"
+        return "the reference" if loss == self.winner else "not compared"
 
     def _lost(self, loss: str) -> str:
         """Return how many repeats of a loss have no test accuracy, and why."""
-        row = self.table.loc[loss]
+        row = self.table[loss]
         parts = [f"{row[what]} {what}" for what in ("diverged", "failed") if row[what]]
         if not parts:
             return "" if row["repeats"] else "no repeat"
         return f"{' and '.join(parts)} of {row['repeats']}"
-
-    def _repeats(self, panel: str, loss: str) -> pd.Series[float]:
-        of_loss = (self.rows["panel"] == panel) & (self.rows["loss"] == loss)
-        return self.rows.loc[of_loss & self.rows["seed"].notna(), "value"]
 
     def _limits(self, panel: str) -> tuple[float, float]:
         """Return the range of values that the axis has."""
@@ -230,24 +220,18 @@ class ResultFigure(SmallMultiples):
 
     def describe(self, panel: str) -> str:
         """Describe a panel in words."""
-        means = self.means[panel]["value"].dropna()
         if panel == DIFFERENCE:
             return (
                 f"to {self.winner}, which has the highest validation accuracy, seed by seed; left "
                 "of the line, a loss is worse than it"
             )
-        best, worst = means.index[0], means.index[-1]
-        text = f"{percent(means.iloc[0])} for {best}"
+        means = [(percent(row["value"]), loss) for loss, row in self.means[panel].items()]
+        text = " for ".join(means[0])
         if len(means) > 1:
-            text = f"from {percent(means.iloc[-1])} for {worst} to {text}"
-        lost = [
-            f"{loss}: {self._lost(loss)} repeats" for loss in self.order if self._has_lost(loss)
-        ]
-        return "; ".join([text, *lost])
-
-    def _has_lost(self, loss: str) -> bool:
-        row = self.table.loc[loss]
-        return bool(row["diverged"] or row["failed"])
+            text = f"from {' for '.join(means[-1])} to {text}"
+        rows = self.table.items()
+        lost = [loss for loss, row in rows if row["diverged"] or row["failed"]]
+        return "; ".join([text, *(f"{loss}: {self._lost(loss)} repeats" for loss in lost)])
 
     def legend(self, palette: Palette) -> list[Line2D]:
         """Return an entry for each kind of mark."""
@@ -260,9 +244,6 @@ class ResultFigure(SmallMultiples):
             Line2D([], [], color=palette.accent, linewidth=4, label="new trainings"),
             *([thin] if self.has_images else []),
         ]
-
-
-_LEFT = "the loss lies farther to the left"
 
 
 def _large(palette: Palette) -> dict[str, Any]:
@@ -282,4 +263,4 @@ def _reach(means: pd.DataFrame) -> tuple[float, Sequence[str]]:
     widths = (means["images_high"] - means["images_low"]).fillna(means["high"] - means["low"])
     width = float(widths.median())
     reach = _FAR * width if width > 0 else np.inf
-    return reach, list(means.index[means["value"] < means["value"].max() - reach])
+    return reach, list(means.loc[means["value"] < means["value"].max() - reach, "loss"])
