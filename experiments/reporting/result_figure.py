@@ -24,6 +24,9 @@ ACCURACY, DIFFERENCE = "test accuracy", "difference"
 """The panels."""
 COLUMNS = ["panel", "loss", "seed", "value", "low", "high", "images_low", "images_high"]
 
+_NEAR = 2
+"""As many losses must have a place, or all have one."""
+
 Row = Mapping[Any, Any]
 """Of a table."""
 
@@ -263,4 +266,7 @@ def _reach(means: pd.DataFrame) -> tuple[float, Sequence[str]]:
     widths = (means["images_high"] - means["images_low"]).fillna(means["high"] - means["low"])
     width = float(widths.median())
     reach = _FAR * width if width > 0 else np.inf
-    return reach, list(means.loc[means["value"] < means["value"].max() - reach, "loss"])
+    is_far = means["value"] < means["value"].max() - reach
+    if len(means) - is_far.sum() < _NEAR:
+        return np.inf, []
+    return reach, list(means.loc[is_far, "loss"])
