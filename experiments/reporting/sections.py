@@ -78,7 +78,7 @@ def make(results: Results, assessment: Assessment) -> Report:
         figure=Gallery(multiples=figure, panels=draw_panels(figure, figure.losses))
         if figure.losses
         else None,
-        missing=_missing(results),
+        missing=missing(results),
         warnings=warnings[:_WARNINGS_SHOWN],
         more_warnings=warnings[_WARNINGS_SHOWN:],
         sections=(
@@ -104,7 +104,7 @@ def _warnings(assessment: Assessment) -> Sequence[Note]:
     return list(dict.fromkeys(notes))
 
 
-def _missing(results: Results) -> list[str]:
+def missing(results: Results) -> list[str]:
     """Return what the results don't have yet, a sentence each."""
     losses = losses_of(results)
     planned, repeats = planned_trainings(results), planned_repeats(results)
