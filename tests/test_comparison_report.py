@@ -519,8 +519,8 @@ def test_what_can_not_be_reported_is_one_line(
 # In a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Shows the page as wide as a phone, and writes down what came of it.
-PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:800px"></iframe>
+# Shows the page at a width, and writes down what came of it.
+FRAME = """<!DOCTYPE html><iframe src="report.html" style="width:{}px;height:800px"></iframe>
 <script>
   const frame = document.querySelector("iframe");
   frame.onload = () => setTimeout(() => {
@@ -531,6 +531,14 @@ PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:80
       plot_width: Math.max(...[...page.querySelectorAll(".main-svg")].map((e) => e.clientWidth)),
       requests: frame.contentWindow.performance.getEntriesByType("resource").length,
       ink: frame.contentWindow.getComputedStyle(page.querySelector(".xtick text")).fill,
+      cut: [...page.querySelectorAll(".scroll")]
+        .filter((frame) => frame.scrollWidth > frame.clientWidth).length,
+      first_column: [...page.querySelectorAll("table.table tbody th")].map((cell) => {
+        const frame = cell.closest(".scroll");
+        frame.scrollLeft = 1000;
+        return cell.getBoundingClientRect().left - frame.getBoundingClientRect().left;
+      }),
+      label: page.querySelector("#plot-parallel .annotation .bg").style.fill,
     });
   }, 500);
 </script>"""
@@ -538,14 +546,45 @@ PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:80
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-@pytest.mark.parametrize(("scheme", "ink"), [("0", "rgb(230, 230, 230)"), ("1", "rgb(27, 27, 27)")])
+@pytest.mark.parametrize(
+    ("scheme", "ink", "paper"),
+    [
+        ("0", "rgb(230, 230, 230)", "rgb(20, 23, 28)"),
+        ("1", "rgb(27, 27, 27)", "rgb(255, 255, 255)"),
+    ],
+)
 def test_the_page_fits_a_phone_and_asks_for_nothing(
-    whole: tuple[Results, Path, Page], scheme: str, ink: str, tmp_path: Path
+    whole: tuple[Results, Path, Page], scheme: str, ink: str, paper: str, tmp_path: Path
 ) -> None:
+    found = looked_at(whole[1] / "report.html", 360, scheme, tmp_path)
+    assert found["width"] <= 360
+    assert found["plots"] >= 3
+    assert 200 < found["plot_width"] <= 360
+    assert found["requests"] == 0
+    assert found["ink"] == ink
+    assert found["label"] == paper
+    assert found["cut"] > 0  # wide tables scroll in their frame, and their first column stays
+    assert len(found["first_column"]) > 10
+    assert max(map(abs, found["first_column"])) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("search", ["staged", "random"])
+def test_all_tables_are_complete_on_a_laptop(search: str, tmp_path: Path) -> None:
+    results = planted_results(search=search, searches=3, trials=24, diverging={"l1": 0.3})
+    written(results, tmp_path / "report")
+    found = looked_at(tmp_path / "report/report.html", 1280, "1", tmp_path)
+    assert found["width"] <= 1280
+    assert found["cut"] == 0
+
+
+def looked_at(page: Path, width: int, scheme: str, folder: Path) -> dict[str, Any]:
+    """Open a page in Chromium, and return what `FRAME` writes down."""
     assert CHROMIUM
-    shutil.copy(whole[1] / "report.html", tmp_path)
-    (tmp_path / "phone.html").write_text(PHONE)
-    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    shutil.copy(page, folder)
+    (folder / "frame.html").write_text(FRAME.replace("{}", str(width)))
+    handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done = subprocess.run(
@@ -554,12 +593,13 @@ def test_the_page_fits_a_phone_and_asks_for_nothing(
                 "--headless=new",
                 "--no-sandbox",
                 "--disable-gpu",
-                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--user-data-dir={folder / 'profile'}",
                 "--enable-logging=stderr",
+                "--window-size=1400,900",
                 f"--blink-settings=preferredColorScheme={scheme}",
                 "--virtual-time-budget=10000",
                 "--dump-dom",
-                f"http://127.0.0.1:{server.server_address[1]}/phone.html",
+                f"http://127.0.0.1:{server.server_address[1]}/frame.html",
             ],
             capture_output=True,
             text=True,
@@ -568,12 +608,8 @@ def test_the_page_fits_a_phone_and_asks_for_nothing(
         )
         server.shutdown()
     assert "CONSOLE" not in done.stderr  # where what the page's policy refuses is said, too
-    found = json.loads(Page(done.stdout).words["title"][0])
-    assert found["width"] <= 360
-    assert found["plots"] >= 3
-    assert 200 < found["plot_width"] <= 360
-    assert found["requests"] == 0
-    assert found["ink"] == ink
+    found: dict[str, Any] = json.loads(Page(done.stdout).words["title"][0])
+    return found
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -144,8 +144,11 @@ def test_intervals_are_thick_over_trainings_and_thin_over_images(
 def test_without_intervals_over_images_none_is_promised() -> None:
     results = planted_results(losses=CLOSE[:2], trials=4, repeats=3)
     assessment = assess(results)
-    missing = [name for name in assessment.table if "_images_" in name]
-    bare = replace(assessment, table=assessment.table.drop(columns=missing))
+    table, pairs = (
+        frame.drop(columns=[name for name in frame.columns if "images_" in name])
+        for frame in (assessment.table, assessment.pairs)
+    )
+    bare = replace(assessment, table=table, pairs=pairs)
     figure = ResultFigure(results, bare)
     assert "images." in figure.caption
     assert "thin" not in figure.caption
