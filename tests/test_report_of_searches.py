@@ -95,7 +95,7 @@ def test_each_search_has_a_row_with_its_choice(staged: Results) -> None:
         (0.01, [0.01, 0.1, 1.0], "open below"),
         (1.0, [0.01, 0.1, 1.0], "open above"),
         (0.1, [0.1, 0.1], "not varied"),
-        (0.1 + 0.2, [0.1, 0.3], "open above"),
+        (0.3, [0.1, 0.1 + 0.2], "open above"),
     ],
 )
 def test_a_range_is_open_where_the_choice_is_the_most_extreme(

@@ -43,8 +43,8 @@ class LearningRates(SmallMultiples):
     title = "Accuracy against learning rate"
     caption = (
         "Validation accuracy of the last epoch, for each loss and batch size; one point is one "
-        "training. All losses have the same axes. Shaded: the range of learning rates in which the "
-        "search began. Ringed: the configuration that it chose."
+        "training. All losses have the same axes. Shaded: the range of learning rates at the start "
+        "of a search. Ringed: the configuration that it chose."
     )
     has_legend = True
 
