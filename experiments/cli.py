@@ -112,14 +112,18 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_search_flags(
-    parser: Parser, title: str, *, trials: tuple[int, str], sampler: tuple[str, str]
+    parser: Parser, title: str, *, trials: tuple[int, str], sampler: tuple[str, str] | None
 ) -> argparse._ArgumentGroup:
-    """Add the flags of the search, two with their defaults and help; return the group."""
+    """Add the flags of the search, two with their defaults and help; return the group.
+
+    Without a sampler, there is no flag for it.
+    """
     search = parser.add_argument_group(title)
     add_flag(search, "--trials", *trials, metavar="N")
     text = "passes over the training split in each training"
     add_flag(search, "--epochs", 10, text, metavar="N")
-    add_flag(search, "--sampler", *sampler, choices=("tpe", "random", "qmc", "gp"))
+    if sampler is not None:
+        add_flag(search, "--sampler", *sampler, choices=("tpe", "random", "qmc", "gp"))
     text = "of split, initial weights, order of images and sampler"
     add_flag(search, "--seed", 0, text, metavar="N")
     text = "stop after this many failed trials in a row"

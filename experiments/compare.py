@@ -23,13 +23,18 @@ if TYPE_CHECKING:
     from experiments.study.settings import Settings
     from tracking.runs import Run
 
-EPILOG = """\
-There are three stages. First, a search finds the best configuration of each loss; the searches of
-all losses have the same draws. Second, each best configuration is trained again on fresh seeds,
-which change the split, the order of the images and the initial weights. Third, the models see the
-test split, once. Then a report is written.
+SEARCHES = ("staged", "random", "tpe")
 
-The same command continues a comparison that was stopped; with more --repeats, it adds repeats.
+EPILOG = """\
+The search of each loss is repeated, each time with other seeds: split, initial weights, order of
+images and first configurations, the same ones for all losses. A search spends its trials in steps:
+it explores the ranges, refines around the best, goes beyond an edge where the best is there, and
+tries the last candidates on fresh seeds. Its choice is trained on a fresh seed and shown the test
+split, once. So the statements are about a loss that is tuned with this many trials. At the end the
+best configuration of the winner is trained on more fresh seeds: the one to use.
+
+The same command continues a comparison that was stopped. With more --losses, --searches or --trials
+it adds what is missing. Trainings that were made before, in whichever study, are not made again.
 """
 
 
@@ -44,20 +49,36 @@ def build_parser() -> Parser:
     search = cli.add_search_flags(
         parser,
         "search and confirmation",
-        trials=(12, "configurations to try for each loss"),
-        sampler=(
-            "random",
-            "how to choose configurations; random draws the same ones for each loss, independently "
-            "of each other, which curves over the budget need; the others are as in "
-            "experiments.sweep",
-        ),
+        trials=(11, "trainings of each search"),
+        sampler=None,
     )
-    text = "train the best configuration of each loss again on this many seeds after --seed"
-    cli.add_flag(search, "--repeats", 10, text, metavar="N")
+    cli.add_flag(
+        search,
+        "--search",
+        "staged",
+        "staged: as said below; random or tpe: one search of each loss by that sampler of "
+        "experiments.sweep, whose best configuration is trained again --repeats times, which "
+        "compares these configurations and not the losses",
+        choices=SEARCHES,
+    )
+    text = "how often the search of each loss is repeated, if it is staged"
+    cli.add_flag(search, "--searches", 5, text, metavar="N")
+    text = (
+        "train the best configuration again on this many seeds after --seed: the one to use; with "
+        "random or tpe, that of each loss"
+    )
+    cli.add_flag(search, "--repeats", 5, text, metavar="N")
+    text = "the smallest difference in accuracy that matters, in points"
+    cli.add_flag(search, "--min-effect", 0.2, text, metavar="POINTS")
     search.add_argument(
         "--retest",
         action="store_true",
-        help="show the confirmed models the test split again; the report says so",
+        help="show the test split to what was added after it was looked at; the report says so",
+    )
+    search.add_argument(
+        "--no-reuse",
+        action="store_true",
+        help="make each training, even if its results are known from another study",
     )
     cli.add_training_flags(parser)
     record = cli.add_record_flags(parser, "the comparison")
@@ -75,7 +96,14 @@ def _run(options: argparse.Namespace) -> int:
     def make_plan(settings: Settings) -> Plan:
         from experiments.comparison.plan import Plan
 
-        return Plan(settings=settings, repeats=options.repeats)
+        return Plan(
+            settings=settings,
+            search=options.search,
+            searches=options.searches,
+            repeats=options.repeats,
+            min_effect=options.min_effect / 100,
+            reuse=not options.no_reuse,
+        )
 
     def make_settings(num_workers: int) -> Settings:
         cli.check_out(options.out, "--out")
@@ -83,7 +111,8 @@ def _run(options: argparse.Namespace) -> int:
             if BY_NAME[name].is_searched_by_default:  # its figures are of these three
                 flags = " and ".join(f"--{dest.replace('_', '-')}" for dest in BY_NAME[name].dests)
                 raise ValueError(f"experiments.compare takes {flags}, not --vary {name}")
-        others = {"pruner": "none", "timeout": 0, "register": "none"}
+        sampler = "random" if options.search == "staged" else options.search
+        others = {"pruner": "none", "timeout": 0, "register": "none", "sampler": sampler}
         settings = cli.settings_from_args(options, num_workers, **others)
         make_plan(settings)  # checks it, before the data is loaded
         return settings
@@ -94,8 +123,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool) -> int:
     from cnn.data import open_cached
-    from experiments.comparison.plan import ComparisonEnded, ModelTested, StageStarted
+    from experiments.comparison.plan import ComparisonEnded, ModelTested, Planned, StageStarted
     from experiments.comparison.stages import compare
+    from experiments.comparison.workload import Workload, measure_rate
     from experiments.interrupts import Interrupts
     from experiments.study.progress import Display
 
@@ -110,6 +140,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
         interrupts = whole.enter_context(Interrupts())
         stage = whole.enter_context(ExitStack())
         display: Any = None
+        workload: Workload | None = None
         comparison = compare(
             plan,
             data,
@@ -121,10 +152,16 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
         )
         for event in whole.enter_context(closing(comparison)):
             match event:
+                case Planned():
+                    workload = Workload(event)
+                    rate = plan.settings.workers * measure_rate(plan.settings, data)
+                    print("\n".join(workload.lines(rate)))
                 case StageStarted():
                     stage.close()
-                    print(f"\n{event.title}")
-                    display = event.settings and stage.enter_context(Display(event.settings))
+                    place = f" · {workload.place()}" if workload and event.settings else ""
+                    print(f"\n{event.title}{place}")
+                    if event.settings:
+                        display = stage.enter_context(Display(event.settings, workload=workload))
                 case ModelTested():
                     print(f"  {event.loss}, seed {event.seed}: {event.accuracy:.2%}")
                 case ComparisonEnded():

@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> None:
     import optuna
 
     from experiments.comparison.assessment import assess
-    from experiments.comparison.results import load_results
+    from experiments.comparison.loading import load_results
     from experiments.reporting.rendering import write_report
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

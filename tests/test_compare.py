@@ -18,14 +18,13 @@ from benchmarks import pages
 from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
-from experiments.compare import build_parser, main
-from experiments.study.samplers import SAMPLERS
+from experiments.compare import SEARCHES, build_parser, main
 from experiments.study.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
-    *("--losses", "mse", "cross_entropy", "--trials", "2", "--epochs", "2", "--repeats", "2"),
-    *("--workers", "1", "--study", "c"),
+    *("--losses", "mse", "cross_entropy", "--searches", "2", "--trials", "2", "--epochs", "2"),
+    *("--repeats", "2", "--workers", "1", "--study", "c"),
 ]
 
 
@@ -61,22 +60,23 @@ def compared(printed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_help_names_every_choice() -> None:
     text = build_parser().format_help()
-    for names in (LOSSES, SAMPLERS, OPTIMIZERS, SCHEDULES, PRECISIONS):
+    for names in (LOSSES, SEARCHES, OPTIMIZERS, SCHEDULES, PRECISIONS):
         for name in names:
             assert re.search(rf"\b{name}\b", text), name
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:
     own = {"search", "training", "configurations", "tags", "worker_device"}
-    own |= {"pruner", "timeout", "register", "patience", "min_delta"}
+    own |= {"pruner", "timeout", "register", "patience", "min_delta", "sampler"}
     assert set(Settings.__dataclass_fields__) - own <= set(vars(build_parser().parse_args([])))
 
 
 def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     out = compared
-    assert "search for the best configuration of mse (1 of 2)" in out
-    assert "confirmation on 2 fresh seeds" in out
-    assert re.search(r"^  mse, seed 1: \d", out, re.M)
+    assert re.search(r"^in all +14 trainings, +28 epochs: about \d+:\d\d", out, re.M)
+    assert "\nexplore · 0 of 14\n" in out
+    assert re.search(r"\nthe chosen configurations, each on a fresh seed · 8 of 14, .* left\n", out)
+    assert re.search(r"^  mse, seed 1999: \d", out, re.M)
     assert "  report:            reports/c/report.html" in out
     assert Path("reports/c/report.html").stat().st_size > 10_000
     (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
@@ -95,7 +95,7 @@ def test_the_same_command_again_looks_at_nothing_twice(
 ) -> None:
     first = Path("reports/c/report.md").read_text()
     assert main(SMALL) == 0
-    assert "seed 1:" not in capsys.readouterr().out
+    assert "seed 1999:" not in capsys.readouterr().out
     assert Path("reports/c/report.md").read_text() == first
     (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
     history = MlflowClient().get_metric_history(run.info.run_id, "mse/test_accuracy")
@@ -107,13 +107,16 @@ def test_where_no_loss_ends_it_says_so(
 ) -> None:
     use_pool(monkeypatch, diverges)
     assert main(SMALL) == 1
-    assert capsys.readouterr().err == "stopped: no loss has a complete trial\n"
+    assert capsys.readouterr().err == "stopped: no loss has a complete repeat\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--repeats", "0"], "--repeats must be ≥ 1, not 0"),
+        (["--searches", "0"], "--searches must be ≥ 1, not 0"),
+        (["--search", "qmc"], "invalid choice: 'qmc' (choose from"),
+        (["--min-effect", "-1"], "--min-effect must be points from 0 to 100, not -1"),
         (["--losses", "hinge"], "unknown loss 'hinge'"),
         (["--trials", "none"], "invalid int value: 'none'"),
         (["--out", "mlflow.db"], "can't write --out: there is no folder"),

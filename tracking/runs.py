@@ -99,6 +99,10 @@ class Run:
         """Return the last value of a metric, None if it was never logged."""
         return self.client.get_run(self.run_id).data.metrics.get(metric)  # type: ignore[no-any-return]
 
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the run."""
+        return dict(self.client.get_run(self.run_id).data.tags)
+
     def outcome(self) -> str | None:
         """Return the outcome of the run, None if it has not ended."""
         return self.client.get_run(self.run_id).data.tags.get("outcome")  # type: ignore[no-any-return]

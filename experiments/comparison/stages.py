@@ -1,8 +1,8 @@
-"""A comparison of losses: search, confirmation on fresh seeds, and then, once, the test split.
+"""A comparison of losses: searches, repeats on fresh seeds, and then, once, the test split.
 
 Each stage is a sweep, or reads what sweeps have recorded, so a comparison that was stopped resumes
-where it was. The winners and other decisions are attributes of an Optuna study of the comparison's
-own name, which has no trials.
+where it was. What was decided is in the attributes of an Optuna study of the comparison's own name,
+which has no trials; what follows from results is worked out again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,16 +19,33 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from optuna import Study
+from optuna.trial import FrozenTrial
 
 from cnn.data import Dataset
-from experiments.comparison.plan import ComparisonEnded, Event, ModelTested, Plan, StageStarted
-from experiments.comparison.results import Results, load_results
+from experiments.comparison.loading import load_results
+from experiments.comparison.plan import (
+    Block,
+    ComparisonEnded,
+    Event,
+    ModelTested,
+    Pair,
+    Plan,
+    Planned,
+    StageStarted,
+    current,
+    losses_in,
+    read_blocks,
+)
+from experiments.comparison.record import open_record
+from experiments.comparison.results import Results
+from experiments.comparison.search_rule import Step
+from experiments.comparison.searches import Searches, best_of_all
 from experiments.comparison.testing import last_round, test_model
 from experiments.engine.base import WorkerPool
 from experiments.interrupts import Interrupts
 from experiments.study.controller import sweep
 from experiments.study.events import SweepEnded
-from experiments.study.opening import open_checked, open_checked_storage, open_study
+from experiments.study.opening import open_checked_storage, open_study
 from experiments.study.recorder import OPTIONS_FILE, log_data, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
@@ -63,18 +80,18 @@ def compare(
 ) -> Generator[Event]:
     """Bring a comparison to its end, and yield what happens.
 
-    `data` is split with the search's seed; `open_data` returns it split with another. The workers
-    of `pool` have opened it. `retest` tests models again that have seen the test split. `publish`
-    takes the complete results, their assessment, and the comparison's run.
+    `data` is split with the plan's seed; `open_data` returns it split with another. The workers of
+    `pool` have opened it. `retest` shows the test split to models that were added after it was
+    looked at. `publish` takes the complete results, their assessment, and the comparison's run.
 
     Raises:
-        ValueError: something can't be used, as with `sweep`; or a second set of models would see
-            the test split, without `retest`.
+        ValueError: something can't be used, as with `sweep`; or more models would see the test
+            split, after it was looked at, without `retest`.
     """
     with ExitStack() as stack:
         check_tracking()
         storage = open_checked_storage(plan.settings, interrupts)
-        record = _open_record(plan, data, storage, retest=retest)
+        record = open_record(plan, data, storage, retest=retest)
         name = record.study_name
         stack.enter_context(study_lock(plan.settings.storage, name))
         open_data = lru_cache(maxsize=1)(open_data)
@@ -142,7 +159,10 @@ class _Comparison:
         parent.log_params({f"compare/{key}": value for key, value in params.items()})
         parent.log_text(self.plan.settings.options, OPTIONS_FILE)
         log_data(parent, self.data)
-        set_once(self.record, "made_with", self.plan.settings.made_with(self.data))
+        made = self.plan.settings.made_with(self.data)
+        before = self.record.user_attrs.get("made_with", made)
+        training = {**made["training"], **before["training"]}  # losses may be added
+        self.record.set_user_attr("made_with", {**before, "training": training})
         self.record.set_user_attr(
             "starts", [*self.record.user_attrs.get("starts", []), self._provenance()]
         )
@@ -162,26 +182,102 @@ class _Comparison:
         }
 
     def stages(self) -> Iterator[Event]:
-        losses = self.plan.settings.losses
-        for number, loss in enumerate(losses, 1):
-            title = f"search for the best configuration of {loss} ({number} of {len(losses)})"
-            if not (yield from self._sweep(title, self.plan.search(self.name, loss))):
-                return
-        winners = self._winners()
-        if not winners:
-            self.outcome, self.reason = "failed", "no loss has a complete trial"
-            return
-        confirmation = self.plan.confirmation(self.name, winners)
-        title = f"confirmation on {self.plan.repeats} fresh seeds"
-        if not (yield from self._sweep(title, confirmation)):
+        repeats = yield from (self._staged() if self.plan.is_staged else self._sampled())
+        if not repeats:
             return
         self.record.set_user_attr(
             "repeats", max(self.plan.repeats, self.record.user_attrs.get("repeats", 0))
         )
         yield StageStarted(title="the test split", settings=None)
-        yield from self._test(confirmation)
+        yield from self._test(repeats)
         if not self.interrupts():
             self.outcome = "complete"
+
+    def _staged(self) -> Generator[Event, None, list[Settings]]:
+        """Run the searches, and return the sweeps whose models see the test split."""
+        blocks = current(read_blocks(self.record.user_attrs))
+        yield self._planned(blocks)
+        finished: list[Searches] = []
+        repeats: list[Settings] = []
+        trained: dict[Pair, FrozenTrial] = {}
+        for block in blocks:
+            searches = Searches(self.plan, block, max_batch_size=len(self.data.train))
+            for step in self.plan.steps(block.trials):
+                settings = self._of_step(block, step, searches)
+                if not (yield from self._sweep(self._title(block, step), settings)):
+                    return []
+                searches.take(step, self._study_of(settings))
+            finished.append(searches)
+            if finals := searches.finals():
+                study = block.study(self.name, "repeats")
+                settings = self.plan.fixed(study, self.name, "repeat", finals)
+                title = "the chosen configurations, each on a fresh seed"
+                if not (yield from self._sweep(title, settings)):
+                    return []
+                repeats.append(settings)
+                pairs = [pair for pair, *_ in searches.chosen()]
+                trials = finished_trials(self._study_of(settings))
+                trained |= dict(zip(pairs, trials, strict=True))
+        best = best_of_all(finished, trained)
+        if best is None:
+            self.outcome, self.reason = "failed", "no loss has a complete repeat"
+            return []
+        configurations = [{**best, "seed": seed} for seed in self.plan.seeds]
+        study = blocks[-1].study(self.name, "confirm")
+        confirmation = self.plan.fixed(study, self.name, "confirm", configurations)
+        title = f"the configuration to use, {best['loss']}, on {self.plan.repeats} fresh seeds"
+        if not (yield from self._sweep(title, confirmation)):
+            return []
+        return [*repeats, confirmation]
+
+    def _of_step(self, block: Block, step: Step, searches: Searches) -> Settings:
+        study = block.study(self.name, step.name)
+        return self.plan.fixed(study, self.name, step.stage, searches.configurations(step))
+
+    def _title(self, block: Block, step: Step) -> str:
+        of_stage = [each for each in self.plan.steps(block.trials) if each.stage == step.stage]
+        place = f" {step.number} of {len(of_stage)}" if len(of_stage) > 1 else ""
+        return f"{step.stage}{place}"
+
+    def _planned(self, blocks: Sequence[Block]) -> Planned:
+        losses = losses_in(blocks)
+        counts = {
+            loss: sum(
+                (block.trials + 1) * (loss == of) for block in blocks for of, _ in block.pairs
+            )
+            for loss in losses
+        }
+        return Planned(
+            losses=tuple(losses),
+            trainings=counts,
+            others=self.plan.repeats,
+            epochs=self.plan.settings.epochs,
+            images=len(self.data.train),
+        )
+
+    def _sampled(self) -> Generator[Event, None, list[Settings]]:
+        """Run one search for each loss, and then the repeats; return their sweep."""
+        losses = self.plan.settings.losses
+        yield Planned(
+            losses=losses,
+            trainings=dict.fromkeys(losses, self.plan.settings.trials + self.plan.repeats),
+            others=0,
+            epochs=self.plan.settings.epochs,
+            images=len(self.data.train),
+        )
+        for number, loss in enumerate(losses, 1):
+            title = f"search for the best configuration of {loss} ({number} of {len(losses)})"
+            if not (yield from self._sweep(title, self.plan.search_of(self.name, loss))):
+                return []
+        winners = self._winners()
+        if not winners:
+            self.outcome, self.reason = "failed", "no loss has a complete trial"
+            return []
+        confirmation = self.plan.confirmation(self.name, winners)
+        title = f"confirmation on {self.plan.repeats} fresh seeds"
+        if not (yield from self._sweep(title, confirmation)):
+            return []
+        return [confirmation]
 
     def _sweep(self, title: str, settings: Settings) -> Generator[Event, None, bool]:
         """Run the sweep of a stage, and return whether it is complete."""
@@ -195,6 +291,7 @@ class _Comparison:
             self.interrupts,
             under=self.parent.run_id,
             storage=self.storage,
+            reuse=self.plan.reuse,
         )
         with closing(stage) as events:  # the sweep closes its runs when this generator is closed
             for event in events:
@@ -211,29 +308,29 @@ class _Comparison:
         """Return the best configuration of each loss that has one, the same at each call."""
         found: list[dict[str, Any]] = []
         for loss in self.plan.settings.losses:
-            study = open_study(self.plan.search(self.name, loss), self.data, storage=self.storage)
+            study = self._study_of(self.plan.search_of(self.name, loss))
             best = trials_table(study).query("outcome == 'complete'").head(1)
             found += [study.get_trials(deepcopy=False)[number].params for number in best["trial"]]
         winners: list[dict[str, Any]] = set_once(self.record, "winners", found)
         return winners
 
-    def _test(self, confirmation: Settings) -> Iterator[ModelTested]:
-        """Test each confirmed model once, or once more in a new round."""
+    def _study_of(self, settings: Settings) -> Study:
+        return open_study(settings, self.data, storage=self.storage)
+
+    def _test(self, repeats: Sequence[Settings]) -> Iterator[ModelTested]:
+        """Show the test split to each model that has not seen it."""
+        models = [(trial, run) for each in repeats for trial, run in self._models(each)]
         rounds: list[dict[str, str]] = list(self.record.user_attrs.get("test_rounds", []))
-        if not rounds or ("ended" in rounds[-1] and self.retest):
+        untested = [(trial, run) for trial, run in models if not last_round(run)]
+        if not rounds or ("ended" in rounds[-1] and untested and self.retest):
             rounds.append({"started": _now()})
             self.record.set_user_attr("test_rounds", rounds)
         if "ended" in rounds[-1]:
             return
         errors: tuple[type[BaseException], ...] = (ValueError, *recording_errors())
-        for trial in finished_trials(open_study(confirmation, self.data, storage=self.storage)):
-            if trial.user_attrs.get("outcome") != "complete":
-                continue
+        for trial, run in untested:
             if self.interrupts():
                 return
-            run = self.tracker.find_run(trial.user_attrs["run_id"])
-            if run is None or last_round(run) >= len(rounds):
-                continue  # the user deleted it, or an earlier process tested it
             loss, seed = trial.params["loss"], trial.params["seed"]
             try:
                 accuracy = test_model(run, self.open_data(seed), test_round=len(rounds))
@@ -246,6 +343,14 @@ class _Comparison:
         rounds[-1]["ended"] = _now()
         self.record.set_user_attr("test_rounds", rounds)
 
+    def _models(self, settings: Settings) -> Iterator[tuple[FrozenTrial, Run]]:
+        """Yield the complete trials of a sweep with their runs, but those that the user deleted."""
+        for trial in finished_trials(self._study_of(settings)):
+            if trial.user_attrs.get("outcome") == "complete":
+                run = self.tracker.find_run(trial.user_attrs["run_id"])
+                if run is not None:
+                    yield trial, run
+
     def close(self) -> None:
         """Close the comparison's run."""
         if self.closed:
@@ -254,42 +359,6 @@ class _Comparison:
         if self.parent is not None:
             with suppress(*recording_errors()):
                 self.parent.end(self.outcome, reason=self.reason)
-
-
-def _open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool) -> Study:
-    """Open the study that holds the decisions, or make it.
-
-    Raises:
-        ValueError: it has another plan; or its models have seen the test split, and the plan adds
-            repeats without `retest`.
-    """
-    record = open_checked(
-        "comparison",
-        plan.settings,
-        data,
-        storage,
-        prefix=f"compare-{data.name}",
-        key="plan",
-        fingerprint=plan.fingerprint(data),
-        attributes={"data": _data_facts(data)},
-    )
-    rounds = record.user_attrs.get("test_rounds", [{}])
-    repeats = record.user_attrs.get("repeats", plan.repeats)
-    if plan.repeats > repeats and "ended" in rounds[-1] and not retest:
-        raise ValueError(
-            f"the models saw the test split after {repeats} repeats: with --repeats {plan.repeats} "
-            "they would see it again, which needs --retest, and is recorded"
-        )
-    return record
-
-
-def _data_facts(data: Dataset) -> dict[str, Any]:
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {
-        "classes": list(data.classes),
-        "sizes": {split: len(images) for split, images in splits.items()},
-        "given_test": data.given_test,
-    }
 
 
 def _now() -> str:

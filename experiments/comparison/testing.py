@@ -17,6 +17,7 @@ LEAST_PROBABILITY = 1e-6
 """The lower bound in the negative log-likelihood, which would be infinite at 0."""
 
 CONFUSION_FILE = "test/confusion.json"
+"""The artifact with the confusion matrix, and the true and predicted class of each test image."""
 
 ROUND_TAG = "test_round"
 """The round in which a confirmed run's model last saw the test split."""
@@ -40,7 +41,12 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
         "test/brier": measures.brier_score,
         "test/ece": measures.calibration_error,
     }
-    confusion = {"classes": list(model.classes), "images": measures.confusion.tolist()}
+    confusion = {
+        "classes": list(model.classes),
+        "images": measures.confusion.tolist(),
+        "true": labels.tolist(),
+        "predicted": probabilities.argmax(axis=1).tolist(),
+    }
     run.log_text(json.dumps(confusion), CONFUSION_FILE)
     # Last and in one call: a run with metrics also has the file and the round.
     run.log_metrics(

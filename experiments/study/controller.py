@@ -33,6 +33,7 @@ from experiments.study.events import (
     TrialEnded,
     TrialNote,
     TrialProgressed,
+    TrialReused,
     TrialStarted,
 )
 from experiments.study.identity import differences, provenance
@@ -40,8 +41,10 @@ from experiments.study.opening import open_study
 from experiments.study.recorder import Recorder, RunningTrial, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
+    last_reported_epoch,
     outcome_of,
     recording_errors,
+    set_attributes,
     set_once,
     start_errors,
     study_lock,
@@ -66,6 +69,7 @@ def sweep(
     *,
     under: str | None = None,
     storage: TrialCache | None = None,
+    reuse: bool = False,
 ) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield events.
 
@@ -79,6 +83,7 @@ def sweep(
         interrupts: checked several times a second; once true, what runs ends as `interrupted`.
         under: the id of the run that is the parent of the sweep's run, if any.
         storage: that of the settings, if it is open already.
+        reuse: give a trial the results of a finished training that has the same.
 
     Raises:
         ValueError: study, storage, tracking server or settings can't be used, in one line. It is a
@@ -93,7 +98,7 @@ def sweep(
             check_tracking()
         study = open_study(settings, data, interrupts, storage=storage)
         stack.enter_context(study_lock(settings.storage, study.study_name))
-        running = _Sweep(settings, study, pool, data, interrupts)
+        running = _Sweep(settings, study, pool, data, interrupts, reuse=reuse)
         stack.callback(running.close)
         with start_errors():
             started = running.start(under)
@@ -116,8 +121,10 @@ class _Sweep:
         pool: WorkerPool,
         data: Dataset,
         interrupts: Interrupts,
+        *,
+        reuse: bool,
     ) -> None:
-        self.settings, self.study = settings, study
+        self.settings, self.study, self.reuse = settings, study, reuse
         self.pool, self.data, self.interrupts = pool, data, interrupts
         self.dispatcher = Dispatcher(settings, study, pool)
         self.recorder: Recorder
@@ -133,7 +140,7 @@ class _Sweep:
 
         Orphaned trials wait for MLflow, which knows their outcomes.
         """
-        if not self.dispatcher.heartbeat.orphaned():
+        if not self.reuse and not self.dispatcher.heartbeat.orphaned():
             self.dispatcher.dispatch()
         notes = self._connect(under)
         recorder = self.recorder
@@ -166,6 +173,8 @@ class _Sweep:
             arithmetic=self.pool.arithmetic(fixed["device"]),
         )
         self.has_recorder = True
+        if self.reuse:
+            self.dispatcher.find_finished = self.recorder.find_finished
         self.system_metrics = SystemMetrics(self.recorder.open_parent(under))
         set_once(self.study, "made_with", made_with)
         changes = differences(set_once(self.study, "environment", now), now)
@@ -176,7 +185,13 @@ class _Sweep:
         trials = self.dispatcher
         if not trials.pending_runs:
             trials.reconcile(self.recorder)
-        while self.running or trials.pending_runs or trials.has_more() or trials.waits_for_others():
+        while (
+            self.running
+            or trials.pending_runs
+            or trials.reused
+            or trials.has_more()
+            or trials.waits_for_others()
+        ):
             if self.interrupts():
                 return
             if self.failures_in_a_row >= self.settings.max_failures:
@@ -191,6 +206,7 @@ class _Sweep:
                 trials.reconcile(self.recorder)
             yield from self._drop_lost()
             has_more = trials.dispatch()
+            yield from self._link_reused()
             yield from self._open_runs()
             self._warm_up_export()
             self.system_metrics.log_if_due()
@@ -237,6 +253,9 @@ class _Sweep:
         for running in list(self.running.values()):
             with suppress(*recording_errors()):
                 ended.append(self._interrupt(running))
+        for trial, *_ in self.dispatcher.reused:
+            with suppress(*recording_errors()):
+                self.dispatcher.heartbeat.requeue(trial)
         for trial, _ in self.dispatcher.pending_runs:
             self.pool.stop(trial.number)
             with suppress(*recording_errors()):
@@ -276,6 +295,26 @@ class _Sweep:
             self.running[trial.number] = RunningTrial(trial, config, run, is_new=is_new)
             pending.pop(0)
             yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
+
+    def _link_reused(self) -> Iterator[TrialReused]:
+        """Give trials the results of finished trainings; a late start does what is left of it."""
+        reused = self.dispatcher.reused
+        while reused:
+            trial, config, found = reused[0]
+            set_attributes(self.study, trial, {"reused": True, "run_id": found.run_id})
+            reported = last_reported_epoch(trial)
+            for epoch, accuracy in sorted(found.accuracies.items()):
+                if epoch > reported:
+                    trial.report(accuracy, epoch)
+            tell(self.study, trial, found.outcome, found.accuracy, found.val_loss)
+            reused.pop(0)
+            yield TrialReused(
+                trial=trial.number,
+                run_id=found.run_id,
+                config=config,
+                outcome=found.outcome,
+                accuracy=found.accuracy,
+            )
 
     def _receive(self, event: Event) -> Iterator[SweepEvent]:
         running = self.running.get(event.job)

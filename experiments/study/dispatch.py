@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
@@ -13,6 +13,7 @@ from cnn.config import TrainConfig
 from experiments.engine.base import WorkerPool
 from experiments.study.heartbeat import Heartbeat
 from experiments.study.recorder import OBJECTIVE, Recorder
+from experiments.study.reuse import FinishedTraining
 from experiments.study.settings import Settings
 from experiments.study.trials import num_begun, num_without_gain, tell
 from tracking.store import sqlite_file
@@ -38,6 +39,10 @@ class Dispatcher:
         self.lost: set[int] = set()
         """Trials that another process has resumed, because our heartbeat was late."""
         self.is_check_due = False  # whether to look for orphaned trials again
+        self.find_finished: Callable[[TrainConfig], FinishedTraining | None] | None = None
+        """Finds a finished training, which is not made again; None: make all."""
+        self.reused: list[tuple[Trial, TrainConfig, FinishedTraining]] = []
+        """Trials that need no worker."""
 
     def has_more(self) -> bool:
         """Return whether a trial is left to start, counting those of all processes."""
@@ -61,16 +66,22 @@ class Dispatcher:
 
         The run of a trial is opened while it trains.
         """
-        end = len(self.pending_runs) + MAX_DISPATCH
+        end = len(self.pending_runs) + len(self.reused) + MAX_DISPATCH
         while self.pool.num_idle and self.has_more():
-            if len(self.pending_runs) == end:
+            if len(self.pending_runs) + len(self.reused) == end:
                 return True
             trial = self._next_trial()
             if trial is not None:
-                config = self.space.suggest(trial)
-                self.pool.submit(trial.number, config)
-                self.pending_runs.append((trial, config))
+                self._start(trial, self.space.suggest(trial))
         return False
+
+    def _start(self, trial: Trial, config: TrainConfig) -> None:
+        found = self.find_finished(config) if self.find_finished else None
+        if found is None:
+            self.pool.submit(trial.number, config)
+            self.pending_runs.append((trial, config))
+        else:
+            self.reused.append((trial, config, found))
 
     def _next_trial(self) -> Trial | None:
         """Return an orphaned or a new trial; None if another process was faster."""

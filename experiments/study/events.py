@@ -53,6 +53,17 @@ class TrialEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialReused:
+    """A trial has the results of a finished training, and links its run."""
+
+    trial: int
+    run_id: str
+    config: TrainConfig
+    outcome: str  # `complete` or `diverged`
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialNote:
     """A note for the user on a running trial: it changed its worker or lost its checkpoint."""
 
@@ -82,6 +93,7 @@ SweepEvent = (
     | TrialStarted
     | TrialProgressed
     | TrialNote
+    | TrialReused
     | TrialEnded
     | BestRegistered
     | SweepEnded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -72,6 +72,7 @@ def open_checked(
     key: str,
     fingerprint: Mapping[str, Any],
     attributes: Mapping[str, Any] | None = None,
+    unnamed: Sequence[str] = (),
     **options: Any,
 ) -> Study:
     """Open a study that records its fingerprint, or make it.
@@ -85,6 +86,7 @@ def open_checked(
         key: of the attribute that holds the fingerprint.
         fingerprint: all that must stay the same, beside the code.
         attributes: others of a new study.
+        unnamed: the digests of the code that the default name does not follow from.
         **options: of the study, for Optuna.
 
     Raises:
@@ -92,7 +94,8 @@ def open_checked(
     """
     made = settings.made_with(data)
     with storage_errors(settings.storage):
-        name = settings.study or existing_name(storage, prefix, fingerprint, made)
+        named = {each: digest for each, digest in made.items() if each not in unnamed}
+        name = settings.study or existing_name(storage, prefix, fingerprint, named)
         check_study_name(name)
         study = load_or_create(study_name=name, storage=storage, **options)
         # In this order: another process sets the attributes before it asks for a trial.

@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from operator import itemgetter
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -17,6 +18,7 @@ from experiments.study.events import (
     TrialEnded,
     TrialNote,
     TrialProgressed,
+    TrialReused,
     TrialStarted,
 )
 from experiments.study.parameters import BY_NAME
@@ -26,8 +28,15 @@ from experiments.study.settings import Settings
 class Display(AbstractContextManager["Display"]):
     """Show a sweep's events: on a terminal with a live line for each running trial."""
 
-    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        console: Console | None = None,
+        *,
+        workload: WholeWork | None = None,
+    ) -> None:
         self.settings = settings
+        self.workload = workload
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -57,6 +66,8 @@ class Display(AbstractContextManager["Display"]):
         """Show an event."""
         match event:
             case SweepStarted():
+                if self.workload is not None:
+                    self.workload.begin(self.settings.trials, event.num_before)
                 self._show_start(event)
             case TrialStarted():
                 self.configs[event.trial] = event.config
@@ -76,6 +87,13 @@ class Display(AbstractContextManager["Display"]):
             case TrialNote():
                 description = self._description(event.trial, self.configs[event.trial])
                 self.console.print(f"{description}  {event.text}", markup=False)
+            case TrialReused():
+                self._count(event.outcome, event.accuracy, event.trial)
+                self.console.print(
+                    f"{self._description(event.trial, event.config)}  {event.outcome:11s} "
+                    f"{event.accuracy:7.2%} reused, not trained again",
+                    markup=False,
+                )
             case TrialEnded():
                 self._show_end(event)
 
@@ -102,10 +120,7 @@ class Display(AbstractContextManager["Display"]):
     def _show_end(self, event: TrialEnded) -> None:
         self.progress.remove_task(self.tasks.pop(event.trial))
         config = self.configs.pop(event.trial)
-        self.num_ended += 1
-        if event.outcome == "complete" and event.accuracy is not None:
-            best = (event.accuracy, event.trial)
-            self.best = max(self.best or best, best, key=itemgetter(0))
+        self._count(event.outcome, event.accuracy, event.trial)
         accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
         reason = f"   {event.reason}" if event.reason else ""
         self.console.print(
@@ -113,6 +128,14 @@ class Display(AbstractContextManager["Display"]):
             f"{event.epochs:3d} epochs {event.seconds:6.1f} s   {self._outlook()}{reason}",
             markup=False,
         )
+
+    def _count(self, outcome: str, accuracy: float | None, trial: int) -> None:
+        self.num_ended += 1
+        if self.workload is not None:
+            self.workload.count()
+        if outcome == "complete" and accuracy is not None:
+            best = (accuracy, trial)
+            self.best = max(self.best or best, best, key=itemgetter(0))
 
     def _description(self, trial: int, config: TrainConfig) -> str:
         parts = [f"{trial:4d} "]
@@ -124,9 +147,11 @@ class Display(AbstractContextManager["Display"]):
         return " ".join(parts)
 
     def _outlook(self) -> str:
+        if self.workload is not None:
+            return self.workload.place()
         best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {self.best[1]})"
         left = self._seconds_left()
-        time_left = "" if left is None else f"  {_clock(left)} left"
+        time_left = "" if left is None else f"  {clock(left)} left"
         return f"{best}{time_left}"
 
     def _seconds_left(self) -> float | None:
@@ -140,6 +165,19 @@ class Display(AbstractContextManager["Display"]):
         return None
 
 
+class WholeWork(Protocol):
+    """The work that a sweep is a part of."""
+
+    def begin(self, trials: int, num_before: int) -> None:
+        """Note that a part begins, some of whose trials ended before."""
+
+    def count(self, *, reused: bool = False) -> None:
+        """Count a trial that ended."""
+
+    def place(self) -> str:
+        """Return how much of the work is done, and the time left, as text."""
+
+
 def _is_live(console: Console) -> bool:
     """Return whether lines can change: on a terminal, or in a notebook that has widgets."""
     if console.is_jupyter:
@@ -147,7 +185,8 @@ def _is_live(console: Console) -> bool:
     return console.is_terminal
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -20,6 +20,7 @@ from experiments.study.events import TrialEnded
 from experiments.study.identity import digest_of_network, training_digest
 from experiments.study.models import Models
 from experiments.study.parameters import run_name
+from experiments.study.reuse import KEY, FinishedTraining, find_finished, training_key
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
 
@@ -118,6 +119,7 @@ class Recorder:
         """Open a run for a new trial."""
         name = run_name(trial.number, self._space.varied(config))
         tags = self._tags(trial.number) | provenance_tags(self.provenance, self.arithmetic)
+        tags[KEY] = self._key(config)
         run = self.tracker.start_run(name, tags=tags, parent=self.parent)
         trial.set_user_attr("run_id", run.run_id)
         log_config(run, config, self.data)
@@ -130,6 +132,8 @@ class Recorder:
         if run is None:
             return self.open_run(trial, config)
         run.reopen(tags=self.tracker.process_tags)
+        if run.tags().get(KEY) != self._key(config):  # its epochs have several environments
+            run.set_tags({KEY: ""})
         trial.set_user_attr("run_id", run.run_id)
         # The process that opened it may have died before these steps.
         if not run.params():
@@ -142,6 +146,13 @@ class Recorder:
         if run_id := trial.user_attrs.get("run_id"):
             return self.tracker.find_run(run_id)
         return self.tracker.find_tagged(self._tags(trial.number))
+
+    def find_finished(self, config: TrainConfig) -> FinishedTraining | None:
+        """Return a finished training with the same results as this configuration would have."""
+        return find_finished(self.tracker, self._key(config))
+
+    def _key(self, config: TrainConfig) -> str:
+        return training_key(config, self.data, self.provenance, self.arithmetic)
 
     def _tags(self, number: int) -> dict[str, str]:
         # With the study's id: a deleted study may have had the same name.
