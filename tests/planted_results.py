@@ -99,7 +99,7 @@ def planted_results(
         test_rounds=int(any(row["test_evaluations"] for row in made.repeats)),
         curves=pd.DataFrame(made.curves, columns=list(CURVE_COLUMNS)),
         confusions=_confusions(made.rng, list(made.hits), len(classes)),
-        studies={loss: _study(name, loss, plan, trials_frame) for loss in losses},
+        studies={loss: planted_study(name, loss, plan, trials_frame) for loss in losses},
         provenance={
             "commit": "5c68006",
             "versions": "torch 2.15.0, optuna 5.0.0, mlflow 3.17.2",
@@ -314,7 +314,10 @@ def _confusions(rng: np.random.Generator, losses: Sequence[str], size: int) -> d
     return found
 
 
-def _study(name: str, loss: str, plan: dict[str, Any], trials: pd.DataFrame) -> optuna.Study:
+def planted_study(
+    name: str, loss: str, plan: Mapping[str, Any], trials: pd.DataFrame
+) -> optuna.Study:
+    """Return an Optuna study of a loss' trials."""
     study = optuna.create_study(study_name=f"{name}/search/{loss}", direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

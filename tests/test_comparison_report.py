@@ -477,7 +477,7 @@ def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError(f"there is no comparison {name!r} in {storage}")
         return planted_results(losses=("mse",), trials=2, repeats=1)
 
-    monkeypatch.setattr("experiments.comparison.results.load_results", load_results)
+    monkeypatch.setattr("experiments.comparison.loading.load_results", load_results)
 
 
 @pytest.mark.usefixtures("one_comparison")

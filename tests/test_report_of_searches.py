@@ -14,7 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from planted_results import planted_results
+from planted_results import planted_results, planted_study
 from scipy import stats
 
 from experiments.comparison.assessment import assess
@@ -330,6 +330,17 @@ def test_labels_of_parallel_coordinates_are_apart_and_over_the_lines(staged: Res
         assert all(after - before > 0.05 for before, after in pairwise(heights))
     assert all(label.bgcolor and label.name == "value" for label in labels)
     assert {label.xanchor for label in labels if label.x == 3} == {"left"}
+
+
+def test_searches_of_two_losses_may_have_widened_to_different_batch_sizes() -> None:
+    results = planted_results(search="staged", losses=LOSSES[:2], searches=2, trials=6)
+    sizes = results.trials["batch_size"].where(results.trials["loss"] == "mse", 1_024)
+    made = replace(results, trials=results.trials.assign(batch_size=sizes))
+    studies = {loss: planted_study("widened", loss, made.plan, made.trials) for loss in LOSSES[:2]}
+    study = figure_data.joint_study(replace(made, studies=studies))
+    choices = study.trials[0].distributions["batch_size"].choices  # type: ignore[attr-defined]
+    assert list(choices) == sorted({*made.trials["batch_size"], 32, 64, 128})
+    assert "parallel" in optuna_figures(replace(made, studies=studies))
 
 
 # Time, and what is missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from experiments.study.ranking import best_first
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import CategoricalDistribution
+    from optuna.trial import FrozenTrial
 
 
 def best_settings(results: Results) -> pd.DataFrame:
@@ -180,18 +182,43 @@ def joint_study(results: Results) -> optuna.Study:
     joint = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), study_name=results.name, direction="maximize"
     )
-    for loss in losses_of(results):
-        study = results.studies.get(loss)
-        for trial in study.get_trials(deepcopy=False) if study is not None else ():
-            if trial.state is optuna.trial.TrialState.COMPLETE:
-                joint.add_trial(
-                    optuna.trial.create_trial(
-                        value=trial.value,
-                        params=trial.params | {"loss": html.escape(loss)},
-                        distributions=trial.distributions | {"loss": losses},
-                    )
-                )
+    complete = [
+        (loss, trial)
+        for loss in losses_of(results)
+        if loss in results.studies
+        for trial in results.studies[loss].get_trials(deepcopy=False)
+        if trial.state is optuna.trial.TrialState.COMPLETE
+    ]
+    choices = _joint_choices(trial for _, trial in complete)
+    for loss, trial in complete:
+        joint.add_trial(
+            optuna.trial.create_trial(
+                value=trial.value,
+                params=trial.params | {"loss": html.escape(loss)},
+                distributions=trial.distributions
+                | {name: choices[name] for name in trial.params if name in choices}
+                | {"loss": losses},
+            )
+        )
     return joint
+
+
+def _joint_choices(trials: Iterable[FrozenTrial]) -> dict[str, CategoricalDistribution]:
+    """Return all choices of each parameter that has them; a study allows no change of them."""
+    from optuna.distributions import CategoricalDistribution
+
+    found: dict[str, dict[Any, None]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            if isinstance(distribution, CategoricalDistribution) and name != "loss":
+                found.setdefault(name, {}).update(dict.fromkeys(distribution.choices))
+    return {name: CategoricalDistribution(_in_order(values)) for name, values in found.items()}
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Return numbers in ascending order, and other values as they come."""
+    every = list(values)
+    return sorted(every) if all(isinstance(each, int | float) for each in every) else every
 
 
 def confusions(results: Results) -> pd.DataFrame:
