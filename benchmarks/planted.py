@@ -28,8 +28,9 @@ from scipy import stats
 
 from benchmarks.common import make_parser, markdown
 from experiments.comparison.assessment import Assessment, assess
+from experiments.comparison.intervals import ALPHA, interval
+from experiments.comparison.pairs import MIN_EFFECT, repeats_needed
 from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
-from experiments.comparison.tables import ALPHA, MIN_EFFECT, interval, repeats_needed
 
 Floats = npt.NDArray[np.float64]
 

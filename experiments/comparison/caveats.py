@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
-import numpy as np
 import pandas as pd
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
+from experiments.comparison.advice import continued, made_anew
+from experiments.comparison.ranges import Open, is_staged
 from experiments.comparison.results import Results
-from experiments.comparison.tables import ALPHA
+from experiments.comparison.settling import unsettled
+from experiments.comparison.tables import outlying
+from experiments.comparison.wording import listed, percent, quoted
 
-EDGE = 0.05
-"""The share of the log range of learning rates that counts as its edge, at each end."""
 WIDER = 3
 """The factor by which to widen the range of learning rates."""
 FEW_TRIALS = 8
-"""Fewer complete trials than this may miss a loss' good configurations."""
-LAST_PART = 0.25
-"""The last share of the epochs, in which the order should not change."""
-GAIN = 0.01
-"""After a larger gain in validation accuracy over that part, training was too short."""
+"""A search of fewer trials than this may miss a loss' good configurations."""
+FEW_REPEATS = 3
+"""So few repeats, or fewer, hang on each single one."""
+ENOUGH_REPEATS = 5
+"""So many are advised then."""
+
+KINDS = (
+    *("edge", "outlier", "few repeats", "retest", "epochs", "diverged", "few trials"),
+    *("shared images", "steps"),
+)
+"""The kinds of caveats, in the order in which they matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,179 +37,184 @@ class Caveat:
     """A reason why a conclusion may not hold."""
 
     kind: str
-    """edge, few trials, diverged, epochs, steps or retest."""
+    """One of `KINDS`."""
     loss: str | None
-    """None: all losses."""
+    """None: several losses, or all."""
     text: str
-    """The reason, and what to do; losses in backticks."""
+    """The reason; losses in backticks."""
+    command: str = ""
+    """What to type about it, whole; empty if there is nothing, or if it isn't known."""
+
+    @property
+    def markdown(self) -> str:
+        """The reason and the command."""
+        return f"{self.text} Try: `{self.command}`" if self.command else self.text
 
 
-def find_caveats(results: Results, table: pd.DataFrame) -> tuple[Caveat, ...]:
-    """Return the warnings of an `Assessment`, from its table: loss by loss, then of all losses."""
-    found: list[Caveat] = []
-    for row in table.to_dict("records"):
-        loss = row["loss"]
-        of_loss = {
-            "edge": _edges(results, loss, row["learning_rate"], row["batch_size"]),
-            "few trials": _few_trials(results, loss),
-            "diverged": _diverged(results, loss, row["repeats"], row["diverged"]),
-        }
-        found += _caveats(of_loss, loss)
-    found += _epochs(results, list(table["loss"]))
-    found += _caveats({"steps": _steps(results), "retest": _retest(results)})
-    return tuple(found)
-
-
-def _caveats(texts: Mapping[str, Iterator[str]], loss: str | None = None) -> list[Caveat]:
-    return [
-        Caveat(kind=kind, loss=loss, text=text) for kind, each in texts.items() for text in each
+def find_caveats(
+    results: Results, table: pd.DataFrame, still_open: Sequence[Open]
+) -> tuple[Caveat, ...]:
+    """Return the warnings of an `Assessment`, from its table: those that matter most first."""
+    found = [
+        *_edges(results, still_open),
+        *_outliers(results, table),
+        *_few_repeats(results, table),
+        *_retest(results),
+        *_epochs(results, list(table["loss"])),
+        *_diverged(results, table),
+        *_few_trials(results, table),
+        *_shared_images(results),
+        *_steps(results),
     ]
+    return tuple(sorted(found, key=lambda caveat: KINDS.index(caveat.kind)))
 
 
-def _edges(results: Results, loss: str, rate: float, batch_size: float) -> Iterator[str]:
-    if math.isnan(rate):  # there is no best configuration yet
-        return
-    plan = results.plan
+def _edges(results: Results, still_open: Sequence[Open]) -> Iterator[Caveat]:
+    """Yield a caveat for the losses whose ranges are open at the same end."""
+    groups: dict[tuple[str, str, bool], list[Open]] = defaultdict(list)
+    for each in still_open:
+        groups[each.parameter, each.end, each.is_limit].append(each)
+    for found in groups.values():
+        text, command = (_of_searches if is_staged(results.plan) else _of_one)(results, found)
+        loss = found[0].loss if len(found) == 1 else None
+        yield Caveat(kind="edge", loss=loss, text=text, command=command)
+
+
+def _of_searches(results: Results, found: Sequence[Open]) -> tuple[str, str]:
+    at, trials = found[0], results.plan["trials"]
+    where = listed([f"of `{each.loss}` in {each.count} of {each.searches}" for each in found])
+    return (
+        f"The range of {at.name} is still open at its {at.end} end: the best is the most extreme "
+        f"that was tried, {where} searches. A better one may lie beyond it, which a longer search "
+        "tries."
+    ), continued(results, "--trials", trials + math.ceil(trials / 2))
+
+
+def _of_one(results: Results, found: Sequence[Open]) -> tuple[str, str]:
+    plan, at = results.plan, found[0]
+    bests = listed([f"`{each.loss}` ({each.best:.2g})" for each in found])
+    if at.parameter == "batch_size":
+        sizes = sorted(plan["batch_sizes"])
+        end = "smallest" if at.end == "lower" else "largest"
+        more = [sizes[0] // 2, *sizes] if at.end == "lower" else [*sizes, 2 * sizes[-1]]
+        text = f"The best batch size of {listed(quoted(each.loss for each in found))}, "
+        text += f"{at.best:g}, is the {end} that was tried: a better one may lie beyond it."
+        return text, made_anew(results, "--batch-sizes", *more)
     low, high = plan["learning_rate_min"], plan["learning_rate_max"]
-    place = math.log(rate / low) / math.log(high / low)
-    the_rate = f"The best learning rate of `{loss}`, {rate:.2g}, is"
-    for is_there, end, flag, new in (
-        (place <= EDGE, "low", "min", low / WIDER),
-        (place >= 1 - EDGE, "high", "max", high * WIDER),
-    ):
-        if is_there:
-            yield (
-                f"{the_rate} at the {end} end of the range, {low:g} to {high:g}: a better one may "
-                f"lie beyond it. Try --learning-rate-{flag} {new:.1g}."
-            )
-    tried = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
-    for is_there, end, limit in (
-        (place > EDGE and rate <= tried.min() < tried.max(), "lowest", low),
-        (place < 1 - EDGE and rate >= tried.max() > tried.min(), "highest", high),
-    ):
-        if is_there:
-            yield (
-                f"{the_rate} the {end} that was tried: a better one may lie between it and "
-                f"{limit:g}. Try --trials {2 * plan['trials']}."
-            )
-    sizes = sorted(plan["batch_sizes"])
-    if len(sizes) < 2 or batch_size not in (sizes[0], sizes[-1]):
+    text = f"The best learning rate of {bests} is "
+    if at.is_limit:
+        flag, new = ("min", low / WIDER) if at.end == "lower" else ("max", high * WIDER)
+        text += f"at the {at.end} end of the range, {low:g} to {high:g}: "
+        text += "a better one may lie beyond it."
+        return text, made_anew(results, f"--learning-rate-{flag}", float(f"{new:.1g}"))
+    end, limit = ("lowest", low) if at.end == "lower" else ("highest", high)
+    text += f"the {end} that was tried: a better one may lie between it and {limit:g}."
+    return text, made_anew(results, "--trials", 2 * plan["trials"])
+
+
+def _outliers(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
+    for row in table[table["outliers"] > 0].to_dict("records"):
+        loss = row["loss"]
+        found = outlying(results.repeats[results.repeats["loss"] == loss]).sort_values("seed")
+        which = listed(
+            [
+                (f"search {each['search']}, " if is_staged(results.plan) else "")
+                + f"seed {each['seed']} ({percent(each['test_accuracy'])})"
+                for each in found.to_dict("records")
+            ]
+        )
+        verb = "repeat is" if len(found) == 1 else "repeats are"
+        text = f"{len(found)} outlying {verb} among the {row['n']} of `{loss}`: {which}. The "
+        text += f"median is {percent(row['accuracy_median'])}, the mean "
+        text += f"{percent(row['accuracy_mean'])}. Its pairs are decided only where all repeats "
+        text += "agree on which loss is ahead."
+        yield Caveat(kind="outlier", loss=loss, text=text)
+
+
+def _few_repeats(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
+    found = table[(table["n"] >= 1) & (table["n"] <= FEW_REPEATS)]
+    if found.empty:
         return
-    end, new = ("smallest", sizes[0] // 2) if batch_size == sizes[0] else ("largest", sizes[-1] * 2)
-    if 1 <= new <= results.sizes["train"]:
-        yield (
-            f"The best batch size of `{loss}`, {batch_size}, is the {end} that was tried: a better "
-            f"one may lie beyond it. Add {new} to --batch-sizes."
-        )
+    flag = "searches" if is_staged(results.plan) else "repeats"
+    planned = results.plan[flag]
+    more = ENOUGH_REPEATS if planned < ENOUGH_REPEATS else 2 * planned
+    who, loss = listed(quoted(found["loss"])), found["loss"].iloc[0] if len(found) == 1 else None
+    if len(found) == len(table) > 1:
+        who = "Each loss"
+    most = found["n"].max()
+    verb = "has" if loss or who == "Each loss" else "have"
+    count = "only 1 tested repeat" if most == 1 else f"only {most} tested repeats"
+    if most != found["n"].min():
+        count = f"at most {most} tested repeats"
+    text = f"{who} {verb} {count}: the result hangs on each single one."
+    yield Caveat(
+        kind="few repeats", loss=loss, text=text, command=continued(results, f"--{flag}", more)
+    )
 
 
-def _few_trials(results: Results, loss: str) -> Iterator[str]:
-    outcomes = results.trials.loc[results.trials["loss"] == loss, "outcome"]
-    complete = int((outcomes == "complete").sum())
-    if complete < FEW_TRIALS:
-        planned = results.plan["trials"]
-        enough = math.ceil(FEW_TRIALS * len(outcomes) / complete) if complete else 2 * planned
-        advice = f" Try --trials {enough}." if enough > planned else ""
-        yield (
-            f"`{loss}` has {complete} complete trials of {len(outcomes)}: its best configuration "
-            f"may be a lucky one, or not among them.{advice}"
-        )
-
-
-def _diverged(results: Results, loss: str, repeats: int, diverged: int) -> Iterator[str]:
-    outcomes = results.trials.loc[results.trials["loss"] == loss, "outcome"]
-    trials = int((outcomes == "diverged").sum())
-    if trials > len(outcomes) / 2:
-        yield (
-            f"`{loss}` diverged in {trials} of {len(outcomes)} trials: most of the range of "
-            "learning rates is too high for it."
-        )
-    if diverged > repeats / 2:
-        yield (
-            f"`{loss}` diverged in {diverged} of {repeats} repeats: its best configuration is "
-            "unreliable."
-        )
+def _retest(results: Results) -> Iterator[Caveat]:
+    if results.test_rounds > 1:
+        text = f"The test split was looked at in {results.test_rounds} rounds: what was added or "
+        text += "changed in between may have been chosen by it."
+        yield Caveat(kind="retest", loss=None, text=text)
 
 
 def _epochs(results: Results, ranked: list[str]) -> Iterator[Caveat]:
     """Report validation accuracies, or an order of them, that still changed in the last epochs."""
-    last = results.plan["epochs"]
-    before = max(1, math.floor(last * (1 - LAST_PART)))
-    advice = f"Try --epochs {2 * last}."
-    if last == 1:
-        text = f"One epoch doesn't show whether the order of losses is final. {advice}"
-        yield Caveat(kind="epochs", loss=None, text=text)
+    command = made_anew(results, "--epochs", 2 * results.plan["epochs"])
+    for loss, text in unsettled(results, ranked):
+        yield Caveat(kind="epochs", loss=loss, text=text, command=command)
+
+
+def _diverged(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
+    """Report losses that diverged in most trials."""
+    outcomes = results.trials.groupby("loss")["outcome"]
+    all_of, diverged = outcomes.size(), outcomes.agg(lambda of: (of == "diverged").sum())
+    found = [loss for loss in table["loss"] if loss in all_of and 2 * diverged[loss] > all_of[loss]]
+    if not found:
         return
-    early, late = (_at_epoch(results, epoch).reindex(columns=ranked) for epoch in (before, last))
-    for first, second in _reversals(early, late):
-        lead = [100 * (at[first] - at[second]).mean() for at in (early, late)]
-        yield Caveat(
-            kind="epochs",
-            loss=first,
-            text=f"The order still changes: in validation `{first}` was {-lead[0]:.2f} points "
-            f"behind `{second}` after {before} epochs, and is {lead[1]:.2f} ahead after {last}. "
-            f"{advice}",
-        )
-    gain = (late - early).mean()
-    for loss in ranked[:1]:
-        if gain[loss] >= GAIN:
-            yield Caveat(
-                kind="epochs",
-                loss=loss,
-                text=f"`{loss}` gained {100 * gain[loss]:.2f} points of validation accuracy in the "
-                f"last {last - before} of {last} epochs: longer training may change the "
-                f"order. {advice}",
-            )
+    where = listed([f"`{loss}` in {diverged[loss]} of {all_of[loss]}" for loss in found])
+    text = f"Most trials diverged, of {where}: most of the learning rates are too high there."
+    yield Caveat(kind="diverged", loss=found[0] if len(found) == 1 else None, text=text)
 
 
-def _at_epoch(results: Results, epoch: int) -> pd.DataFrame:
-    """Return the validation accuracies of complete repeats: a row a seed, a column a loss."""
-    curves, repeats = results.curves, results.repeats
-    repeats = repeats.loc[repeats["outcome"] == "complete", ["loss", "trial", "seed"]]
-    curves = curves[(curves["stage"] == "confirm") & (curves["epoch"] == epoch)]
-    merged = repeats.merge(curves, on=["loss", "trial"])
-    return merged.pivot(index="seed", columns="loss", values="val_accuracy")  # noqa: PD010 (strict)
+def _few_trials(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
+    planned = results.plan["trials"]
+    if is_staged(results.plan):
+        if planned < FEW_TRIALS:
+            text = f"A search has only {planned} trials: a longer one may change the order."
+            command = continued(results, "--trials", FEW_TRIALS)
+            yield Caveat(kind="few trials", loss=None, text=text, command=command)
+        return
+    trials = results.trials
+    complete = trials[trials["outcome"] == "complete"]["loss"].value_counts()
+    over = trials["loss"].value_counts()
+    counts = {loss: (int(complete.get(loss, 0)), int(over.get(loss, 0))) for loss in table["loss"]}
+    few = {loss: count for loss, count in counts.items() if count[0] < FEW_TRIALS}
+    if not few:
+        return
+    enough = max(
+        math.ceil(FEW_TRIALS * tried / done) if done else 2 * planned
+        for done, tried in few.values()
+    )
+    has = [f"`{loss}` has {done} complete trials of {of}" for loss, (done, of) in few.items()]
+    text = f"{listed(has)}: a best configuration may be a lucky one, or not among them."
+    command = made_anew(results, "--trials", enough) if enough > planned else ""
+    loss = next(iter(few)) if len(few) == 1 else None
+    yield Caveat(kind="few trials", loss=loss, text=text, command=command)
 
 
-def _reversals(early: pd.DataFrame, late: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return the pairs of losses whose order changed significantly, the one ahead first.
-
-    The tests are paired t-tests of the change of the difference, corrected over all pairs.
-    """
-    pairs, p_values = [], []
-    for first, second in combinations(late.columns, 2):
-        leads = pd.DataFrame(
-            {"early": early[first] - early[second], "late": late[first] - late[second]}
-        )
-        leads = leads.dropna()
-        changes = (leads["late"] - leads["early"]).to_numpy().round(9)
-        if len(changes) < 2 or not np.ptp(changes):
-            continue
-        mean = leads.mean()
-        pairs.append((first, second, mean["early"], mean["late"]))
-        p_values.append(stats.ttest_1samp(changes, 0).pvalue)
-    if not pairs:
-        return []
-    is_change = multipletests(p_values, alpha=ALPHA, method="holm")[0]
-    return [
-        (first, second) if lead > 0 else (second, first)
-        for (first, second, lead_before, lead), changed in zip(pairs, is_change, strict=True)
-        if changed and lead_before * lead < 0
-    ]
+def _shared_images(results: Results) -> Iterator[Caveat]:
+    """Report that, without a given test split, a search saw test images of its repeat."""
+    if results.plan.get("given_test") is not False or results.repeats.empty:
+        return
+    text = "There is no given test split: each repeat draws its own, and part of its test images "
+    text += "served the search that chose its configuration. So its accuracy may be too high."
+    yield Caveat(kind="shared images", loss=None, text=text)
 
 
-def _steps(results: Results) -> Iterator[str]:
+def _steps(results: Results) -> Iterator[Caveat]:
     if len(results.plan["batch_sizes"]) > 1:
-        yield (
-            "Batch sizes are compared at equal epochs, so a larger one takes fewer steps. The "
-            "result may differ at equal steps or in equal time."
-        )
-
-
-def _retest(results: Results) -> Iterator[str]:
-    again = int((results.repeats["test_evaluations"] > 1).sum())
-    if again:
-        yield (
-            f"The models of {again} repeats saw the test split more than once: changes in between "
-            "may have been chosen by it."
-        )
+        text = "Batch sizes are compared at equal epochs, so a larger one takes fewer steps. The "
+        text += "result may differ at equal steps or in equal time."
+        yield Caveat(kind="steps", loss=None, text=text)

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from experiments.comparison.details import details, incomplete, use
+from experiments.comparison.pairs import DECIDED
+from experiments.comparison.ranges import Open, is_staged
 from experiments.comparison.results import Results
-from experiments.comparison.tables import ALPHA, MAX_REPEATS, MIN_EFFECT, POWER
+from experiments.comparison.wording import (
+    INTERVAL,
+    Row,
+    listed,
+    no_more_than,
+    percent,
+    points,
+    quoted,
+)
 
-Row = Mapping[Hashable, Any]
-"""Of a table of `experiments.comparison.tables`."""
-
-INTERVAL = f"{100 * (1 - ALPHA):g} % interval"
 NO_ANSWER = "The results don't say which loss is better"
+ANOTHER_SEARCH = (
+    "Another search may end at other configurations, so this does not say which loss is better."
+)
+SHOWN = 3
+"""As many leads, the smallest ones, stand in the answer."""
 
 
-def make_statements(results: Results, table: pd.DataFrame, pairs: pd.DataFrame) -> tuple[str, ...]:
-    """Return the statements of an `Assessment`, from its table and its pairs."""
+def make_statements(
+    results: Results,
+    table: pd.DataFrame,
+    pairs: pd.DataFrame,
+    to_use: Row | None,
+    still_open: Sequence[Open],
+) -> tuple[str, ...]:
+    """Return the statements of an `Assessment`, from its table and what else was found."""
     losses: Sequence[Row] = table.to_dict("records")
+    rows: Sequence[Row] = pairs.to_dict("records")
     winner = losses[0]
     if math.isnan(winner["val_accuracy"]):
         answer = ["No loss has a complete repeat.", f"{NO_ANSWER}."]
@@ -31,169 +49,180 @@ def make_statements(results: Results, table: pd.DataFrame, pairs: pd.DataFrame) 
             f"{NO_ANSWER}: no model has seen the test split yet.",
         ]
     else:
-        rows: Sequence[Row] = pairs.to_dict("records")
         others = [row for row in rows if row["first"] == winner["loss"]]
-        answer = _answer(winner, others, is_alone=len(losses) == 1)
-        answer += _not_compared(others) + _method(rows) + _scope(results, winner)
-    return tuple(answer[:2] + _incomplete(losses) + answer[2:])
-
-
-def percent(share: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.2f} %"
-
-
-def points(difference: float) -> str:
-    """Return a difference of shares in percent points, without the unit."""
-    return f"{100 * difference:z.2f}".replace("-", "−")
-
-
-def _answer(winner: Row, others: Sequence[Row], *, is_alone: bool) -> list[str]:
-    """Return the two sentences that say which loss is best, and the details."""
-    name, measured = f"`{winner['loss']}`", _measured(winner)
-    worse, undecided = (
-        [f"`{other['loss']}`" for other in others if other["verdict"] == verdict]
-        for verdict in ("worse", "undecided")
-    )
-    better = [_with_repeats(other, winner) for other in others if other["verdict"] == "better"]
-    if is_alone:
-        return [f"{name} {measured}.", "There is no other loss to compare it with."]
-    if not (better or worse or undecided):
-        return [
-            f"{name} has the highest validation accuracy and {measured}.",
-            f"{NO_ANSWER}: this needs two repeats of each with the same seeds.",
+        answer = [
+            _on_these_images(results, losses, others, still_open),
+            _on_other_images(results, losses, others),
         ]
-    first = f"{name} has the highest validation accuracy and {measured}, but "
-    if better:
-        first += f"{_list(better, 'and')} {'is' if len(better) == 1 else 'are'} better."
-    elif undecided:
-        first += f"can't be told apart from {_list(undecided, 'or')}."
-    elif len(worse) == 1:
-        first = f"{name} is better than {worse[0]}: it {measured}."
-    else:
-        first = f"{name} is the best of the {1 + len(worse)} losses compared: it {measured}."
-    lead, needed = [_lead(winner, others)], _needed(others)
-    return [first, *lead, *needed] if better else [first, *needed, *lead]
+    answer[0] = f"{_failures(losses)}{answer[0]}"
+    rest = [] if to_use is None else [use(to_use)]
+    if winner["n"]:
+        rest += details(results, losses, rows)
+    return (*answer, *rest, *incomplete(losses))
 
 
-def _with_repeats(other: Row, winner: Row) -> str:
-    """Return a loss' name, with the number of compared repeats if it is not all."""
-    count = f" (in the {other['n']} of {winner['n']} repeats that it completed)"
-    return f"`{other['loss']}`{count if other['n'] < winner['n'] else ''}"
-
-
-def _measured(row: Row) -> str:
-    n, mean = row["n"], f"gets {percent(row['accuracy_mean'])} of the test images right"
-    if n == 1:
-        return f"{mean} in its one repeat"
-    if math.isnan(row["accuracy_low"]):
-        return f"{mean} in each of its {n} repeats"
-    ends = f"{points(row['accuracy_low'])} to {points(row['accuracy_high'])} %"
-    return f"{mean} ({INTERVAL} {ends}, n = {n})"
-
-
-def _lead(winner: Row, others: Sequence[Row]) -> str:
-    """Return how far the winner is ahead of each loss that it is compared with."""
-    leads: list[str] = []
-    for other in others:
-        if other["verdict"] == "not compared":
-            continue
-        lead, unit = points(other["difference"]), "" if leads else " points"
-        spread = f"{points(other['low'])} to {points(other['high'])}"
-        if math.isnan(other["low"]):
-            spread = "the same in each repeat"
-        elif not leads:
-            spread = f"{INTERVAL} {spread}"
-        count = "" if other["n"] == winner["n"] else f", n = {other['n']}"
-        verb = "" if leads else "is "
-        details = f"{spread}, {_p(other['p_holm'])}{count}"
-        leads.append(f"over `{other['loss']}` {verb}{lead}{unit} ({details})")
-    return f"Its lead {_list(leads, 'and')}."
-
-
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
-
-
-def _needed(others: Sequence[Row]) -> list[str]:
-    """Return how many repeats would show a difference of `MIN_EFFECT` from undecided losses."""
-    undecided = [other for other in others if other["verdict"] == "undecided"]
-    if not undecided:
-        return []
-    varied = [other for other in undecided if not math.isnan(other["repeats_needed"])]
-    if not varied:
-        return ["All repeats differ by the same amount, so the repeats needed are unknown."]
-    most = max(varied, key=lambda other: float(other["repeats_needed"]))
-    count, low, high = (_count(most[f"repeats_needed{end}"]) for end in ("", "_low", "_high"))
-    show = f"show a difference of {100 * MIN_EFFECT:g} points with a chance of {100 * POWER:g} %."
-    if most["repeats_needed"] == MAX_REPEATS:
-        return [f"It would take {count} repeats to {show}"]
-    return [
-        f"About {count} repeats ({low} to {high}, given the spread's 95 % interval) would {show}"
-    ]
-
-
-def _count(repeats: float) -> str:
-    return f"{repeats:,.0f}" + (" or more" if repeats == MAX_REPEATS else "")
-
-
-def _incomplete(losses: Sequence[Row]) -> list[str]:
-    """Return which losses have repeats that diverged, failed or are missing."""
-    statements = []
+def _failures(losses: Iterable[Row]) -> str:
+    """Return how often losses fail, as a sentence before all others."""
+    found = []
     for row in losses:
-        name, repeats = f"`{row['loss']}`", row["repeats"]
-        lost = [f"{row[outcome]} {outcome}" for outcome in ("diverged", "failed") if row[outcome]]
-        if not repeats:
-            statements.append(f"{name} has no repeat.")
-        elif row["diverged"] + row["failed"] == repeats:
-            statements.append(f"{name} completed none of {repeats} repeats ({', '.join(lost)}).")
-        elif lost:
-            worse = ": it is not as good as its mean says" if row["diverged"] else ""
-            statements.append(
-                f"Of {repeats} repeats of {name}, {' and '.join(lost)}, and only the others were "
-                f"measured{worse}."
-            )
-    return statements
-
-
-def _not_compared(others: Sequence[Row]) -> list[str]:
-    names = [f"`{other['loss']}`" for other in others if other["verdict"] == "not compared"]
-    if not names or len(names) == len(others):
-        return []
-    verb = "shares" if len(names) == 1 else "share"
-    return [f"{_list(names, 'and')} {verb} fewer than two seeds with it: there is no test."]
-
-
-def _method(pairs: Sequence[Row]) -> list[str]:
-    """Return the meaning of p and of the intervals."""
-    tested = sum(pair["verdict"] != "not compared" for pair in pairs)
-    if not tested:
-        return []
-    corrected = "" if tested == 1 else f", corrected by Holm's method for {tested} pairs of losses"
-    return [
-        f"Better means p ≤ {ALPHA:g} in the t-test of paired repeats{corrected}.",
-        "Each interval is for one loss or one pair alone. The winner's are too high if other "
-        "losses are as good, because the same trainings chose it.",
-    ]
-
-
-def _scope(results: Results, winner: Row) -> list[str]:
-    """Return what the statements hold for."""
-    given, images = results.plan.get("given_test"), results.sizes["test"]
-    if winner["n"] == 1:
-        return []
-    if given is None:
-        return ["The statements hold for new trainings, not for other images."]
-    if given:
-        return [
-            f"All repeats have the same {images:,} test images: the statements hold for new "
-            "trainings, not for other images."
+        lost = [
+            f"{outcome} in {row[outcome]}" for outcome in ("diverged", "failed") if row[outcome]
         ]
-    return [
-        f"Each repeat draws its own {images:,} test images from the same data: the statements "
-        "hold for new splits and trainings, not for other data."
-    ]
+        if lost:
+            found.append(f"`{row['loss']}` {' and '.join(lost)} of {row['repeats']} repeats")
+    return f"{listed(found)}. " if found else ""
 
 
-def _list(names: Sequence[str], last: str) -> str:
-    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _on_these_images(
+    results: Results, losses: Sequence[Row], others: Sequence[Row], still_open: Sequence[Open]
+) -> str:
+    """Return what holds for new trainings and these test images."""
+    is_alone = len(losses) == 1
+    if is_staged(results.plan):
+        condition = (
+            f"With {results.plan['trials']} trials to tune {'it' if is_alone else 'each loss'}"
+        )
+    else:
+        condition = f"At the configuration{'' if is_alone else 's'} that one search found"
+    end = f"{_open(results, still_open)}."
+    if is_alone:
+        return f"{condition}, {_measured(results, losses[0], is_named=True)}{end}"
+    verdict = _verdict(losses[0], others, len(losses))
+    return f"{condition}, {verdict}: {_measured(results, losses[0])}{end}"
+
+
+def _verdict(winner: Row, others: Sequence[Row], losses: int) -> str:
+    name = f"`{winner['loss']}`"
+    if {other["verdict"] for other in others} == {"worse"} and len(others) == losses - 1:
+        if losses == 2:
+            return f"{name} is better than `{others[0]['loss']}`"
+        return f"{name} is the best of {losses} losses"
+    relations = _relations(others)
+    highest = f"{name} has the highest validation accuracy"
+    if len(relations) == 1:
+        is_good = others[0]["verdict"] in ("worse", "slightly worse", "equal", "behind")
+        return f"{highest}{' and' if is_good else ', but'} {relations[0]}"
+    return ", ".join([highest, *relations[:-1]]) + (f", and {relations[-1]}" if relations else "")
+
+
+def _relations(others: Sequence[Row]) -> list[str]:
+    """Return the verdicts on the other losses, as predicates of the winner."""
+    found = []
+    for verdict, predicate in PREDICATES.items():
+        rows = [other for other in others if other["verdict"] == verdict]
+        if not rows:
+            continue
+        losses = quoted(str(row["loss"]) for row in rows)
+        if verdict.startswith("slightly"):
+            losses = [f"`{row['loss']}` (by {no_more_than(row)})" for row in rows]
+        elif verdict == "equal":
+            losses = [f"`{row['loss']}` by {no_more_than(row)}" for row in rows]
+        elif verdict == "constant":
+            losses = [_constant(row) for row in rows]
+        found.append(predicate.format(listed(losses, "or" if "can't" in predicate else "and")))
+    return found
+
+
+PREDICATES = {
+    "better": "is worse than {}",
+    "slightly better": "is slightly worse than {}",
+    "undecided": "can't be told apart from {}",
+    "ahead": "is behind {} in the repeats that both completed",
+    "behind": "is ahead of {} in the repeats that both completed, but not always completes",
+    "constant": "is {} in each repeat",
+    "equal": "differs from {}",
+    "slightly worse": "is slightly better than {}",
+    "worse": "is better than {}",
+}
+"""What the winner is, by the verdict on another loss."""
+
+
+def _constant(pair: Row) -> str:
+    lead = pair["difference"]
+    if not lead:
+        return f"equal to `{pair['loss']}`"
+    return f"{points(abs(lead))} points {'ahead of' if lead > 0 else 'behind'} `{pair['loss']}`"
+
+
+def _measured(results: Results, row: Row, *, is_named: bool = False) -> str:
+    n, images = row["n"], f"{results.sizes['test']:,}"
+    right = f"{'`' + row['loss'] + '`' if is_named else 'it'} gets "
+    right += f"{percent(row['accuracy_mean'])} right"
+    if n == 1:
+        return f"shown {images} test images, {right} in its one repeat"
+    shown = f"these {images} test images"
+    if results.plan.get("given_test") is False:
+        shown = f"{images} test images of a new split"
+    if math.isnan(row["accuracy_low"]):
+        return f"trained anew and shown {shown}, {right} in each of its {n} repeats"
+    ends = f"{points(row['accuracy_low'])} to {points(row['accuracy_high'])} %"
+    return f"trained anew and shown {shown}, {right} ({INTERVAL} {ends}, n = {n})"
+
+
+def _open(results: Results, still_open: Sequence[Open]) -> str:
+    """Return which ranges are still open, as the end of a sentence."""
+    if not still_open:
+        return ""
+    if len(still_open) > 2:
+        names = list(dict.fromkeys(each.loss for each in still_open))
+        return f", but the ranges of {listed(quoted(names))} are still open"
+    found = []
+    for each in still_open:
+        where = f" in {each.count} of {each.searches} searches" if is_staged(results.plan) else ""
+        found.append(
+            f"the range of {each.name} of `{each.loss}` is still open at its {each.end} end{where}"
+        )
+    return f", but {listed(found)}"
+
+
+def _on_other_images(results: Results, losses: Sequence[Row], others: Sequence[Row]) -> str:
+    """Return what holds for new trainings and new images."""
+    compared = [other for other in others if other["verdict"] != "not compared"]
+    if len(losses) == 1:
+        alone = "There is no other loss to compare it with."
+        if math.isnan(losses[0]["images_low"]):
+            return alone
+        return f"On other images {_accuracy_on_other(losses[0])} ({INTERVAL}). {alone}"
+    if not compared:
+        return f"{NO_ANSWER}: this needs two repeats of each with the same seeds."
+    known = [other for other in compared if not math.isnan(other["p_images"])]
+    if known:
+        decided = _decided_on_other(compared)
+        second = f"{decided}: {_numbers_on_other(losses[0], known)}."
+    elif all(other["verdict"] == "constant" for other in compared):
+        second = "Without a spread of the differences there is no test."
+    else:
+        second = "Whether this holds for other images is not known: the images that each model "
+        second += "got right are not recorded."
+    return second if is_staged(results.plan) else f"{second} {ANOTHER_SEARCH}"
+
+
+def _decided_on_other(compared: Sequence[Row]) -> str:
+    decided = [other for other in compared if other["verdict"] in (*DECIDED, "ahead", "behind")]
+    lost = [other for other in decided if other["images_verdict"] != other["verdict"]]
+    if not decided:
+        return "For other images, nothing is decided either"
+    if not lost:
+        return "This holds for other images as well"
+    if len(lost) == len(decided):
+        return "For other images, this is not decided"
+    names = listed(quoted(str(other["loss"]) for other in lost), "or")
+    return f"This holds for other images as well, but not for {names}"
+
+
+def _numbers_on_other(winner: Row, known: Sequence[Row]) -> str:
+    closest = sorted(known, key=lambda other: float(abs(other["difference"])))[:SHOWN]
+    leads: list[str] = []
+    for other in closest:
+        ends = f"{points(other['images_low'])} to {points(other['images_high'])}"
+        leads.append(f"over `{other['loss']}` {ends}{'' if leads else ' points'}")
+    if len(closest) < len(known):
+        lead = f"its smallest leads are {listed(leads)}"
+    else:
+        lead = f"its lead {listed(leads).replace('` ', '` is ', 1)}"
+    parts = [lead] if math.isnan(winner["images_low"]) else [_accuracy_on_other(winner), lead]
+    return f"{', and '.join(parts)} (95 % intervals over new trainings and new images)"
+
+
+def _accuracy_on_other(winner: Row) -> str:
+    return f"it gets {points(winner['images_low'])} to {points(winner['images_high'])} % right"
