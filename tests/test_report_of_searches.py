@@ -139,27 +139,29 @@ def test_a_diverged_repeat_is_said_in_place_of_its_test_accuracy(
 
 
 def test_the_configuration_to_use_has_its_mean_and_interval(staged: Results) -> None:
-    (row,) = search_data.to_use(staged).to_dict("records")
+    (row,) = tables_of(staged)["to_use"].to_dict("records")
     confirmed = staged.confirmed
     values = confirmed["test_accuracy"]
-    assert (row["loss"], row["learning_rate"], row["n"]) == (
+    assert (row["loss"], row["learning_rate"], row["n"], row["split"]) == (
         confirmed["loss"].iloc[0],
         confirmed["learning_rate"].iloc[0],
         3,
+        "test",
     )
     low, high = stats.t.interval(0.95, 2, values.mean(), values.std(ddof=1) / np.sqrt(3))
-    found = (row["accuracy"], row["sd"], row["low"], row["high"])
-    assert found == pytest.approx((values.mean(), values.std(ddof=1), low, high))
+    found = (row["accuracy_mean"], row["accuracy_low"], row["accuracy_high"])
+    assert found == pytest.approx((values.mean(), low, high))
     (shown,) = cells(tables_in(sections.make(staged, assess(staged)).sections[0])["to_use"])
-    assert shown["test accuracy, %"].startswith(f"{100 * values.mean():.2f} (")
+    mean, low, high = (f"{100 * each:.2f}" for each in found)
+    assert shown["accuracy, %"] == f"{mean} ({low} to {high})"
 
 
 @pytest.mark.parametrize("search", ["random", "tpe"])
-def test_without_stages_there_are_neither_searches_nor_a_choice_among_them(search: str) -> None:
+def test_without_stages_the_winners_repeats_confirm_what_to_use(search: str) -> None:
     results = planted_results(search=search, losses=LOSSES[:1], trials=4, repeats=2)
     tables = tables_of(results)
     assert tables["searches"].empty
-    assert tables["to_use"].empty
+    assert tables["to_use"]["learning_rate"].iloc[0] in set(results.repeats["learning_rate"])
     assert set(tables_in(search_section(results, tables))) == {"ranges", "best_settings"}
 
 

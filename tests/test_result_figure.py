@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,13 +229,8 @@ def test_without_a_test_there_is_no_figure() -> None:
 # The order of the page
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaveatWithCommand(Caveat):
-    command: str = ""
-
-
-def caveat(text: str, command: str = "") -> CaveatWithCommand:
-    return CaveatWithCommand(kind="epochs", loss=None, text=text, command=command)
+def caveat(text: str, command: str = "") -> Caveat:
+    return Caveat(kind="epochs", loss=None, text=text, command=command)
 
 
 HARMFUL = "python -m experiments.compare --name '</code><b>```\n# x'"
@@ -296,7 +291,21 @@ def test_the_table_has_both_intervals(close: tuple[Results, Assessment]) -> None
     assert isinstance(ranking, Table)
     assert isinstance(differences, Table)
     assert ranking.rows[0][list(ranking.heads).index("with new images")] == ends
-    assert "with new images" in differences.heads
+    verdicts = assessment.differences[["verdict", "images_verdict"]].to_numpy().tolist()
+    columns = [list(differences.heads).index(head) for head in ("it is", "it is then")]
+    assert [[row[column] for column in columns] for row in differences.rows] == verdicts
+    assert "median" not in ranking.heads
+
+
+def test_the_median_stands_beside_the_mean_where_a_repeat_is_outlying(
+    close: tuple[Results, Assessment],
+) -> None:
+    results, assessment = close
+    made = replace(assessment, table=assessment.table.assign(outliers=[1, 0, 0, 0]))
+    (ranking, *_) = sections.make(results, made).sections[0].items
+    assert isinstance(ranking, Table)
+    medians = [row[list(ranking.heads).index("median")] for row in ranking.rows]
+    assert medians == [f"{100 * median:.2f}" for median in assessment.table["accuracy_median"]]
 
 
 def test_numbers_of_the_figure_are_in_its_csv(close: tuple[Results, Assessment]) -> None:

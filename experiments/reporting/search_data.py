@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from experiments.comparison.results import Results
-from experiments.comparison.tables import interval
 from experiments.study.parameters import searched
 
 REFINED = ("explore", "refine")
@@ -115,39 +111,6 @@ def _ended(chosen: float, tried: pd.Series[float]) -> str:
     if chosen >= tried.max() / _SAME:
         return "open above"
     return "closed"
-
-
-def to_use(results: Results) -> pd.DataFrame:
-    """Return the configuration to use, and its accuracy on the test split, in a row if known.
-
-    `repeats` counts its finished trainings, `n` those that were tested. `accuracy` is their mean,
-    with `sd`, `low` and `high` (95 % interval of the mean, Student's t; NaN if n < 2 or all are
-    equal).
-    """
-    rows: list[Mapping[Any, Any]] = []
-    made = results.confirmed
-    if len(made):
-        first = made.iloc[0]
-        values = made["test_accuracy"].dropna().to_numpy(float).round(9)
-        varies = len(values) > 1 and np.ptp(values) > 0
-        low, high = np.clip(interval(values), 0, 1) if varies else (np.nan, np.nan)
-        rows.append(
-            {
-                **{name: first[name] for name in ("loss", *parameters_of(results))},
-                "repeats": len(made),
-                "diverged": int((made["outcome"] == "diverged").sum()),
-                "n": len(values),
-                "accuracy": values.mean() if len(values) else np.nan,
-                "sd": values.std(ddof=1) if len(values) > 1 else np.nan,
-                "low": low,
-                "high": high,
-            }
-        )
-    columns = [
-        *("loss", *parameters_of(results), "repeats", "diverged", "n"),
-        *("accuracy", "sd", "low", "high"),
-    ]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def best_so_far(results: Results) -> pd.DataFrame:

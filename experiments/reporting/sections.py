@@ -44,7 +44,10 @@ TABLES: Mapping[str, Callable[[Results, Assessment], pd.DataFrame]] = {
     "result": result_rows,
     "table": lambda _, assessment: assessment.table,
     "pairs": lambda _, assessment: assessment.pairs,
-    "to_use": lambda results, _: search_data.to_use(results),
+    "to_use": lambda _, assessment: pd.DataFrame(
+        [assessment.to_use] if assessment.to_use else [],
+        columns=list(assessment.to_use or ["loss"]),
+    ),
     "searches": lambda results, _: search_data.searches(results),
     "ranges": lambda results, _: search_data.ranges(results),
     "best_settings": lambda results, _: figure_data.best_settings(results).reset_index(drop=True),
@@ -97,10 +100,7 @@ def make(results: Results, assessment: Assessment) -> Report:
 
 def _warnings(assessment: Assessment) -> Sequence[Note]:
     """Return the caveats, each once, in the order of the assessment."""
-    notes = [
-        Note(text=caveat.text, command=getattr(caveat, "command", ""))
-        for caveat in assessment.warnings
-    ]
+    notes = [Note(text=caveat.text, command=caveat.command) for caveat in assessment.warnings]
     return list(dict.fromkeys(notes))
 
 
@@ -157,11 +157,13 @@ def _result(
 
 def _ranking(results: Results, table: pd.DataFrame) -> Table:
     has_images = _has_images(table, "accuracy_")
+    median: Columns = {"median": lambda row: number(100 * row["accuracy_median"], ".2f")}
     columns: Columns = {
         "loss": lambda row: row["loss"],
         "n": lambda row: str(row["n"]),
         "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
         **({_NEW_IMAGES: lambda row: _ends(row, "accuracy_images_")} if has_images else {}),
+        **(median if table["outliers"].any() else {}),
         "sd": lambda row: number(100 * row["accuracy_sd"], ".2f"),
         "negative log-likelihood": lambda row: interval(row, "nll", 1, ".3f"),
         "Brier score": lambda row: interval(row, "brier", 1, ".3f"),
@@ -201,11 +203,15 @@ def _differences(assessment: Assessment) -> Table:
         return f"{row['ahead']} ({row['ties']} equal)" if row["ties"] else str(row["ahead"])
 
     has_images = _has_images(assessment.differences, "")
+    of_new_images: Columns = {
+        _NEW_IMAGES: lambda row: _ends(row, "images_", "+.2f"),
+        "it is then": lambda row: row["images_verdict"],
+    }
     columns: Columns = {
         "loss": lambda row: row["loss"],
         "it is": lambda row: row["verdict"],
         "points ahead (95 % interval)": lead,
-        **({_NEW_IMAGES: lambda row: _ends(row, "images_", "+.2f")} if has_images else {}),
+        **(of_new_images if has_images else {}),
         "n": lambda row: str(row["n"]),
         "times ahead": times_ahead,
         "probability to be better": lambda row: interval(row, "probability", 1, ".2f"),
@@ -226,21 +232,19 @@ def _to_use(results: Results, table: pd.DataFrame) -> Table:
         **parameter_columns(results),
         "trainings": lambda row: str(row["repeats"]),
         "diverged": lambda row: str(row["diverged"]),
-        "tested": lambda row: str(row["n"]),
-        "test accuracy, %": _accuracy_of_choice,
-        "sd": lambda row: number(100 * row["sd"], ".2f"),
+        "failed": lambda row: str(row["failed"]),
+        "measured": lambda row: str(row["n"]),
+        "images": lambda row: row["split"],
+        "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
     }
+    chosen = "the best one of the winner"
+    if is_staged(results):
+        chosen = "the best of those that all searches of the winner chose"
     caption = (
-        "The configuration to use: the best of those that all searches of the winner chose, "
-        "trained on fresh seeds. Its accuracy on the test split is a mean, with the 95 % interval "
-        "over new trainings in brackets"
+        f"The configuration to use: {chosen}, trained on fresh seeds. Its accuracy is a mean, with "
+        "the 95 % interval over new trainings in brackets"
     )
     return make_table(caption, columns, table.to_dict("records"), "to_use")
-
-
-def _accuracy_of_choice(row: Mapping[Any, Any]) -> str:
-    ends = {f"accuracy_{end}": row[end] for end in ("low", "high")}
-    return interval({"accuracy": row["accuracy"], **ends}, "accuracy", 100, ".2f")
 
 
 def _budget(results: Results) -> Section:
