@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -277,7 +278,10 @@ def test_each_caveat_is_there_once(cautious: tuple[str, str]) -> None:
 def test_the_command_of_a_caveat_is_code_and_does_no_harm(cautious: tuple[str, str]) -> None:
     page, text = cautious
     (block,) = re.findall(r'<pre class="command"><code>(.*)</code></pre>', page)
-    assert "&lt;/code&gt;&lt;b&gt;```\\n# x" in block
+    assert "<span>--name</span> <span>" in block  # no line ends within a flag
+    assert "&lt;/code&gt;&lt;b&gt;```\\n#</span> <span>x" in block
+    plain = html.unescape(re.sub("</?span>", "", block))
+    assert plain == HARMFUL.replace("\n", "\\n")
     from markdown_it import MarkdownIt
 
     (code,) = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
