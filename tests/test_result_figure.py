@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,8 +53,7 @@ def with_images(assessment: Assessment) -> Assessment:
     table, pairs = assessment.table.copy(), assessment.pairs.copy()
     for frame, mean, prefix in ((table, "accuracy_mean", "accuracy_"), (pairs, "difference", "")):
         for end in ("low", "high"):
-            distance = frame[f"{prefix}{end}"] - frame[mean]
-            frame[f"{prefix}images_{end}"] = frame[mean] + 2 * distance
+            frame[f"images_{end}"] = frame[mean] + 2 * (frame[f"{prefix}{end}"] - frame[mean])
     return replace(assessment, table=table, pairs=pairs)
 
 
@@ -85,7 +85,7 @@ def test_the_rows_are_the_means_of_the_table_sorted_by_test_accuracy(
     for name, column in (
         ("value", "accuracy_mean"),
         ("low", "accuracy_low"),
-        ("images_high", "accuracy_images_high"),
+        ("images_high", "images_high"),
     ):
         np.testing.assert_array_equal(means[name], table[column])
     repeats = rows[rows["seed"].notna() & (rows["panel"] == ACCURACY)]
@@ -134,25 +134,29 @@ def test_intervals_are_thick_over_trainings_and_thin_over_images(
         widths = sorted(spans)
         assert spans[widths[1]] == [100 * row["accuracy_low"], 100 * row["accuracy_high"]]
         assert spans[widths[0]] == [
-            100 * row["accuracy_images_low"],
-            100 * row["accuracy_images_high"],
+            100 * row["images_low"],
+            100 * row["images_high"],
         ]
     assert "thin, over new trainings and new images" in figure.caption
     assert [entry.get_label() for entry in figure.legend(PAPER)][-1] == "and new images"
 
 
 def test_without_intervals_over_images_none_is_promised() -> None:
-    results = planted_results(losses=CLOSE[:2], trials=4, repeats=3)
-    assessment = assess(results)
-    table, pairs = (
-        frame.drop(columns=[name for name in frame.columns if "images_" in name])
-        for frame in (assessment.table, assessment.pairs)
-    )
-    bare = replace(assessment, table=table, pairs=pairs)
-    figure = ResultFigure(results, bare)
+    results = planted_results(losses=CLOSE[:2], trials=4, repeats=3, given_test=True)
+    results = replace(results, hits={})
+    figure = ResultFigure(results, assess(results))
     assert "images." in figure.caption
     assert "thin" not in figure.caption
     assert len(figure.legend(PAPER)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [(True, "trainings on these test images"), (False, "trainings and new splits of these images")],
+)
+def test_the_caption_says_which_images_an_interval_is_about(given: bool, says: str) -> None:
+    results = planted_results(losses=CLOSE[:2], trials=4, repeats=3, given_test=given)
+    assert f"thick, over new {says}; thin," in ResultFigure(results, assess(results)).caption
 
 
 def test_each_repeat_is_a_dot(close: tuple[Results, Assessment]) -> None:
@@ -274,7 +278,10 @@ def test_each_caveat_is_there_once(cautious: tuple[str, str]) -> None:
 def test_the_command_of_a_caveat_is_code_and_does_no_harm(cautious: tuple[str, str]) -> None:
     page, text = cautious
     (block,) = re.findall(r'<pre class="command"><code>(.*)</code></pre>', page)
-    assert "&lt;/code&gt;&lt;b&gt;```\\n# x" in block
+    assert "<span>--name</span> <span>" in block  # no line ends within a flag
+    assert "&lt;/code&gt;&lt;b&gt;```\\n#</span> <span>x" in block
+    plain = html.unescape(re.sub("</?span>", "", block))
+    assert plain == HARMFUL.replace("\n", "\\n")
     from markdown_it import MarkdownIt
 
     (code,) = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
@@ -287,7 +294,7 @@ def test_the_table_has_both_intervals(close: tuple[Results, Assessment]) -> None
     report = sections.make(results, assessment)
     ranking, differences = report.sections[0].items[:2]
     row = assessment.table.iloc[0]
-    ends = f"{100 * row['accuracy_images_low']:.2f} to {100 * row['accuracy_images_high']:.2f}"
+    ends = f"{100 * row['images_low']:.2f} to {100 * row['images_high']:.2f}"
     assert isinstance(ranking, Table)
     assert isinstance(differences, Table)
     assert ranking.rows[0][list(ranking.heads).index("with new images")] == ends

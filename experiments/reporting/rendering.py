@@ -76,6 +76,7 @@ def html(report: Report) -> str:
         "codes": _codes_in_html,
         "printable": printable,
         "unbroken": _unbroken,
+        "words": _words,
         "legend": _legend,
     }
     # The browser computes a script's digest with these line ends.
@@ -110,6 +111,12 @@ def _legend(multiples: SmallMultiples) -> Markup:
 def _unbroken(text: str) -> str:
     """Return a cell in which an interval stays on one line."""
     return text.replace(" to ", "\u00a0to\u00a0")
+
+
+def _words(command: str) -> Markup:
+    """Return a command whose lines end between words; else they end after a hyphen of a flag."""
+    words = printable(command).split(" ")
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in words)
 
 
 class _Verbatim(str):

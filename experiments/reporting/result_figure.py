@@ -75,8 +75,8 @@ def result_rows(results: Results, assessment: Assessment) -> pd.DataFrame:
 def _ends(row: Row, prefix: str, sign: int) -> dict[str, float]:
     """Return the ends of both intervals; of the opposite, with −1."""
     found: dict[str, float] = {}
-    for which in ("", "images_"):
-        ends = [sign * row.get(f"{prefix}{which}{end}", np.nan) for end in ("low", "high")]
+    for which, start in (("", prefix), ("images_", "images_")):
+        ends = [sign * row[f"{start}{end}"] for end in ("low", "high")]
         found |= zip((f"{which}low", f"{which}high"), ends[::sign], strict=True)
     return found
 
@@ -98,6 +98,8 @@ class ResultFigure(SmallMultiples):
     def __init__(self, results: Results, assessment: Assessment) -> None:
         self.rows = result_rows(results, assessment)
         self.winner = assessment.winner
+        is_split_anew = results.plan.get("given_test") is False
+        self.on = "and new splits of these images" if is_split_anew else "on these test images"
         self.table: Mapping[str, Row] = {
             row["loss"]: row for row in assessment.table.to_dict("records")
         }
@@ -121,8 +123,8 @@ class ResultFigure(SmallMultiples):
         left = " An arrow: the loss lies farther to the left." if self.far else ""
         return (
             "Large dots are means over the repeats, small dots the repeats. Lines are 95 % "
-            f"intervals: thick, over new trainings on these test images{images}. The highest mean "
-            f"test accuracy is at the top.{left}"
+            f"intervals: thick, over new trainings {self.on}{images}. The highest mean test "
+            f"accuracy is at the top.{left}"
         )
 
     def draw(self, axes: Axes, panel: str, palette: Palette) -> None:

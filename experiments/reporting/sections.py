@@ -156,13 +156,13 @@ def _result(
 
 
 def _ranking(results: Results, table: pd.DataFrame) -> Table:
-    has_images = _has_images(table, "accuracy_")
+    has_images = table["images_low"].notna().any()
     median: Columns = {"median": lambda row: number(100 * row["accuracy_median"], ".2f")}
     columns: Columns = {
         "loss": lambda row: row["loss"],
         "n": lambda row: str(row["n"]),
         "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
-        **({_NEW_IMAGES: lambda row: _ends(row, "accuracy_images_")} if has_images else {}),
+        **({_NEW_IMAGES: lambda row: _over_images(row, ".2f")} if has_images else {}),
         **(median if table["outliers"].any() else {}),
         "sd": lambda row: number(100 * row["accuracy_sd"], ".2f"),
         "negative log-likelihood": lambda row: interval(row, "nll", 1, ".3f"),
@@ -185,26 +185,19 @@ def _ranking(results: Results, table: pd.DataFrame) -> Table:
 _NEW_IMAGES = "with new images"
 
 
-def _has_images(table: pd.DataFrame, prefix: str) -> bool:
-    """Return whether there are intervals over new images as well."""
-    low = f"{prefix}images_low"
-    return low in table and bool(table[low].notna().any())
-
-
-def _ends(row: Mapping[Any, Any], prefix: str, digits: str = ".2f") -> str:
-    """Return an interval in percent, or in points."""
-    if pd.isna(row[f"{prefix}low"]):
-        return "–"
-    return " to ".join(number(100 * row[f"{prefix}{end}"], digits) for end in ("low", "high"))
+def _over_images(row: Mapping[Any, Any], digits: str) -> str:
+    """Return the interval over new images in percent, or in points."""
+    ends = [number(100 * row[f"images_{end}"], digits) for end in ("low", "high")]
+    return "–" if pd.isna(row["images_low"]) else " to ".join(ends)
 
 
 def _differences(assessment: Assessment) -> Table:
     def times_ahead(row: Mapping[Any, Any]) -> str:
         return f"{row['ahead']} ({row['ties']} equal)" if row["ties"] else str(row["ahead"])
 
-    has_images = _has_images(assessment.differences, "")
+    has_images = assessment.differences["images_low"].notna().any()
     of_new_images: Columns = {
-        _NEW_IMAGES: lambda row: _ends(row, "images_", "+.2f"),
+        _NEW_IMAGES: lambda row: _over_images(row, "+.2f"),
         "it is then": lambda row: row["images_verdict"],
     }
     columns: Columns = {
