@@ -20,6 +20,7 @@ from tracking_helpers import new_store
 from cnn.config import TrainConfig
 from cnn.data import Dataset
 from experiments.comparison import testing
+from experiments.comparison.assessment import assess
 from experiments.comparison.loading import load_results
 from experiments.comparison.plan import ComparisonEnded, Event, ModelTested, Plan, StageStarted
 from experiments.comparison.record import open_record
@@ -30,7 +31,6 @@ from experiments.comparison.results import (
     Results,
 )
 from experiments.comparison.stages import compare
-from experiments.comparison.tables import summarise
 from experiments.engine.base import EpochEnded
 from experiments.interrupts import Interrupts
 from experiments.reporting.figure_data import best_settings
@@ -175,7 +175,7 @@ def test_of_equal_configurations_the_one_that_is_confirmed_is_the_best_in_every_
         found = results(plan)
         assert best_settings(found)["learning_rate"].to_dict() == winners
         assert best_settings(found)["trial"].to_list() == [1, 1]
-        table = summarise(found, found.repeats).set_index("loss")
+        table = assess(found).table.set_index("loss")
         assert table["learning_rate"].to_dict() == winners
 
     check()

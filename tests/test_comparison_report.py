@@ -33,6 +33,8 @@ from experiments.reporting import figure_data, rendering, sections
 THREE = ("cross_entropy", "mse", "l1")
 EVIL = "</script><img src=http://evil.example/x onerror=alert(1)>"
 CLASSES = (EVIL, "=cmd()", "a|b", "$x^2$", "日本語", "two\nlines", "[l](http://evil.example)", "-1")
+NOT_SHOWN = ("repeats", "curves", "confirmed", "best_settings")
+"""The tables of a report on staged searches that no part of the page shows as they are."""
 VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
 
 
@@ -80,6 +82,19 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def harmful_results() -> Results:
+    return planted_results(
+        name=EVIL,
+        search="staged",
+        losses=("cross_entropy", "mse", EVIL),
+        searches=3,
+        trials=9,
+        repeats=3,
+        classes=CLASSES,
+        diverging={EVIL: 0.2},
+    )
+
+
 def written(results: Results, folder: Path) -> Page:
     rendering.write_report(results, assess(results), folder)
     return Page((folder / "report.html").read_text("utf-8"))
@@ -88,7 +103,7 @@ def written(results: Results, folder: Path) -> Page:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path, Page]:
     """A report with everything, and names that are out to do harm."""
-    results = planted_results(name=EVIL, losses=("cross_entropy", "mse", EVIL), classes=CLASSES)
+    results = harmful_results()
     folder = tmp_path_factory.mktemp("report") / "report"
     return results, folder, written(results, folder)
 
@@ -122,7 +137,7 @@ def test_nothing_is_expected_of_no_trials() -> None:
 
 
 def test_of_draws_that_depend_on_each_other_no_expected_best_is_shown(tmp_path: Path) -> None:
-    made = written(planted_results(losses=THREE[:1], sampler="tpe"), tmp_path / "report")
+    made = written(planted_results(losses=THREE[:1], search="tpe"), tmp_path / "report")
     assert "the sampler tpe depend on each other" in made.text
     assert not (tmp_path / "report/figures/budget.png").exists()
     assert pd.read_csv(tmp_path / "report/data/budget.csv").empty
@@ -232,7 +247,7 @@ def test_names_do_no_harm_in_markdown(whole: tuple[Results, Path, Page]) -> None
     ]
     links = {link["href"] for link in made.all("a")}
     assert links == {
-        *(f"data/{name}.csv" for name in sections.TABLES if name not in ("repeats", "curves")),
+        *(f"data/{name}.csv" for name in sections.TABLES if name not in NOT_SHOWN),
         "report.html",
     }
     assert all((whole[1] / link).exists() for link in links)
@@ -287,7 +302,7 @@ def test_the_page_has_the_same_data(whole: tuple[Results, Path, Page]) -> None:
     _, folder, made = whole
     links = [link for link in made.all("a") if "download" in link]
     assert {link["download"] for link in links} == {
-        f"{name}.csv" for name in sections.TABLES if name not in ("repeats", "curves")
+        f"{name}.csv" for name in sections.TABLES if name not in NOT_SHOWN
     }
     for link in links:
         head, _, content = link["href"].partition(",")
@@ -345,9 +360,8 @@ def test_a_seed_that_diverged_is_in_no_mean_but_is_counted(tmp_path: Path) -> No
 def test_the_same_results_give_the_same_bytes(
     whole: tuple[Results, Path, Page], tmp_path: Path
 ) -> None:
-    results, folder, _ = whole
-    again = planted_results(name=EVIL, losses=results.plan["losses"], classes=CLASSES)
-    written(again, tmp_path / "report")
+    folder = whole[1]
+    written(harmful_results(), tmp_path / "report")
     assert digests(tmp_path / "report") == digests(folder)
     assert set(digests(folder)) == set(rendering.FILES)
 
@@ -463,7 +477,7 @@ def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError(f"there is no comparison {name!r} in {storage}")
         return planted_results(losses=("mse",), trials=2, repeats=1)
 
-    monkeypatch.setattr("experiments.comparison.results.load_results", load_results)
+    monkeypatch.setattr("experiments.comparison.loading.load_results", load_results)
 
 
 @pytest.mark.usefixtures("one_comparison")
@@ -505,8 +519,8 @@ def test_what_can_not_be_reported_is_one_line(
 # In a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Shows the page as wide as a phone, and writes down what came of it.
-PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:800px"></iframe>
+# Shows the page at a width, and writes down what came of it.
+FRAME = """<!DOCTYPE html><iframe src="report.html" style="width:{}px;height:800px"></iframe>
 <script>
   const frame = document.querySelector("iframe");
   frame.onload = () => setTimeout(() => {
@@ -517,6 +531,14 @@ PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:80
       plot_width: Math.max(...[...page.querySelectorAll(".main-svg")].map((e) => e.clientWidth)),
       requests: frame.contentWindow.performance.getEntriesByType("resource").length,
       ink: frame.contentWindow.getComputedStyle(page.querySelector(".xtick text")).fill,
+      cut: [...page.querySelectorAll(".scroll")]
+        .filter((frame) => frame.scrollWidth > frame.clientWidth).length,
+      first_column: [...page.querySelectorAll("table.table tbody th")].map((cell) => {
+        const frame = cell.closest(".scroll");
+        frame.scrollLeft = 1000;
+        return cell.getBoundingClientRect().left - frame.getBoundingClientRect().left;
+      }),
+      label: page.querySelector("#plot-parallel .annotation .bg").style.fill,
     });
   }, 500);
 </script>"""
@@ -524,14 +546,45 @@ PHONE = """<!DOCTYPE html><iframe src="report.html" style="width:360px;height:80
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-@pytest.mark.parametrize(("scheme", "ink"), [("0", "rgb(230, 230, 230)"), ("1", "rgb(27, 27, 27)")])
+@pytest.mark.parametrize(
+    ("scheme", "ink", "paper"),
+    [
+        ("0", "rgb(230, 230, 230)", "rgb(20, 23, 28)"),
+        ("1", "rgb(27, 27, 27)", "rgb(255, 255, 255)"),
+    ],
+)
 def test_the_page_fits_a_phone_and_asks_for_nothing(
-    whole: tuple[Results, Path, Page], scheme: str, ink: str, tmp_path: Path
+    whole: tuple[Results, Path, Page], scheme: str, ink: str, paper: str, tmp_path: Path
 ) -> None:
+    found = looked_at(whole[1] / "report.html", 360, scheme, tmp_path)
+    assert found["width"] <= 360
+    assert found["plots"] >= 3
+    assert 200 < found["plot_width"] <= 360
+    assert found["requests"] == 0
+    assert found["ink"] == ink
+    assert found["label"] == paper
+    assert found["cut"] > 0  # wide tables scroll in their frame, and their first column stays
+    assert len(found["first_column"]) > 10
+    assert max(map(abs, found["first_column"])) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("search", ["staged", "random"])
+def test_all_tables_are_complete_on_a_laptop(search: str, tmp_path: Path) -> None:
+    results = planted_results(search=search, searches=3, trials=24, diverging={"l1": 0.3})
+    written(results, tmp_path / "report")
+    found = looked_at(tmp_path / "report/report.html", 1280, "1", tmp_path)
+    assert found["width"] <= 1280
+    assert found["cut"] == 0
+
+
+def looked_at(page: Path, width: int, scheme: str, folder: Path) -> dict[str, Any]:
+    """Open a page in Chromium, and return what `FRAME` writes down."""
     assert CHROMIUM
-    shutil.copy(whole[1] / "report.html", tmp_path)
-    (tmp_path / "phone.html").write_text(PHONE)
-    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    shutil.copy(page, folder)
+    (folder / "frame.html").write_text(FRAME.replace("{}", str(width)))
+    handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done = subprocess.run(
@@ -540,12 +593,13 @@ def test_the_page_fits_a_phone_and_asks_for_nothing(
                 "--headless=new",
                 "--no-sandbox",
                 "--disable-gpu",
-                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--user-data-dir={folder / 'profile'}",
                 "--enable-logging=stderr",
+                "--window-size=1400,900",
                 f"--blink-settings=preferredColorScheme={scheme}",
                 "--virtual-time-budget=10000",
                 "--dump-dom",
-                f"http://127.0.0.1:{server.server_address[1]}/phone.html",
+                f"http://127.0.0.1:{server.server_address[1]}/frame.html",
             ],
             capture_output=True,
             text=True,
@@ -554,12 +608,8 @@ def test_the_page_fits_a_phone_and_asks_for_nothing(
         )
         server.shutdown()
     assert "CONSOLE" not in done.stderr  # where what the page's policy refuses is said, too
-    found = json.loads(Page(done.stdout).words["title"][0])
-    assert found["width"] <= 360
-    assert found["plots"] >= 3
-    assert 200 < found["plot_width"] <= 360
-    assert found["requests"] == 0
-    assert found["ink"] == ink
+    found: dict[str, Any] = json.loads(Page(done.stdout).words["title"][0])
+    return found
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,19 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.comparison.results import Results
+from experiments.reporting.search_data import (
+    BUDGET_COLUMNS,
+    best_so_far,
+    is_staged,
+    losses_of,
+    search_kind,
+)
 from experiments.study.ranking import best_first
 
 if TYPE_CHECKING:
     import optuna
-
-
-def losses_of(results: Results) -> list[str]:
-    """Return the losses that are compared, in the order of the plan."""
-    return [str(loss) for loss in results.plan["losses"]]
+    from optuna.distributions import CategoricalDistribution
+    from optuna.trial import FrozenTrial
 
 
 def best_settings(results: Results) -> pd.DataFrame:
@@ -32,11 +36,6 @@ def best_settings(results: Results) -> pd.DataFrame:
     complete = results.trials[results.trials["outcome"] == "complete"]
     ordered = best_first(complete.dropna(subset="val_accuracy"))
     return ordered.drop_duplicates("loss").set_index("loss", drop=False)
-
-
-def draws_are_independent(results: Results) -> bool:
-    """Return whether the draws were independent, which expected validation performance needs."""
-    return bool(results.plan["sampler"] == "random")
 
 
 def expected_best(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -62,28 +61,31 @@ def expected_best(values: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDAr
 
 
 def budget(results: Results) -> pd.DataFrame:
-    """Return `loss`, `trials` and the expected best `val_accuracy` of that many trials.
+    """Return the best validation accuracy to expect of a number of trials: `BUDGET_COLUMNS`.
 
-    Diverged trials count with their last accuracy; failed ones have none. There are no rows unless
-    the draws were independent.
+    With stages, these are `best_so_far` of the searches. With random configurations, it is the
+    `expected_best` of one search; diverged trials count with their last accuracy, failed ones have
+    none. There are no rows for a sampler whose draws depend on each other.
     """
+    if is_staged(results):
+        return best_so_far(results)
     rows = []
-    if draws_are_independent(results):
+    if search_kind(results) == "random":
         for loss in losses_of(results):
             accuracies = results.trials.loc[results.trials["loss"] == loss, "val_accuracy"].dropna()
             rows += [
-                (loss, trials, value)
+                (loss, trials, 1, value, np.nan, np.nan)
                 for trials, value in enumerate(expected_best(accuracies.to_numpy()), start=1)
             ]
-    return pd.DataFrame(rows, columns=["loss", "trials", "val_accuracy"])
+    return pd.DataFrame(rows, columns=BUDGET_COLUMNS)
 
 
 def learning_curves(results: Results) -> pd.DataFrame:
-    """Return means and ranges over the trainings of each loss' best configuration, epoch by epoch.
+    """Return means and ranges over the repeats of each loss, epoch by epoch.
 
-    These are its repeats on fresh seeds (`stage` is confirm), or the search's one training if there
-    are no repeats. Trainings that ended before the last epoch are left out, so that each mean is
-    over the same ones; `trainings` counts them.
+    Their `stage` is confirm; without repeats, it is the one training of the loss' best
+    configuration in the search. Trainings that ended before the last epoch are left out, so that
+    each mean is over the same ones; `trainings` counts them.
     """
     parts: list[pd.DataFrame] = []
     best = best_settings(results)
@@ -91,15 +93,16 @@ def learning_curves(results: Results) -> pd.DataFrame:
         curves = results.curves[results.curves["loss"] == loss]
         chosen = curves[curves["stage"] == "confirm"]
         if chosen.empty and loss in best.index:
-            chosen = curves[
-                (curves["stage"] == "search") & (curves["trial"] == best.loc[loss, "trial"])
-            ]
-        length = chosen.groupby("trial")["epoch"].transform("max")
-        whole = chosen[length == length.max()]
+            row = best.loc[loss]
+            of_best = (curves["search"] == row["search"]) & (curves["trial"] == row["trial"])
+            chosen = curves[(curves["stage"] == "search") & of_best]
+        trainings = chosen.groupby(["search", "trial"])
+        length = trainings["epoch"].transform("max")
+        whole = chosen.assign(training=trainings.ngroup())[length == length.max()]
         epochs = whole.groupby(["stage", "loss", "epoch"], sort=True)
         parts.append(
             epochs.agg(
-                trainings=("trial", "nunique"),
+                trainings=("training", "nunique"),
                 train_accuracy=("train_accuracy", "mean"),
                 val_accuracy=("val_accuracy", "mean"),
                 val_accuracy_low=("val_accuracy", "min"),
@@ -109,19 +112,28 @@ def learning_curves(results: Results) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-ALL_LOSSES = "all losses"
+ENOUGH_TRIALS = 20
+"""Complete trials; with fewer, PED-ANOVA's importances are mostly chance."""
+
+
+def complete_trials(study: optuna.Study | None) -> int:
+    """Return the number of complete trials of a study."""
+    import optuna
+
+    states = (optuna.trial.TrialState.COMPLETE,)
+    return len(study.get_trials(deepcopy=False, states=states)) if study is not None else 0
 
 
 def importances(results: Results) -> pd.DataFrame:
-    """Return `loss`, `parameter`, `importance` (0 to 1, PED-ANOVA): of all losses, then of each.
+    """Return `loss`, `parameter`, `importance` (0 to 1, PED-ANOVA) of losses with `ENOUGH_TRIALS`.
 
     An importance needs at least two different accuracies, and a parameter that varied.
     """
-    studies = {ALL_LOSSES: joint_study(results)} | dict(results.studies)
     rows = [
         (loss, name, share)
-        for loss, study in studies.items()
-        for name, share in study_importances(study).items()
+        for loss in losses_of(results)
+        if complete_trials(results.studies.get(loss)) >= ENOUGH_TRIALS
+        for name, share in study_importances(results.studies[loss]).items()
     ]
     return pd.DataFrame(rows, columns=["loss", "parameter", "importance"])
 
@@ -170,18 +182,43 @@ def joint_study(results: Results) -> optuna.Study:
     joint = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), study_name=results.name, direction="maximize"
     )
-    for loss in losses_of(results):
-        study = results.studies.get(loss)
-        for trial in study.get_trials(deepcopy=False) if study is not None else ():
-            if trial.state is optuna.trial.TrialState.COMPLETE:
-                joint.add_trial(
-                    optuna.trial.create_trial(
-                        value=trial.value,
-                        params=trial.params | {"loss": html.escape(loss)},
-                        distributions=trial.distributions | {"loss": losses},
-                    )
-                )
+    complete = [
+        (loss, trial)
+        for loss in losses_of(results)
+        if loss in results.studies
+        for trial in results.studies[loss].get_trials(deepcopy=False)
+        if trial.state is optuna.trial.TrialState.COMPLETE
+    ]
+    choices = _joint_choices(trial for _, trial in complete)
+    for loss, trial in complete:
+        joint.add_trial(
+            optuna.trial.create_trial(
+                value=trial.value,
+                params=trial.params | {"loss": html.escape(loss)},
+                distributions=trial.distributions
+                | {name: choices[name] for name in trial.params if name in choices}
+                | {"loss": losses},
+            )
+        )
     return joint
+
+
+def _joint_choices(trials: Iterable[FrozenTrial]) -> dict[str, CategoricalDistribution]:
+    """Return all choices of each parameter that has them; a study allows no change of them."""
+    from optuna.distributions import CategoricalDistribution
+
+    found: dict[str, dict[Any, None]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            if isinstance(distribution, CategoricalDistribution) and name != "loss":
+                found.setdefault(name, {}).update(dict.fromkeys(distribution.choices))
+    return {name: CategoricalDistribution(_in_order(values)) for name, values in found.items()}
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Return numbers in ascending order, and other values as they come."""
+    every = list(values)
+    return sorted(every) if all(isinstance(each, int | float) for each in every) else every
 
 
 def confusions(results: Results) -> pd.DataFrame:
@@ -221,20 +258,25 @@ def most_confused(counts: npt.NDArray[np.int64], number: int) -> list[tuple[int,
 
 
 def speed(results: Results) -> pd.DataFrame:
-    """Return the time of trainings, for each loss and batch size, search and repeats together.
+    """Return the time of trainings, for each loss and batch size: searches and repeats together.
 
-    `seconds` is the mean of a training, `seconds_in_all` the sum, `images_per_second` the median.
+    `trainings` counts all, `reused` those that were found, not made. `seconds` is the mean of a
+    training, `seconds_in_all` the sum over those that were made, `images_per_second` the median.
     """
-    columns = ["loss", "batch_size", "seconds", "images_per_second"]
-    frames = [frame[columns] for frame in (results.trials, results.repeats) if len(frame)]
-    if not frames:
+    columns = ["loss", "batch_size", "seconds", "images_per_second", "reused"]
+    frames = (results.trials, results.repeats, results.confirmed)
+    filled = [frame[columns] for frame in frames if len(frame)]
+    if not filled:
         return pd.DataFrame(columns=["loss", "batch_size", "trainings", *columns[2:]])
-    found = pd.concat(frames, ignore_index=True).dropna(subset="seconds")
+    found = pd.concat(filled, ignore_index=True).dropna(subset="seconds")
+    found["reused"] = found["reused"].eq(True)
+    found["made"] = found["seconds"].where(~found["reused"], 0.0)
     order = {loss: position for position, loss in enumerate(losses_of(results))}
     groups = found.groupby(["loss", "batch_size"]).agg(
         trainings=("seconds", "size"),
+        reused=("reused", "sum"),
         seconds=("seconds", "mean"),
-        seconds_in_all=("seconds", "sum"),
+        seconds_in_all=("made", "sum"),
         images_per_second=("images_per_second", "median"),
     )
     return groups.reset_index().sort_values(

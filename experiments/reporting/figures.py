@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from experiments.comparison.results import Results
-from experiments.reporting.figure_data import best_settings, budget, learning_curves, losses_of
+from experiments.reporting.figure_data import best_settings, budget, learning_curves
+from experiments.reporting.search_data import chosen_trainings, is_staged, losses_of, ranges
 from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallMultiples
 from tracking.text import shortened
 
@@ -30,6 +31,10 @@ _BLUE = (0.0, 0x72 / 255, 0xB2 / 255)
 """The first of the colours."""
 
 
+_LIGHT = 0.4
+"""The opacity of trainings that explore."""
+
+
 class LearningRates(SmallMultiples):
     """Accuracy against learning rate, a marker a batch size; hollow where training diverged."""
 
@@ -38,37 +43,58 @@ class LearningRates(SmallMultiples):
     title = "Accuracy against learning rate"
     caption = (
         "Validation accuracy of the last epoch, for each loss and batch size; one point is one "
-        "training. All losses have the same axes, over the whole range of the search."
+        "training. All losses have the same axes. Shaded: the range of learning rates at the start "
+        "of a search. Ringed: the configuration that it chose."
     )
     has_legend = True
 
     def __init__(self, results: Results) -> None:
-        self.plan = results.plan
+        self.is_staged = is_staged(results)
+        if self.is_staged:
+            self.caption = f"{self.caption} Light: the trainings that explore; later ones are dark."
         self.all_trials = results.trials
         self.trials = results.trials.dropna(subset=["val_accuracy"])
+        self.sizes = sorted(
+            {*results.plan["batch_sizes"], *self.trials["batch_size"].dropna().astype(int)}
+        )
+        self.ranges = ranges(results).set_index("loss").astype(float)
+        self.chosen = chosen_trainings(results).dropna(subset="val_accuracy")
         self.best = best_settings(results)
         self.losses = _present(results, self.trials["loss"])
         self._limits = _limits(self.trials["val_accuracy"])
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
         """Draw the panel of a loss."""
-        trials = self.trials[self.trials["loss"] == loss].sort_values("learning_rate")
+        start, end = (float(each) for each in self.ranges.loc[[loss], ["low", "high"]].iloc[0])
+        axes.axvspan(start, end, color=palette.others, alpha=0.25, linewidth=0)
+        trials = self.trials[self.trials["loss"] == loss]
         for size, color, marker in self._looks():
             of_size = trials[trials["batch_size"] == size]
-            is_complete = of_size["outcome"] == "complete"
-            for rows, look in (
-                (of_size[is_complete], _filled(color, palette)),
-                (of_size[~is_complete], _hollow(color)),
-            ):
+            for rows, look in self._by_look(of_size, color, palette):
                 axes.plot(rows["learning_rate"], rows["val_accuracy"], marker=marker, **look)
-        low, high = self.plan["learning_rate_min"], self.plan["learning_rate_max"]
+        chosen = self.chosen[self.chosen["loss"] == loss]
+        axes.plot(chosen["learning_rate"], chosen["val_accuracy"], **_ring(palette))
+        rates = self.ranges.to_numpy(float)
+        low, high = float(np.nanmin(rates)), float(np.nanmax(rates))
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
         ticks = _decades(low, high)
-        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.set_xticks(ticks, [f"{rate:.2g}" for rate in ticks])
         axes.xaxis.set_minor_formatter(lambda _value, _position: "")
         axes.set_xlabel("learning rate")
         _accuracy_axis(axes, self._limits)
+
+    @staticmethod
+    def _by_look(
+        trials: pd.DataFrame, color: str, palette: Palette
+    ) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+        is_complete = trials["outcome"] == "complete"
+        is_first = trials["stage"] == "explore"
+        light = {"alpha": _LIGHT}
+        yield trials[is_complete & is_first], _filled(color, palette) | light
+        yield trials[~is_complete & is_first], _hollow(color) | light
+        yield trials[is_complete & ~is_first], _filled(color, palette)
+        yield trials[~is_complete & ~is_first], _hollow(color)
 
     def describe(self, loss: str) -> str:
         """Describe the panel of a loss in words."""
@@ -92,21 +118,31 @@ class LearningRates(SmallMultiples):
             Line2D([], [], marker=marker, label=f"batch size {size}", **_filled(color, palette))
             for size, color, marker in self._looks()
         ]
-        hollow = Line2D([], [], marker="o", label="hollow: diverged", **_hollow(palette.ink))
-        return [*sizes, hollow]
+        light = {**_filled(palette.ink, palette), "alpha": _LIGHT}
+        stages = [Line2D([], [], marker="o", label="light: explores", **light)]
+        return [
+            *sizes,
+            Line2D([], [], marker="o", label="hollow: diverged", **_hollow(palette.ink)),
+            Line2D([], [], label="ringed: chosen", **_ring(palette)),
+            *(stages if self.is_staged else []),
+        ]
 
     def _looks(self) -> list[tuple[int, str, str]]:
         """Return the batch sizes, each with its colour and marker."""
-        sizes = sorted(self.plan["batch_sizes"])
         return [
             (size, COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
-            for number, size in enumerate(sizes)
+            for number, size in enumerate(self.sizes)
         ]
 
 
 def _filled(color: str, palette: Palette) -> dict[str, Any]:
     edge = {"markersize": 7, "markeredgecolor": palette.ink, "markeredgewidth": 0.6}
-    return {"color": color, "linewidth": 1, **edge}
+    return {"linestyle": "none", "color": color, **edge}
+
+
+def _ring(palette: Palette) -> dict[str, Any]:
+    edge = {"markersize": 13, "markeredgecolor": palette.ink, "markeredgewidth": 1.2}
+    return {"linestyle": "none", "marker": "o", "markerfacecolor": "none", **edge}
 
 
 def _hollow(color: str) -> dict[str, Any]:
@@ -115,24 +151,22 @@ def _hollow(color: str) -> dict[str, Any]:
 
 
 class Budget(SmallMultiples):
-    """Expected best accuracy against the number of trials."""
+    """The best accuracy to expect of a number of trials."""
 
     name = data = "budget"
     title = "Accuracy against budget"
-    caption = (
-        "The expected best validation accuracy of a number of trials with random configurations "
-        "(expected validation performance, Dodge et al. 2019, with the unbiased estimator of Tang "
-        "et al. 2020): thick the loss, thin the others. Diverged trials count with their last "
-        "accuracy. The right end is the best of all trials, which is too high."
-    )
 
     def __init__(self, results: Results) -> None:
         self.table = budget(results)
+        self.caption = _OF_SEARCHES if is_staged(results) else _OF_RANDOM_TRIALS
         self.losses = _present(results, self.table["loss"])
-        self._limits = _limits(self.table["val_accuracy"])
+        shown = ["val_accuracy", "val_accuracy_low", "val_accuracy_high"]
+        self._limits = _limits(self.table[shown].to_numpy(float).ravel())
 
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
         """Draw the panel of a loss: its own curve, with those of the others behind it."""
+        rows = self.table[self.table["loss"] == loss]
+        _draw_band(axes, rows, "trials", palette)
         _draw_among_others(axes, self.table, "trials", loss, palette)
         _count_axis(axes, self.table["trials"].max(), "trials")
         _accuracy_axis(axes, self._limits)
@@ -146,7 +180,26 @@ class Budget(SmallMultiples):
         text = f"{percent(first['val_accuracy'])} expected of one trial"
         if len(rows) == 1:
             return text
-        return f"{text}, {percent(last['val_accuracy'])} of the best of {last['trials']}"
+        text += f", {percent(last['val_accuracy'])} of the best of {last['trials']}"
+        if last["searches"] == 1:
+            return text
+        ends = (percent(last[f"val_accuracy_{end}"]) for end in ("low", "high"))
+        return f"{text}; {' to '.join(ends)} in {last['searches']} searches"
+
+
+_OF_RANDOM_TRIALS = (
+    "The expected best validation accuracy of a number of trials with random configurations "
+    "(expected validation performance, Dodge et al. 2019, with the unbiased estimator of Tang "
+    "et al. 2020): thick the loss, thin the others. Diverged trials count with their last "
+    "accuracy. The right end is the best of all trials, which is too high."
+)
+_OF_SEARCHES = (
+    "The best validation accuracy of the first trainings of a search, which explore and refine: "
+    "thick the mean over the searches of the loss, the band from the lowest to the highest search, "
+    "thin the means of the other losses. Each search is an independent repeat, so the mean is an "
+    "unbiased estimate of what the next search would find. The best of several trainings is itself "
+    "too high; the test accuracies above are not."
+)
 
 
 class LearningCurves(SmallMultiples):
@@ -155,13 +208,18 @@ class LearningCurves(SmallMultiples):
     name = data = "learning_curves"
     title = "Learning curves"
     caption = (
-        "Validation accuracy of each loss at its best configuration, epoch by epoch: thick the "
-        "mean, the band from the lowest to the highest seed, dashed the mean training accuracy, "
-        "thin the means of the other losses."
+        "Validation accuracy of each loss, epoch by epoch, {at}: thick the mean, the band from the "
+        "lowest to the highest seed, dashed the mean training accuracy, thin the means of the "
+        "other losses."
     )
 
     def __init__(self, results: Results) -> None:
         self.table = learning_curves(results)
+        self.caption = self.caption.format(
+            at="in its repeats, each at the configuration that its search chose"
+            if is_staged(results)
+            else "at its best configuration"
+        )
         self.repeats = results.repeats["loss"].value_counts()
         self.epochs = results.plan["epochs"]
         self.losses = _present(results, self.table["loss"])
@@ -171,8 +229,7 @@ class LearningCurves(SmallMultiples):
     def draw(self, axes: Axes, loss: str, palette: Palette) -> None:
         """Draw the panel of a loss: its own curves, with the means of the others behind them."""
         rows = self.table[self.table["loss"] == loss]
-        low, high = rows["val_accuracy_low"], rows["val_accuracy_high"]
-        axes.fill_between(rows["epoch"], low, high, color=palette.accent, alpha=0.3, linewidth=0)
+        _draw_band(axes, rows, "epoch", palette)
         _draw_among_others(axes, self.table, "epoch", loss, palette)
         axes.plot(
             rows["epoch"], rows["train_accuracy"], color=palette.ink, linewidth=1.2, linestyle="--"
@@ -271,12 +328,15 @@ def _draw_among_others(
     line.set(marker="o", markersize=4)
 
 
-def _accuracy_axis(axes: Axes, limits: tuple[float, float]) -> None:
-    from matplotlib.ticker import PercentFormatter
+def _draw_band(axes: Axes, rows: pd.DataFrame, over: str, palette: Palette) -> None:
+    """Draw the band from the lowest to the highest accuracy."""
+    low, high = rows["val_accuracy_low"], rows["val_accuracy_high"]
+    axes.fill_between(rows[over], low, high, color=palette.accent, alpha=0.3, linewidth=0)
 
-    low, high = limits
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.04 else 1))
+
+def _accuracy_axis(axes: Axes, limits: tuple[float, float]) -> None:
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_formatter(lambda share, _position: f"{round(100 * share, 6):g} %")
     axes.set_ylabel(OBJECTIVE_TITLE)
     axes.grid(visible=True)
 

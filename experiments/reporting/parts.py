@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,18 @@ class Table:
     """The entry of `TABLES` with its data."""
     kind: str = "table"
     """table, or facts: each row is a word and a text."""
+
+
+Columns = Mapping[str, Callable[[Mapping[Any, Any]], str]]
+"""Of a table: the head of each column, and the text of a row in it."""
+
+
+def make_table(
+    caption: str, columns: Columns, records: Iterable[Mapping[Any, Any]], data: str
+) -> Table:
+    """Return a table of records."""
+    rows = [[text(record) for text in columns.values()] for record in records]
+    return Table(caption=caption, heads=list(columns), rows=rows, data=data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +69,27 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Note:
+    """A caveat."""
+
+    text: str
+    command: str = ""
+    """What to type, if there is such a command."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole report."""
 
     name: str
     answer: Sequence[str]
     """Two sentences at most."""
+    figure: Gallery | None
+    """The result; None if there is none yet."""
     missing: Sequence[str]
-    warnings: Sequence[str]
+    warnings: Sequence[Note]
+    """Those that matter most."""
+    more_warnings: Sequence[Note]
     sections: Sequence[Section]
     tables: Mapping[str, pd.DataFrame]
     """By the names of `TABLES`."""

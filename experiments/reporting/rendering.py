@@ -43,10 +43,10 @@ _EMBEDDED_BYTES = 500_000
 def contents(report: Report) -> dict[str, bytes]:
     """Return those of `FILES` that a report has."""
     tables = {f"data/{name}.csv": csv(table) for name, table in report.tables.items()}
+    shown = [report.figure, *(item for section in report.sections for item in section.items)]
     pictures = {
         f"figures/{item.multiples.name}.png": draw_png(item.multiples)
-        for section in report.sections
-        for item in section.items
+        for item in shown
         if isinstance(item, Gallery)
     }
     pages = {"report.md": markdown(report).encode(), "report.html": html(report).encode()}
@@ -72,7 +72,13 @@ def html(report: Report) -> str:
 
     data = {name: _embedded(table) for name, table in report.tables.items()}
     environment = _environment(autoescape=True)
-    environment.filters |= {"codes": _codes_in_html, "printable": printable, "legend": _legend}
+    environment.filters |= {
+        "codes": _codes_in_html,
+        "printable": printable,
+        "unbroken": _unbroken,
+        "words": _words,
+        "legend": _legend,
+    }
     # The browser computes a script's digest with these line ends.
     scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), _source("report.js"))]
     assert not any("</script" in text.lower() or "<!--" in text for text in scripts)
@@ -89,13 +95,28 @@ def html(report: Report) -> str:
 def markdown(report: Report) -> str:
     """Return the report as Markdown, with its figures and data beside it."""
     environment = _environment(finalize=_finalized)
-    environment.filters |= {"file": _Verbatim, "codes": _codes_in_markdown}
+    environment.filters |= {
+        "file": _Verbatim,
+        "codes": _codes_in_markdown,
+        "code_block": _code_block,
+    }
     text = environment.get_template("report.md").render(report=report)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _legend(multiples: SmallMultiples) -> Markup:
     return Markup(draw_legend(multiples))  # noqa: S704 - Matplotlib escapes its content
+
+
+def _unbroken(text: str) -> str:
+    """Return a cell in which an interval stays on one line."""
+    return text.replace(" to ", "\u00a0to\u00a0")
+
+
+def _words(command: str) -> Markup:
+    """Return a command whose lines end between words; else they end after a hyphen of a flag."""
+    words = printable(command).split(" ")
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in words)
 
 
 class _Verbatim(str):
@@ -117,6 +138,12 @@ def _codes_in_html(text: str) -> Markup:
 def _codes_in_markdown(text: str) -> str:
     parts = (f"`{part}`" if is_code else escaped(part) for part, is_code in _codes(text))
     return _Verbatim("".join(parts))
+
+
+def _code_block(command: str) -> str:
+    """Return a command as a block of code in a list of Markdown."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", command)), default=2))
+    return _Verbatim(f"{fence}sh\n  {printable(command)}\n  {fence}")
 
 
 def _codes(text: str) -> Iterator[tuple[str, bool]]:

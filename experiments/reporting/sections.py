@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from experiments.comparison.results import Results
-from experiments.reporting import figure_data, figures, optuna_figures
+from experiments.reporting import figure_data, figures, search_data
 from experiments.reporting.figures import percent
 from experiments.reporting.parts import (
+    Columns,
     Gallery,
-    Plot,
+    Note,
     Report,
     Section,
     Table,
     interval,
     lead,
+    make_table,
     number,
     plain,
 )
+from experiments.reporting.result_figure import ResultFigure, result_rows
+from experiments.reporting.search_data import (
+    is_staged,
+    losses_of,
+    planned_repeats,
+    planned_trainings,
+    search_kind,
+)
+from experiments.reporting.search_section import parameter_columns, search_section
 from experiments.reporting.small_multiples import SmallMultiples, draw_panels
-from experiments.study.parameter_types import Parameter
-from experiments.study.parameters import BY_NAME, searched
 
 if TYPE_CHECKING:
     from experiments.comparison.assessment import Assessment
 
-FIGURES = ("learning_rates", "budget", "learning_curves", "confusions")
+FIGURES = ("result", "learning_rates", "budget", "learning_curves", "confusions")
 TABLES: Mapping[str, Callable[[Results, Assessment], pd.DataFrame]] = {
+    "result": result_rows,
     "table": lambda _, assessment: assessment.table,
     "pairs": lambda _, assessment: assessment.pairs,
+    "to_use": lambda _, assessment: pd.DataFrame(
+        [assessment.to_use] if assessment.to_use else [],
+        columns=list(assessment.to_use or ["loss"]),
+    ),
+    "searches": lambda results, _: search_data.searches(results),
+    "ranges": lambda results, _: search_data.ranges(results),
     "best_settings": lambda results, _: figure_data.best_settings(results).reset_index(drop=True),
     "trials": lambda results, _: results.trials,
     "repeats": lambda results, _: results.repeats,
+    "confirmed": lambda results, _: results.confirmed,
     "curves": lambda results, _: results.curves,
     "budget": lambda results, _: figure_data.budget(results),
     "learning_curves": lambda results, _: figure_data.learning_curves(results),
@@ -47,28 +63,33 @@ TABLES: Mapping[str, Callable[[Results, Assessment], pd.DataFrame]] = {
 }
 """The CSV files of a report."""
 
-Columns = Mapping[str, Callable[[Mapping[Any, Any]], str]]
-"""Of a table: the head of each column, and the text of a row in it."""
-
 _CONFUSIONS_SHOWN = 3
 """Of each loss."""
+_WARNINGS_SHOWN = 3
+"""The others are folded."""
 _UNTESTED = "No model has seen the test split yet."
 
 
 def make(results: Results, assessment: Assessment) -> Report:
     """Return the report of results, finished or not."""
     tables = {name: table(results, assessment) for name, table in TABLES.items()}
+    figure = ResultFigure(results, assessment)
+    warnings = _warnings(assessment)
     return Report(
         name=results.name,
         answer=assessment.statements[:2],
-        missing=_missing(results),
-        warnings=[caveat.text for caveat in assessment.warnings],
+        figure=Gallery(multiples=figure, panels=draw_panels(figure, figure.losses))
+        if figure.losses
+        else None,
+        missing=missing(results),
+        warnings=warnings[:_WARNINGS_SHOWN],
+        more_warnings=warnings[_WARNINGS_SHOWN:],
         sections=(
             _result(results, assessment, tables),
             _gallery(results, figures.LearningRates(results)),
             _budget(results),
             _gallery(results, figures.LearningCurves(results)),
-            _search(results, tables),
+            search_section(results, tables),
             _confusions(results),
             _speed(tables),
             _provenance(results),
@@ -77,10 +98,16 @@ def make(results: Results, assessment: Assessment) -> Report:
     )
 
 
-def _missing(results: Results) -> list[str]:
+def _warnings(assessment: Assessment) -> Sequence[Note]:
+    """Return the caveats, each once, in the order of the assessment."""
+    notes = [Note(text=caveat.text, command=caveat.command) for caveat in assessment.warnings]
+    return list(dict.fromkeys(notes))
+
+
+def missing(results: Results) -> list[str]:
     """Return what the results don't have yet, a sentence each."""
-    losses = figure_data.losses_of(results)
-    planned, repeats = results.plan["trials"], results.plan["repeats"]
+    losses = losses_of(results)
+    planned, repeats = planned_trainings(results), planned_repeats(results)
     over = results.trials["loss"].value_counts()
     best = figure_data.best_settings(results)
     sentences = []
@@ -106,26 +133,37 @@ def _missing(results: Results) -> list[str]:
     if short:
         sentences.append(f"Losses with fewer than {repeats} repeats: {', '.join(short)}.")
     if not results.repeats["test_accuracy"].notna().any():
-        sentences.append(_UNTESTED)
+        return [*sentences, _UNTESTED]
+    trained, wanted = len(results.confirmed), results.plan["repeats"]
+    if is_staged(results) and trained < wanted:
+        sentences.append(
+            f"The configuration to use has {trained} of {wanted} trainings on fresh seeds."
+        )
     return sentences
 
 
 def _result(
     results: Results, assessment: Assessment, tables: Mapping[str, pd.DataFrame]
 ) -> Section:
-    items = [_best_settings(results, tables["best_settings"])]
-    if len(assessment.differences):
-        items.insert(0, _differences(assessment))
+    items = []
     if assessment.winner is not None:
-        items.insert(0, _ranking(results, assessment.table))
-    return Section(id="result", title="The result", texts=assessment.statements[2:], items=items)
+        items.append(_ranking(results, assessment.table))
+    if len(assessment.differences):
+        items.append(_differences(assessment))
+    if len(tables["to_use"]):
+        items.append(_to_use(results, tables["to_use"]))
+    return Section(id="tables", title="The numbers", texts=assessment.statements[2:], items=items)
 
 
 def _ranking(results: Results, table: pd.DataFrame) -> Table:
+    has_images = table["images_low"].notna().any()
+    median: Columns = {"median": lambda row: number(100 * row["accuracy_median"], ".2f")}
     columns: Columns = {
         "loss": lambda row: row["loss"],
         "n": lambda row: str(row["n"]),
         "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
+        **({_NEW_IMAGES: lambda row: _over_images(row, ".2f")} if has_images else {}),
+        **(median if table["outliers"].any() else {}),
         "sd": lambda row: number(100 * row["accuracy_sd"], ".2f"),
         "negative log-likelihood": lambda row: interval(row, "nll", 1, ".3f"),
         "Brier score": lambda row: interval(row, "brier", 1, ".3f"),
@@ -134,22 +172,39 @@ def _ranking(results: Results, table: pd.DataFrame) -> Table:
         "diverged": lambda row: str(row["diverged"]),
         "failed": lambda row: str(row["failed"]),
     }
+    tuned = "Each loss at its best configuration, over n repeats with fresh seeds"
+    if is_staged(results):
+        tuned = "Each loss, tuned anew in each of n searches"
     caption = (
-        "Each loss at its best configuration, over n repeats with fresh seeds: means on "
-        f"{results.sizes['test']:,} test images, with 95 % intervals in brackets; sorted by "
-        "validation accuracy"
+        f"{tuned}: means on {results.sizes['test']:,} test images, with 95 % intervals in "
+        "brackets; sorted by validation accuracy"
     )
-    return _table(caption, columns, table.to_dict("records"), "table")
+    return make_table(caption, columns, table.to_dict("records"), "table")
+
+
+_NEW_IMAGES = "with new images"
+
+
+def _over_images(row: Mapping[Any, Any], digits: str) -> str:
+    """Return the interval over new images in percent, or in points."""
+    ends = [number(100 * row[f"images_{end}"], digits) for end in ("low", "high")]
+    return "–" if pd.isna(row["images_low"]) else " to ".join(ends)
 
 
 def _differences(assessment: Assessment) -> Table:
     def times_ahead(row: Mapping[Any, Any]) -> str:
         return f"{row['ahead']} ({row['ties']} equal)" if row["ties"] else str(row["ahead"])
 
+    has_images = assessment.differences["images_low"].notna().any()
+    of_new_images: Columns = {
+        _NEW_IMAGES: lambda row: _over_images(row, "+.2f"),
+        "it is then": lambda row: row["images_verdict"],
+    }
     columns: Columns = {
         "loss": lambda row: row["loss"],
         "it is": lambda row: row["verdict"],
         "points ahead (95 % interval)": lead,
+        **(of_new_images if has_images else {}),
         "n": lambda row: str(row["n"]),
         "times ahead": times_ahead,
         "probability to be better": lambda row: interval(row, "probability", 1, ".2f"),
@@ -161,86 +216,41 @@ def _differences(assessment: Assessment) -> Table:
         "accuracy, seed by seed; p is corrected over all pairs of losses (Holm); the last column "
         "is how many repeats would find half a point"
     )
-    return _table(caption, columns, assessment.differences.to_dict("records"), "pairs")
+    return make_table(caption, columns, assessment.differences.to_dict("records"), "pairs")
 
 
-def _best_settings(results: Results, best: pd.DataFrame) -> Table:
-    rows = pd.DataFrame({"loss": figure_data.losses_of(results)})
-    rows = rows.merge(best, how="left", on="loss")
-    outcomes = results.trials.groupby(["loss", "outcome"]).size()
-
-    def counted(outcome: str) -> Callable[[Mapping[Any, Any]], str]:
-        return lambda row: str(outcomes.get((row["loss"], outcome), 0))
-
-    def value_of(parameter: Parameter) -> Callable[[Mapping[Any, Any]], str]:
-        return lambda row: number(row[parameter.name], parameter.form)
-
-    parameters = [BY_NAME[name] for name in searched(results.plan) if name != "loss"]
+def _to_use(results: Results, table: pd.DataFrame) -> Table:
     columns: Columns = {
         "loss": lambda row: row["loss"],
-        **{each.label: value_of(each) for each in parameters},
-        "validation accuracy, %": lambda row: number(100 * row["val_accuracy"], ".2f"),
-        **{outcome: counted(outcome) for outcome in ("complete", "diverged", "failed")},
+        **parameter_columns(results),
+        "trainings": lambda row: str(row["repeats"]),
+        "diverged": lambda row: str(row["diverged"]),
+        "failed": lambda row: str(row["failed"]),
+        "measured": lambda row: str(row["n"]),
+        "images": lambda row: row["split"],
+        "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
     }
+    chosen = "the best one of the winner"
+    if is_staged(results):
+        chosen = "the best of those that all searches of the winner chose"
     caption = (
-        "The search: the best configuration of each loss, by the validation accuracy of one "
-        "training, which is too high because it was chosen; and the number of trials by outcome"
+        f"The configuration to use: {chosen}, trained on fresh seeds. Its accuracy is a mean, with "
+        "the 95 % interval over new trainings in brackets"
     )
-    return _table(caption, columns, rows.to_dict("records"), "best_settings")
+    return make_table(caption, columns, table.to_dict("records"), "to_use")
 
 
 def _budget(results: Results) -> Section:
     budget = figures.Budget
-    if figure_data.draws_are_independent(results):
+    kind = search_kind(results)
+    if kind in ("staged", "random"):
         return _gallery(results, budget(results))
     text = (
         "Expected validation performance needs independent draws of configurations. Those of the "
-        f"sampler {results.plan['sampler']} depend on each other: this figure is left out. The "
+        f"sampler {kind} depend on each other: this figure is left out. The "
         "optimisation history is below."
     )
     return Section(id=budget.name, title=budget.title, texts=[text])
-
-
-def _search(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
-    captions = {
-        "history": (
-            "Optimisation history: the trials of each loss in the order of the search, and the "
-            "best so far. A click on a loss hides it, a double click hides the others.",
-            "trials",
-        ),
-        "importances": (
-            "Importance of each parameter for being among the best tenth of all trials "
-            "(PED-ANOVA, Optuna's default), over all losses together.",
-            "importances",
-        ),
-        "parallel": (
-            "Parallel coordinates: a line is a trial of any loss; better trials have stronger "
-            "lines.",
-            "trials",
-        ),
-    }
-    items: list[Table | Gallery | Plot] = [
-        Plot(name=name, caption=caption, figure=json.loads(figure.to_json()), data=data)
-        for name, figure in optuna_figures.optuna_figures(results).items()
-        for caption, data in [captions[name]]
-    ]
-    shares = tables["importances"]
-    if len(shares):
-        wide = shares.pivot_table(index="loss", columns="parameter", values="importance")
-        order = [figure_data.ALL_LOSSES, *figure_data.losses_of(results)]
-        table = Table(
-            caption="Importance of the parameters (PED-ANOVA), for each loss, too",
-            heads=["loss", *(name.replace("_", " ") for name in wide.columns)],
-            rows=[
-                [loss, *(number(share, ".2f") for share in wide.loc[loss])]
-                for loss in order
-                if loss in wide.index
-            ],
-            data="importances",
-        )
-        items.append(table)
-    texts = [] if items else ["No trial has finished yet."]
-    return Section(id="search", title="The search", texts=texts, items=items)
 
 
 def _confusions(results: Results) -> Section:
@@ -272,17 +282,20 @@ def _speed(tables: Mapping[str, pd.DataFrame]) -> Section:
         "loss": lambda row: row["loss"],
         "batch size": lambda row: f"{row['batch_size']:.0f}",
         "trainings": lambda row: f"{row['trainings']}",
+        "of these reused": lambda row: f"{row['reused']}",
         "s each": lambda row: f"{row['seconds']:,.1f}",
         "min in all": lambda row: f"{row['seconds_in_all'] / 60:,.1f}",
         "images/s": lambda row: f"{row['images_per_second']:,.0f}",
     }
     caption = (
         "Time of training and validation, search and repeats together: mean of a training, sum of "
-        "all, and the median of training images a second. A training that diverged ended early"
+        "all that were not reused, and the median of training images a second. A training that "
+        "diverged ended early. A reused training was found among earlier studies, and not made "
+        "again"
     )
     if not len(tables["speed"]):
         return Section(id="speed", title="Time", texts=["No training is over yet."])
-    table = _table(caption, columns, tables["speed"].to_dict("records"), "speed")
+    table = make_table(caption, columns, tables["speed"].to_dict("records"), "speed")
     return Section(id="speed", title="Time", items=[table])
 
 
@@ -307,18 +320,11 @@ def _provenance(results: Results) -> Section:
     )
 
 
-def _table(
-    caption: str, columns: Columns, records: Iterable[Mapping[Any, Any]], data: str
-) -> Table:
-    rows = [[text(record) for text in columns.values()] for record in records]
-    return Table(caption=caption, heads=list(columns), rows=rows, data=data)
-
-
 def _gallery(
     results: Results, multiples: SmallMultiples, otherwise: str = "There is nothing to show yet."
 ) -> Section:
     name, title = multiples.name, multiples.title
     if not multiples.losses:
         return Section(id=name, title=title, texts=[otherwise])
-    panels = draw_panels(multiples, figure_data.losses_of(results))
+    panels = draw_panels(multiples, losses_of(results))
     return Section(id=name, title=title, items=[Gallery(multiples=multiples, panels=panels)])

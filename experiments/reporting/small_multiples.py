@@ -57,12 +57,12 @@ class SmallMultiples(ABC):
     data: ClassVar[str]
     """The entry of `sections.TABLES` with its data."""
     title: ClassVar[str]
-    caption: ClassVar[str]
+    caption: str
     height = 250
     margins: tuple[int, int] = (56, 38)
     """The space left of the axes, and below them."""
     losses: Sequence[str]
-    """The losses with something to draw."""
+    """The losses with something to draw; `ResultFigure` has other panels."""
     has_legend: ClassVar[bool] = False
 
     @abstractmethod

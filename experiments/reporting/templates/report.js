@@ -26,12 +26,21 @@
       "modebar.bgcolor": "rgba(0,0,0,0)",
       "hoverlabel.bgcolor": color("--raised"),
       "hoverlabel.font.color": ink,
+      "paper": color("--paper"),
     };
   }
 
   function paint() {
     for (const plot of plots) {
-      Plotly.relayout(plot, colors());
+      const found = colors();
+      // The labels of values lie over lines.
+      for (const [number, label] of (plot.layout.annotations || []).entries()) {
+        if (label.name === "value") {
+          found[`annotations[${number}].bgcolor`] = found["paper"];
+        }
+      }
+      delete found["paper"];
+      Plotly.relayout(plot, found);
     }
   }
 
@@ -42,5 +51,11 @@
   }
   paint();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-  matchMedia("print").addEventListener("change", paint);
+  // On paper, plots are as wide as a page of A4 between its margins.
+  matchMedia("print").addEventListener("change", (print) => {
+    paint();
+    for (const plot of plots) {
+      Plotly.relayout(plot, print.matches ? { width: 660 } : { width: null, autosize: true });
+    }
+  });
 })();
