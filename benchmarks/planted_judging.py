@@ -191,7 +191,11 @@ def check(study: Study, said: Said) -> None:
 
 
 def verify(study: Study, said: Said) -> Counter[str]:
-    """Count what is said and true, and with " of", how often it could be."""
+    """Count what is said and true, and with " of", how often it could be.
+
+    `false` is what is not so of best accuracies, `reversed` what is not so of the losses as they
+    are tuned: these differ, if only by as much as the search is unfair.
+    """
     counts: Counter[str] = Counter()
 
     def add(what: str, is_true: bool | np.bool_) -> None:
@@ -207,16 +211,18 @@ def verify(study: Study, said: Said) -> Counter[str]:
         counts.update({f"accuracy {images}": sum(covers), f"accuracy {images} of": len(covers)})
         add(f"winner {images}", covers[0])
         low, high = differences.ends()
-        wrong = False
+        wrong = reversed_ = False
         for at, (first, loss) in enumerate(said.pairs):
             difference = true[first] - true[loss]
             add(f"difference {images}", low[at] <= difference <= high[at])
             lead = round(study.losses[first].best - study.losses[loss].best, 9)
             is_so = holds(verdicts[at], lead, difference)
             wrong |= is_so is False
+            reversed_ |= holds(verdicts[at], difference, difference) is False
             if lead:
                 add(f"shown {images}", verdicts[at] in ("worse", "better") and is_so is True)
         add(f"false {images}", wrong)
+        add(f"reversed {images}", reversed_)
     return counts
 
 
