@@ -233,4 +233,4 @@ def holds(verdict: str, lead: float, difference: float) -> bool | None:
     """
     if verdict == "equal":
         return bool(abs(difference) <= IRRELEVANT)
-    return {"worse": lead > 0, "better": lead < 0}.get(verdict.split()[-1])
+    return {"worse": bool(lead > 0), "better": bool(lead < 0)}.get(verdict.split()[-1])

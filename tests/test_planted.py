@@ -239,8 +239,8 @@ def test_a_cell_has_its_lead_in_a_loss_of_any_place() -> None:
 
 
 def test_what_is_so_of_best_accuracies_may_not_be_so_of_tuned_losses() -> None:
-    better = replace(tuned(best=0.72), chosen=np.full(50, 0.68))  # badly tuned
-    study = draw([better, tuned(best=0.7)], 10, np.random.default_rng(0))
+    better = replace(tuned(best=0.72, count=4000), chosen=np.full(50, 0.66))  # badly tuned
+    study = draw([better, tuned(count=4000)], 10, np.random.default_rng(0))
     said = judge(study)
     assert (said.pairs[0], said.verdicts[0]) == ((1, 0), ["worse"])
     found = verify(study, said)
