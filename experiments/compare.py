@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -169,7 +170,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
                 case _:
                     display.show(event)
     assert ended is not None
-    return _report(ended, options.out)
+    return _report(ended, options.out, data.name)
 
 
 def _report_folder(out: Path, name: str) -> Path:
@@ -193,7 +194,7 @@ def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -
     )
 
 
-def _report(ended: ComparisonEnded, out: Path) -> int:
+def _report(ended: ComparisonEnded, out: Path, data_name: str) -> int:
     """Print the answer and what to type next, and return the exit code."""
     assessment = ended.assessment
     if assessment is None:
@@ -203,6 +204,9 @@ def _report(ended: ComparisonEnded, out: Path) -> int:
         f"  report:            {_report_folder(out, ended.name) / 'report.html'}\n"
         f"{cli.how_to_compare(ended.experiment_id, ended.parent_run_id)}"
     )
+    if assessment.to_use and (run_id := assessment.to_use["run_id"]):
+        source = shlex.quote(f"{data_name}:test")
+        print(f"  predict:           python -m tracking.predict {source} --run-id {run_id}")
     return 0
 
 

@@ -389,11 +389,14 @@ def test_a_data_set_that_is_preferred_is_chosen_if_there_is_one(
     assert chosen(prefer=prefer) == name
 
 
-def test_repeats_on_other_seeds_are_not_ranked_with_the_search(tracker: Tracker) -> None:
+@pytest.mark.parametrize("stages", [("confirm", "confirm"), ("repeat", "confirm")])
+def test_repeats_on_other_seeds_are_not_ranked_with_the_search(
+    tracker: Tracker, stages: tuple[str, str]
+) -> None:
     on(tracker, "digits", 0.7, seed=7, stage="search")
     on(tracker, "digits", 0.8, seed=7, stage="search")
-    for seed in (8, 9):
-        on(tracker, "digits", 0.9, seed=seed, stage="confirm")
+    for seed, stage in zip((8, 9), stages, strict=True):
+        on(tracker, "digits", 0.9, seed=seed, stage=stage)
     choice = choose("study")
     assert choice.run.info.run_name == "digits 7 0.8"
     assert "best of 2 finished runs of experiment 'study' on 'digits', split by seed 7, by" in str(

@@ -78,6 +78,10 @@ def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     assert re.search(r"\nthe chosen configurations, each on a fresh seed · 8 of 14, .* left\n", out)
     assert re.search(r"^  mse, seed 1999: \d", out, re.M)
     assert "  report:            reports/c/report.html" in out
+    (predict,) = re.findall(
+        r"^  predict: +python -m tracking.predict digits:test --run-id (\w+)", out, re.M
+    )
+    assert MlflowClient().get_run(predict).data.params["seed"] == "1"
     assert Path("reports/c/report.html").stat().st_size > 10_000
     (run,) = MlflowClient().search_runs(["1"], "tags.role = 'comparison'")
     note = run.data.tags["mlflow.note.content"]
@@ -215,7 +219,7 @@ def test_another_parameter_is_searched_named_and_reported() -> None:
     for run in runs:
         rate = float(run.data.params["weight_decay"])
         assert f" wd={rate:.2g}" in run.info.run_name
-    repeats = [run for run in runs if run.data.tags["stage"] == "confirm"]
+    repeats = [run for run in runs if run.data.tags["stage"] == "repeat"]
     winners = {run.data.params["weight_decay"] for run in repeats}
     assert len(repeats) == 4
     assert {float(winner) for winner in winners} <= set(trials["weight_decay"])

@@ -125,7 +125,7 @@ def test_the_winner_is_promoted_served_and_predicts(
 
 
 def test_its_loss_is_compared(swept: Path, environment: dict[str, str]) -> None:
-    command = ["experiments.compare", *OWN, "--trials", "1", "--epochs", "1", "--repeats", "2"]
+    command = ["experiments.compare", *OWN, "--trials", "1", "--epochs", "1", "--searches", "2"]
     told = run([*command, "--batch-sizes", "64", "--study", "c"], swept, environment)
     assert "`losses.py:tilted`" in told
     assert (swept / "reports" / "c" / "report.html").exists()

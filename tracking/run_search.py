@@ -35,8 +35,8 @@ _NEXT_PAGE = 1000
 # A rerun repeats or varies one trial by hand: it is no result of a search.
 _FINISHED = "tags.outcome = 'complete' and attributes.status = 'FINISHED' and tags.rerun_of IS NULL"
 
-_REPEATS = "confirm"
-"""The tag `stage` of a comparison's repeats."""
+_REPEATS = ("confirm", "repeat")
+"""The tags `stage` of a comparison's repeats on fresh seeds."""
 
 _DATASETS = 20
 """The data sets of an experiment that are searched at most: each costs a request."""
@@ -170,7 +170,7 @@ class FinishedRuns:
         same_data = Split.of(run).clauses()[0]
         newest = [
             *self._newest(same_data, "tags.stage IS NULL"),
-            *self._newest(same_data, f"tags.stage != {quoted(_REPEATS)}"),
+            *self._newest(same_data, *(f"tags.stage != {quoted(each)}" for each in _REPEATS)),
         ]
         return Split.of(max(newest, key=lambda run: int(run.info.start_time), default=run))
 

@@ -72,7 +72,8 @@ class Assessment:
       limit of the sd. 10,000 means at least as many. The level is that of Holm's first step for the
       pairs with p_holm > 0.05."""
     to_use: Mapping[Hashable, Any] | None
-    """The configuration to use: `loss` and its parameters; its finished `repeats` on fresh seeds,
+    """The configuration to use: `loss` and its parameters; the `run_id` of its complete training
+    with the lowest seed, None if there is none; its finished `repeats` on fresh seeds,
     how many of them `diverged` or `failed`, and `n` measured ones; the `split` of their images,
     test or validation; `accuracy_mean`, `accuracy_low`, `accuracy_high`. None if there is none."""
     statements: tuple[str, ...]
@@ -139,6 +140,7 @@ def _to_use(results: Results, winner: str | None) -> Mapping[Hashable, Any] | No
     of_values = summary(values, MEASURES["accuracy"])
     return {
         **{name: value for name, value in first.items() if name in BY_NAME},
+        "run_id": None if complete.empty else str(complete.sort_values("seed")["run_id"].iloc[0]),
         "repeats": len(rows),
         **{name: int((rows["outcome"] == name).sum()) for name in ("diverged", "failed")},
         "n": len(values),

@@ -20,6 +20,8 @@ WIDER = 3
 """The factor by which to widen the range of learning rates."""
 FEW_TRIALS = 8
 """A search of fewer trials than this may miss a loss' good configurations."""
+ENOUGH_TRIALS = 11
+"""So many are advised then, for a search: see `search_rule`."""
 FEW_REPEATS = 3
 """So few repeats, or fewer, hang on each single one."""
 ENOUGH_REPEATS = 5
@@ -183,7 +185,7 @@ def _few_trials(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
     if is_staged(results.plan):
         if planned < FEW_TRIALS:
             text = f"A search has only {planned} trials: a longer one may change the order."
-            command = continued(results, "--trials", FEW_TRIALS)
+            command = continued(results, "--trials", ENOUGH_TRIALS)
             yield Caveat(kind="few trials", loss=None, text=text, command=command)
         return
     trials = results.trials
