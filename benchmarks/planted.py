@@ -1,269 +1,377 @@
 """How often is true what a comparison says? `python -m benchmarks.planted`.
 
-It draws studies of which the truth is known. Losses have true accuracies. Each repeat adds noise
-that all of its losses share (from the split), and noise of each loss, of which a part is common to
-the validation and the test split. It prints:
+It draws comparisons of which the truth is known: losses of equal best accuracy, whose best learning
+rates lie anywhere from where half of the range diverges to half a decade beyond it. Their searches
+are run by the rule of `experiments.compare`, in pools from which studies draw. It prints
 
-- with one loss half a point better than two equal ones: how often each statement is made, and how
-  often it is true;
-- with that lead: how often it is shown by the number of repeats that is said to show it;
-- with equal losses only: how often any are said to differ. At most 5 % are allowed.
+- how far the chosen configuration is below the best one, and how much that depends on where the
+  best learning rate lies (unfairness), beside random search and TPE;
+- how often losses of equal best accuracy are said to differ, or anything else that is not so;
+- how often the intervals cover the truth;
+- how often a lead of half a point or one point is shown, by how a number of trainings is shared
+  among searches;
+- how often the chosen configuration diverges, where that depends on the seed.
 
-The Monte-Carlo standard error of a share is at most 0.5 / √studies: 1.1 points for 2,000.
+The Monte-Carlo standard error of a share is at most 0.5 / √studies, and that of one near 5 % is 0.8
+points for 800.
 """
 
 from __future__ import annotations
 
-import gc
-import math
+import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations, product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
-from scipy import stats
 
 from benchmarks.common import make_parser, markdown
-from experiments.comparison.assessment import Assessment, assess
-from experiments.comparison.intervals import ALPHA, interval
-from experiments.comparison.pairs import MIN_EFFECT, repeats_needed
-from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from benchmarks.planted_judging import check, judge, verify
+from benchmarks.planted_studies import OWN_EASE, Images, Tuned, draw
+from benchmarks.planted_worlds import BEST, CHANCE, POSITIONS, REST, Floats, Pool, lucky
 
-Floats = npt.NDArray[np.float64]
-
-NOISE, SPLIT_NOISE = 0.004, 0.003
-"""Standard deviations of accuracy: of each loss in each repeat, and of all losses in a repeat."""
-IMAGES = 10_000
-"""Of the test split: an accuracy is a number of these images."""
-
-REPEATS = (5, 10, 20, 40)
-MANY = 10_000
-"""Studies, where one takes no time."""
+DEFAULT = "staged-11"
+REGRETS = {
+    "staged-9": 1, "staged-11": 1, "staged-13": 1, "staged-20": 1,
+    "random-11": 1, "random-12": 1, "random-22": 1, "random-60": 1,
+    "tpe-11": 0.03, "tpe-22": 0.03, "tpe-60": 0.03,
+}  # fmt: skip
+"""Ways to search, and the share of the searches for which there is time."""
+NAMES = {"staged": "staged", "random": "random", "tpe": "TPE"}
+LEADS = (0.005, 0.01)
+EACH = 500
+"""Of so many studies, one is assessed as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """The truth that studies are drawn from."""
+class Size:
+    """How much is drawn."""
 
-    means: dict[str, float]
-    """The expected accuracy of each loss."""
-    shared: float
-    """The correlation of a loss' noise in validation with its noise in the test."""
+    studies: int = 800
+    """Of each cell of a table."""
+    pooled: int = 100
+    """Searches of a loss."""
+    shapes: int = 12
+    """Of losses, for each position of the optimum."""
+    images: int = 10_000
+    """Of a test split."""
+    seed: int = 0
+    losses: Sequence[int] = (2, 3, 6, 14)
+    searches: Sequence[int] = (3, 4, 5, 10)
+    regrets: Mapping[str, float] = field(default_factory=REGRETS.copy)
+    budgets: Mapping[int, Sequence[int]] = field(
+        default_factory=lambda: {60: (3, 4, 5, 6, 8, 10), 80: (4, 5, 6, 8, 10)}
+    )
+    """Trainings of a loss, and the numbers of searches that may share them."""
 
-    @property
-    def spread(self) -> float:
-        """Return the standard deviation of paired differences."""
-        return NOISE * math.sqrt(2)
-
-    def draw(
-        self, rng: np.random.Generator, n: int, studies: int | None = None
-    ) -> tuple[Floats, Floats]:
-        """Return validation and test accuracies, each (n, losses) or (studies, n, losses)."""
-        shape = (n,) if studies is None else (studies, n)
-        size = (*shape, len(self.means))
-        training = rng.normal(size=size) * math.sqrt(self.shared)
-        means = np.array(list(self.means.values())) + SPLIT_NOISE * rng.normal(size=(*shape, 1))
-        validation, test = (
-            np.rint((means + NOISE * (training + rest)) * IMAGES) / IMAGES
-            for rest in rng.normal(size=(2, *size)) * math.sqrt(1 - self.shared)
+    def pool(self, method: str, noise: str = "normal", share: float = 1) -> Pool:
+        """Return what to search for."""
+        return Pool(
+            method=method,
+            noise=noise,
+            shapes=self.shapes,
+            searches=max(1, round(share * self.pooled)),
+            seed=self.seed,
         )
-        return validation, test
 
 
-TRUTH = World(
-    means={"mse": 0.7, "cross_entropy": 0.7, "label_smoothing": 0.7 + MIN_EFFECT}, shared=0.5
+QUICK = Size(
+    studies=2,
+    pooled=5,
+    shapes=1,
+    images=500,
+    losses=(2, 3),
+    searches=(3,),
+    regrets={"staged-11": 1, "random-12": 1, "tpe-12": 0.2},
+    budgets={60: (5,)},
 )
 
 
-def study(validation: Floats, test: Floats, losses: Sequence[str] = tuple(TRUTH.means)) -> Results:
-    """Return the results of a comparison with these accuracies, (n, losses).
-
-    A repeat without a test accuracy diverged.
-    """
-    config = {"outcome": "complete", "learning_rate": 0.03, "batch_size": 64}
-    repeats = [
-        {
-            **dict.fromkeys(REPEAT_COLUMNS, 0.5),
-            **config,
-            "loss": loss,
-            "trial": seed * len(losses) + column,
-            "seed": seed,
-            "outcome": "diverged" if math.isnan(test[seed, column]) else "complete",
-            "val_accuracy": validation[seed, column],
-            "test_accuracy": test[seed, column],
-            "test_evaluations": 1,
-        }
-        for seed in range(len(test))
-        for column, loss in enumerate(losses)
-    ]
-    trials = [
-        {**dict.fromkeys(TRIAL_COLUMNS, 0.5), **config, "loss": loss, "trial": trial}
-        for loss in losses
-        for trial in range(12)
-    ]
-    return Results(
-        name="planted",
-        plan={
-            "dataset": "planted",
-            "losses": list(losses),
-            "learning_rate_min": 0.001,
-            "learning_rate_max": 1.0,
-            "batch_sizes": [64],
-            "trials": 12,
-            "epochs": 8,
-            "repeats": len(test),
-            "given_test": True,
-        },
-        classes=tuple("0123456789"),
-        sizes={"train": 45_000, "validation": 5_000, "test": IMAGES},
-        trials=pd.DataFrame(trials, columns=TRIAL_COLUMNS),
-        repeats=pd.DataFrame(repeats, columns=REPEAT_COLUMNS),
-        curves=pd.DataFrame(columns=CURVE_COLUMNS),
-        confusions={},
-        studies={},
-        provenance={},
-    )
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw, assess and print."""
     parser = make_parser("planted", __doc__)
-    parser.add_argument("--studies", type=int, default=2000, help="of the first table")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    options = parser.parse_args()
-    gc.freeze()  # statsmodels collects garbage in each correction: give it less to look at
-    rng = np.random.default_rng(options.seed)
-    lead = f"{100 * MIN_EFFECT:g} points"
-    print(f"One loss {lead} better than two equal ones, {options.studies:,} studies\n")
-    print(f"{planted(rng, options.studies)}\n")
-    print(f"A lead of {lead}, shown by the repeats that are said to show it, {MANY:,} studies")
-    print(f"\n{power(rng, MANY)}\n")
-    print(f"Equal losses that are said to differ, {MANY:,} studies\n\n{equal(rng, MANY)}")
+    parser.add_argument("--studies", type=int, default=Size.studies, help="of each cell of a table")
+    parser.add_argument("--images", type=int, default=Size.images, help="of a test split")
+    parser.add_argument("--seed", type=int, default=Size.seed, help="of the draws")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--quick", action="store_true", help="two studies, to see that it works")
+    options = parser.parse_args(argv)
+    size = Size(studies=options.studies, images=options.images, seed=options.seed)
+    if options.quick:
+        size = replace(QUICK, seed=options.seed)
+    if options.workers == 1:
+        tables(size, map)
+        return
+    with ProcessPoolExecutor(options.workers) as processes:
+        tables(size, processes.map)
 
 
-def planted(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of the statements about a planted truth, and how often they are true."""
-    columns = {}
-    for n in REPEATS:
-        counts: Counter[str] = Counter()
-        for _ in range(studies):
-            counts.update(judge(assess(study(*TRUTH.draw(rng, n)))))
-        columns[n] = counts
-    rows = [
-        [said, claim, *(share(columns[n], said) for n in REPEATS)] for said, claim in CLAIMS.items()
+Map = Callable[..., Iterable[Any]]
+
+
+def tables(size: Size, do: Map) -> None:
+    """Print all tables."""
+    print(f"Points below the best configuration\n\n{regrets(size, do)}\n", flush=True)
+    said = statements(size, do)
+    print(f"False statements about equal losses\n\n{false_statements(size, said)}\n", flush=True)
+    print(f"Intervals that cover\n\n{coverage(size, said)}\n", flush=True)
+    print(f"Leads that are shown\n\n{power(size, do)}\n", flush=True)
+    print(f"Where the cliff moves\n\n{failures(size, do)}", flush=True)
+
+
+# Searches
+
+
+def searched(pools: Sequence[Pool], do: Map) -> list[tuple[Floats, Floats]]:
+    """Return expected accuracies and shares that diverge, of each pool: by position."""
+    keys = [(pool, place) for pool in pools for place in range(len(POSITIONS))]
+    found = list(do(_at, keys))
+    return [
+        tuple(np.stack(each) for each in zip(*found[at : at + len(POSITIONS)], strict=True))  # type: ignore[misc]
+        for at in range(0, len(found), len(POSITIONS))
     ]
-    return markdown(["said", "claimed", *(f"n = {n}" for n in REPEATS)], rows)
 
 
-CLAIMS = {
-    "the best loss is the winner": "–",
-    "it is the best of the three": "–",
-    "it can't be told apart from one of them": "–",
-    "it can't be told apart from both": "–",
-    "a loss is better that is not": "≤ 5 %",
-    "interval of a loss' accuracy covers": "95 %",
-    "interval of the winner's accuracy covers": "95 %",
-    "interval of a pair's difference covers": "95 %",
-    "interval of the winner's lead covers": "95 %",
-    "interval of the probability covers": "≥ 95 %",
-    "range of the repeats needed covers": "95 %",
-}
+@cache
+def _at(key: tuple[Pool, int]) -> tuple[Floats, Floats]:
+    return key[0].at(key[1])
 
 
-def judge(assessment: Assessment) -> Counter[str]:
-    """Count how often each of `CLAIMS` is made or true, and with " of", how often it could be."""
+def regrets(size: Size, do: Map) -> str:
+    """Return a table of how far chosen configurations are below the best ones."""
+    pools = [size.pool(method, share=share) for method, share in size.regrets.items()]
+    rows = []
+    for pool, (accuracies, _) in zip(pools, searched(pools, do), strict=True):
+        accuracies = np.nan_to_num(accuracies, nan=CHANCE)
+        rows.append([named(pool.method), *regret(accuracies)])
+        if pool.method == DEFAULT:
+            best = best_of_five(accuracies, np.random.default_rng(size.seed))
+            rows.append([f"{named(pool.method)}; the best of five", *regret(best)])
+    header = ["search, trials a loss", *(f"{place:g}" for place in POSITIONS)]
+    return markdown([*header, "mean", "unfairness", "standard error"], rows)
+
+
+def regret(accuracies: Floats) -> list[str]:
+    """Return the means of what is lost: at each position; of all, and their range."""
+    lost = 100 * (BEST - accuracies)
+    means = lost.mean(axis=(1, 2))
+    errors = lost.std(axis=(1, 2)) / lost[0].size ** 0.5
+    found = [*means, means.mean(), np.ptp(means), errors.max()]
+    return [f"{value:.2f}" for value in found]
+
+
+def best_of_five(accuracies: Floats, rng: np.random.Generator) -> Floats:
+    """Return the expected accuracies of the choices that are best on a fresh seed, of each five."""
+    fives = accuracies.reshape(*accuracies.shape[:2], -1, 5)
+    fresh = lucky(fives, "normal", rng) + REST * rng.normal(size=fives.shape)
+    best: Floats = np.take_along_axis(fives, fresh.argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
+    return best
+
+
+def named(method: str) -> str:
+    """Return a method and its trials in words."""
+    name, trials = method.split("-")
+    return f"{NAMES[name]}, {trials}"
+
+
+def failures(size: Size, do: Map) -> str:
+    """Return a table of how often chosen configurations diverge, if the cliff moves."""
+    pools = [size.pool(f"staged-{trials}", "moving cliff") for trials in (11, 13, 20)]
+    pools.append(size.pool("random-12", "moving cliff"))
+    rows = []
+    for pool, (accuracies, diverge) in zip(pools, searched(pools, do), strict=True):
+        regret = 100 * (BEST - accuracies).mean(axis=(1, 2))
+        row = [f"{diverge.mean():.1%}", f"{diverge.mean(axis=(1, 2)).max():.1%}"]
+        row += [f"{regret.mean():.2f}", f"{np.ptp(regret):.2f}"]
+        rows.append([named(pool.method), *row])
+    header = ["search, trials a loss", "finals that diverge", "at the worst position"]
+    return markdown([*header, "points below the best", "unfairness"], rows)
+
+
+# Statements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Studies of one kind."""
+
+    pool: Pool
+    losses: int
+    searches: int
+    studies: int
+    images: int
+    own: float = OWN_EASE
+    lead: float = 0.0
+    """How much better the first loss is."""
+    seed: int = 0
+    is_staged: bool = True
+    accuracies: bytes = b""
+    """Of the pool."""
+
+
+def counted(cells: Sequence[Cell], do: Map) -> list[Counter[str]]:
+    """Return what was counted in each cell."""
+    pools = list(dict.fromkeys(cell.pool for cell in cells))
+    found = {
+        pool: accuracies.tobytes()
+        for pool, (accuracies, _) in zip(pools, searched(pools, do), strict=True)
+    }
+    return list(do(count, [replace(cell, accuracies=found[cell.pool]) for cell in cells]))
+
+
+def count(cell: Cell) -> Counter[str]:
+    """Draw the studies of a cell, and count what is said and true of them."""
+    rng = np.random.default_rng([cell.seed, cell.losses, cell.searches])
+    images = _images(cell.own, cell.images)
+    shape = (len(POSITIONS), cell.pool.shapes, cell.pool.searches)
+    pools = np.frombuffer(cell.accuracies).reshape(shape)
+    # One random search in 1,000 finds nothing: the middle one takes its place.
+    pools = np.where(np.isnan(pools), np.nanmedian(pools, axis=-1, keepdims=True), pools)
+
+    def tuned(place: int, shape: int, lead: float) -> Tuned:
+        chosen = (pools[place, shape] + lead).tobytes()
+        return _tuned(chosen, cell.pool.noise, images, BEST + lead)
+
     counts: Counter[str] = Counter()
-
-    def count(said: str, is_true: bool) -> None:
-        counts.update({said: int(is_true), f"{said} of": 1})
-
-    said = assessment.statements[0]
-    best, *_ = sorted(TRUTH.means, key=lambda loss: -TRUTH.means[loss])
-    is_best = assessment.winner == best
-    undecided = (assessment.differences["verdict"] == "undecided").sum()
-    count("the best loss is the winner", is_best)
-    count("it is the best of the three", is_best and "is the best of the 3 losses" in said)
-    count("it can't be told apart from one of them", is_best and undecided == 1)
-    count("it can't be told apart from both", is_best and undecided == 2)
-    wrong = 0
-    for pair in assessment.pairs.to_dict("records"):
-        lead = TRUTH.means[pair["first"]] - TRUTH.means[pair["loss"]]
-        wrong += {"worse": lead <= 0, "better": lead >= 0}.get(pair["verdict"], False)
-        covers = pair["low"] <= lead <= pair["high"]
-        count("interval of a pair's difference covers", covers)
-        if pair["first"] == assessment.winner:
-            count("interval of the winner's lead covers", covers)
-        chance = stats.norm.cdf(lead / TRUTH.spread)
-        covers = pair["probability_low"] <= chance <= pair["probability_high"]
-        count("interval of the probability covers", covers)
-        level = ALPHA / max(1, (assessment.pairs["verdict"] == "undecided").sum())
-        needed = repeats_needed(TRUTH.spread, level)
-        covers = pair["repeats_needed_low"] <= needed <= pair["repeats_needed_high"]
-        count("range of the repeats needed covers", covers)
-    count("a loss is better that is not", wrong > 0)
-    for row in assessment.table.to_dict("records"):
-        covers = row["accuracy_low"] <= TRUTH.means[row["loss"]] <= row["accuracy_high"]
-        count("interval of a loss' accuracy covers", covers)
-        if row["loss"] == assessment.winner:
-            count("interval of the winner's accuracy covers", covers)
+    for number in range(cell.studies):
+        places = np.resize(rng.permutation(len(POSITIONS)), cell.losses)
+        shapes = rng.integers(cell.pool.shapes, size=cell.losses)
+        leads = [cell.lead, *[0.0] * (cell.losses - 1)]
+        losses = [
+            tuned(int(place), int(shape), lead)
+            for place, shape, lead in zip(places, shapes, leads, strict=True)
+        ]
+        study = draw(losses, cell.searches, rng, is_staged=cell.is_staged)
+        said = judge(study)
+        if number % EACH == 0:
+            check(study, said)
+        counts.update(verify(study, said))
     return counts
 
 
-def share(counts: Counter[str], said: str) -> str:
-    """Return the share in which something was said, of the times that it could be."""
-    return f"{counts[said] / counts[f'{said} of']:.1%}"
+@cache
+def _images(own: float, count: int) -> Images:
+    return Images(own=own, count=count)
 
 
-def power(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of how often a lead is shown by the repeats that are said to show it."""
-    rows = []
-    for level in (ALPHA, ALPHA / 3, ALPHA / 15):
-        n = int(repeats_needed(TRUTH.spread, level))
-        p = stats.ttest_1samp(rng.normal(MIN_EFFECT, TRUTH.spread, (studies, n)), 0, axis=1).pvalue
-        rows.append([f"{level:.2g}", f"{n}", f"{(p <= level).mean():.1%}"])
-    return markdown(["level", "repeats needed", "shown"], rows)
+@cache
+def _tuned(chosen: bytes, noise: str, images: Images, best: float) -> Tuned:
+    return Tuned(chosen=np.frombuffer(chosen), noise=noise, images=images, best=best)
 
 
-def equal(rng: np.random.Generator, studies: int) -> str:
-    """Return a table of how often equal losses are said to differ; 5 % are allowed."""
-    rows = []
-    for losses, n, shared in product((2, 3, 6), (5, 10), (0.0, 0.5, 1.0)):
-        shares = told_apart(rng, losses=losses, n=n, shared=shared, studies=studies)
-        rows.append([f"{losses}", f"{n}", f"{shared:g}", *(f"{share:.1%}" for share in shares)])
-    header = ["losses", "n", "shared luck", "any", "the winner and another"]
-    header += ["so, corrected for its pairs only", "winner's interval covers"]
-    return markdown(header, rows)
+def share(counts: Counter[str], what: str) -> str:
+    """Return the share in which something was true, of the times that it could be."""
+    return f"{counts[what] / counts[f'{what} of']:.1%}"
 
 
-def told_apart(
-    rng: np.random.Generator, *, losses: int, n: int, shared: float, studies: int
-) -> tuple[float, float, float, float]:
-    """Return the share of studies in which equal losses are said to differ.
+Kind = tuple[str, int]
+"""A method with its luck, and a number of losses."""
 
-    Any; the winner from another; that, if p-values were corrected for the winner's pairs only; and
-    how often the interval of the winner's accuracy covers it.
+
+def statements(size: Size, do: Map) -> dict[Kind, list[Counter[str]]]:
+    """Return what is said of equal losses, by number of searches.
+
+    First of test images that favour no loss, so that losses are equal on these as well; then of
+    others.
     """
-    world = World(means={str(loss): 0.7 for loss in range(losses)}, shared=shared)
-    validation, test = world.draw(rng, n, studies)
-    winner = validation.mean(1).argmax(1)[:, None]
-    pairs = list(combinations(range(losses), 2))
-    differences = np.stack([test[..., i] - test[..., j] for i, j in pairs], axis=-1)
-    p = stats.ttest_1samp(differences, 0, axis=1).pvalue  # (studies, pairs)
-    has_winner = np.stack([(winner == pair).any(1) for pair in pairs], axis=-1)
-    # Holm's method finds something if its first step does: the least p, by their number.
-    is_found = p * len(pairs) <= ALPHA
-    is_found_alone = has_winner & (p * (losses - 1) <= ALPHA)
-    of_winner = np.take_along_axis(test, winner[:, None], axis=-1)[..., 0]
-    low, high = interval(of_winner)
-    return (
-        float(is_found.any(1).mean()),
-        float((has_winner & is_found).any(1).mean()),
-        float(is_found_alone.any(1).mean()),
-        float(((low <= 0.7) & (high >= 0.7)).mean()),
-    )
+    ways = [(f"staged, {noise}", DEFAULT, noise) for noise in ("normal", "skewed", "collapses")]
+    ways.append(("random, normal", "random-12", "normal"))
+    kinds = {
+        (name, losses): [
+            Cell(
+                pool=size.pool(method, noise),
+                losses=losses,
+                searches=searches,
+                studies=size.studies,
+                images=size.images,
+                own=own,
+                seed=size.seed,
+                is_staged=method == DEFAULT,
+            )
+            for own in (0.0, OWN_EASE)
+            for searches in size.searches
+        ]
+        for name, method, noise in ways
+        for losses in size.losses
+    }
+    found = iter(counted([cell for cells in kinds.values() for cell in cells], do))
+    return {kind: [next(found) for _ in cells] for kind, cells in kinds.items()}
+
+
+def false_statements(size: Size, said: Mapping[Kind, Sequence[Counter[str]]]) -> str:
+    """Return a table of how often anything is said of equal losses that is not so."""
+    n = len(size.searches)
+    rows = [
+        [
+            *(name, f"{losses}"),
+            *(share(each, "false these") for each in counts[:n]),
+            *(share(each, "false new") for each in counts[n:]),
+        ]
+        for (name, losses), counts in said.items()
+    ]
+    return markdown(["search, luck", "losses", *by_images(size)], rows)
+
+
+def by_images(size: Size) -> list[str]:
+    """Return the heads of columns, by images and number of searches."""
+    return [f"{images}, n = {n}" for images in ("these images", "new") for n in size.searches]
+
+
+def coverage(size: Size, said: Mapping[Kind, Sequence[Counter[str]]]) -> str:
+    """Return a table of how often intervals cover."""
+    n = len(size.searches)
+    names = [name for name in dict.fromkeys(name for name, _ in said) if "staged" in name]
+    rows = []
+
+    def add(name: str, interval: str, what: str, counts: Sequence[Counter[str]]) -> None:
+        found = [share(each, f"{what} {images}") for images in ("these", "new") for each in counts]
+        rows.append([name, interval, *found])
+
+    for name in names:
+        groups = [counts[n:] for (of, _), counts in said.items() if of == name]
+        pooled: list[Counter[str]] = [sum(each, Counter()) for each in zip(*groups, strict=True)]
+        add(name, "a loss' accuracy", "accuracy", pooled)
+        add(name, "a pair's difference", "difference", pooled)
+        for losses, counts in zip(size.losses, groups, strict=True):
+            add(name, f"the winner's accuracy, {losses} losses", "winner", counts)
+    return markdown(["search, luck", "interval of", *by_images(size)], rows)
+
+
+def power(size: Size, do: Map) -> str:
+    """Return a table of how often a lead is shown, by how trainings are shared."""
+    kinds = [
+        (budget, searches, budget // searches - 1)
+        for budget, options in size.budgets.items()
+        for searches in options
+    ]
+    pools = [size.pool(f"staged-{trials}", share=1 / 3) for *_, trials in kinds]
+    cells = [
+        Cell(
+            pool=pool,
+            losses=losses,
+            searches=searches,
+            studies=max(1, size.studies // 2),
+            images=size.images,
+            lead=lead,
+            seed=size.seed,
+        )
+        for pool, (_, searches, _) in zip(pools, kinds, strict=True)
+        for losses in (2, 6)
+        for lead in LEADS
+    ]
+    found = iter(counted(cells, do))
+    rows = []
+    for kind, (accuracies, _) in zip(kinds, searched(pools, do), strict=True):
+        counts = [next(found) for _ in range(2 * len(LEADS))]
+        shown = [f"{share(each, 'shown these')}, {share(each, 'shown new')}" for each in counts]
+        *_, mean, unfairness, _ = regret(accuracies)
+        rows.append([*map(str, kind), mean, unfairness, *shown])
+    header = ["trainings", "searches", "trials", "points below the best", "unfairness"]
+    header += [f"{losses} losses, {100 * lead:g} points" for losses in (2, 6) for lead in LEADS]
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":
