@@ -70,7 +70,7 @@ def test_another_processors_arithmetic_has_another_key(data: Dataset, part: str)
 
 
 def test_where_the_processor_is_unknown_there_is_no_key(data: Dataset) -> None:
-    assert training_key(CONFIG, data, PROVENANCE, {"threads": "1"}) == ""
+    assert not training_key(CONFIG, data, PROVENANCE, {"threads": "1"})
 
 
 def test_other_data_have_another_key(data: Dataset) -> None:
