@@ -79,8 +79,8 @@ def build_parser() -> Parser:
     search.add_argument(
         "--no-reuse",
         action="store_true",
-        help="make each training, even if its results are known from another study, as --engine ray "
-        "always does",
+        help="make each training, even if its results are known from another study; --engine ray "
+        "makes each anyway",
     )
     cli.add_training_flags(parser)
     record = cli.add_record_flags(parser, "the comparison")

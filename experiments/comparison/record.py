@@ -35,8 +35,8 @@ def open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool)
     blocks = read_blocks(record.user_attrs)
     rounds = record.user_attrs.get("test_rounds", [{}])
     more = next_block(blocks, plan) if plan.is_staged else None
-    what = _untested(plan, more, blocks, record.user_attrs)
-    if what and "ended" in rounds[-1] and not retest:
+    was_looked_at = "ended" in rounds[-1] and not retest
+    if was_looked_at and (what := _untested(plan, more, blocks, record.user_attrs)):
         raise ValueError(
             f"models of comparison {record.study_name!r} were shown the test split already: with "
             f"{what} it would be used again, which needs --retest, and is recorded"
