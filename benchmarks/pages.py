@@ -64,7 +64,11 @@ def find(address: str, name: str) -> tuple[Any, list[Any], list[Any]]:
     (parent,) = (run for run in runs if run.data.tags["role"] == "comparison")
     stages = [run for run in runs if run.data.tags["role"] == "sweep"]
     trials = [run for run in runs if run.data.tags["role"] == "trial"]
-    return parent, stages, [run for run in trials if run.data.tags["stage"] == "confirm"]
+    of_stage = {
+        stage: [run for run in trials if run.data.tags["stage"] == stage]
+        for stage in ("repeat", "confirm")  # the searches of each loss; or of random and tpe
+    }
+    return parent, stages, of_stage["repeat"] or of_stage["confirm"]
 
 
 def look(address: str, name: str, out: Path) -> dict[str, Path]:

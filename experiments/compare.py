@@ -79,7 +79,8 @@ def build_parser() -> Parser:
     search.add_argument(
         "--no-reuse",
         action="store_true",
-        help="make each training, even if its results are known from another study",
+        help="make each training, even if its results are known from another study; --engine ray "
+        "makes each anyway",
     )
     cli.add_training_flags(parser)
     record = cli.add_record_flags(parser, "the comparison")
@@ -128,6 +129,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
     from experiments.comparison.stages import compare
     from experiments.comparison.workload import Workload, measure_rate
     from experiments.interrupts import Interrupts
+    from experiments.study.events import SweepStarted
     from experiments.study.progress import Display
 
     def open_data(seed: int) -> Dataset:
@@ -141,7 +143,8 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
         interrupts = whole.enter_context(Interrupts())
         stage = whole.enter_context(ExitStack())
         display: Any = None
-        workload: Workload | None = None
+        workload: Any = None
+        title = ""
         comparison = compare(
             plan,
             data,
@@ -159,10 +162,16 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
                     print("\n".join(workload.lines(rate)))
                 case StageStarted():
                     stage.close()
-                    place = f" · {workload.place()}" if workload and event.settings else ""
-                    print(f"\n{event.title}{place}")
-                    if event.settings:
+                    title = event.title
+                    if event.settings is None:
+                        print(f"\n{title}")
+                    else:
                         display = stage.enter_context(Display(event.settings, workload=workload))
+                case SweepStarted() if event.num_before >= display.settings.trials:
+                    workload.begin(event.num_before)
+                case SweepStarted():
+                    print(f"\n{title} · {workload.place()}")
+                    display.show(event)
                 case ModelTested():
                     print(f"  {event.loss}, seed {event.seed}: {event.accuracy:.2%}")
                 case ComparisonEnded():

@@ -18,6 +18,7 @@ from planted_results import planted_results, planted_study
 from scipy import stats
 
 from experiments.comparison.assessment import assess
+from experiments.comparison.ranges import open_ranges
 from experiments.comparison.results import Results
 from experiments.reporting import figure_data, search_data, sections
 from experiments.reporting.figures import Budget, LearningRates
@@ -102,11 +103,25 @@ def test_a_range_is_open_where_the_choice_is_the_most_extreme(
     chosen: float, tried: list[float], ended: str, staged: Results
 ) -> None:
     of_first = (staged.repeats["loss"] == "mse") & (staged.repeats["search"] == 1)
-    repeats = staged.repeats[of_first].assign(learning_rate=chosen)
+    repeats = staged.repeats[of_first].assign(learning_rate=chosen, batch_size=64)
     trial = staged.trials[staged.trials["loss"] == "mse"].iloc[:1]
-    trials = pd.concat([trial.assign(learning_rate=rate) for rate in tried])
+    trials = pd.concat([trial.assign(learning_rate=rate, batch_size=64) for rate in tried])
     made = replace(staged, trials=trials, repeats=repeats)
-    assert list(search_data.searches(made)["rate_ended"]) == [ended]
+    found = search_data.searches(made)
+    assert list(found["rate_ended"]) == [ended]
+    assert list(found["batch_ended"]) == ["not varied"]
+
+
+def test_the_table_of_searches_agrees_with_the_verdict(staged: Results) -> None:
+    """A range that is open in half of the searches is named in the first sentence."""
+    found = search_data.searches(staged)
+    way = {"lower": "below", "upper": "above"}
+    column = {"learning_rate": "rate_ended", "batch_size": "batch_ended"}
+    named = open_ranges(staged, assess(staged).table)
+    for each in named:
+        ended = found.loc[found["loss"] == each.loss, column[each.parameter]]
+        assert ended.str.contains(way[each.end]).sum() == each.count
+    assert named
 
 
 def test_the_section_shows_the_searches_and_where_they_began(

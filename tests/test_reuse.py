@@ -69,6 +69,10 @@ def test_another_processors_arithmetic_has_another_key(data: Dataset, part: str)
     assert len(keys) == 2
 
 
+def test_where_the_processor_is_unknown_there_is_no_key(data: Dataset) -> None:
+    assert not training_key(CONFIG, data, PROVENANCE, {"threads": "1"})
+
+
 def test_other_data_have_another_key(data: Dataset) -> None:
     other = replace(data, digest="1" * 32)
     keys = {training_key(CONFIG, each, PROVENANCE, ARITHMETIC) for each in (data, other)}

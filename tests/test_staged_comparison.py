@@ -360,6 +360,21 @@ def test_after_the_test_it_grows_only_by_retest(
     assert (results(plan).repeats["test_evaluations"] == 1).all()
 
 
+@pytest.mark.slow
+def test_growth_that_was_stopped_before_the_test_still_asks_for_retest(
+    plan: Plan, data: Dataset
+) -> None:
+    small = replace(with_settings(plan, losses=("mse",), trials=4), searches=1, repeats=1)
+    more = replace(small, searches=2)
+    run(small, data)
+    assert not run(more, data, retest=True, until=_before_the_test).tested
+    with pytest.raises(ValueError, match="with --searches 2 it would be used again"):
+        run(more, data)
+    assert run(more, data, retest=True).tested
+    assert not run(more, data).tested
+    assert results(plan).test_rounds == 2
+
+
 def _before_the_test(event: Event) -> bool:
     return getattr(event, "title", "") == "the test split"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -90,28 +90,34 @@ class _Search:
         return len(set(self.rates)) > 1 and not (is_beyond & is_comparable).any()
 
 
-def _of_searches(results: Results, loss: str) -> Iterator[Open]:
+def open_ends(results: Results, repeat: Mapping[Hashable, Any]) -> list[tuple[str, str]]:
+    """Return the parameters and ends that are open in the search of a repeat, its row."""
     power = RATE_PER_SIZE.get(results.plan.get("optimizer", "sgd"), 0.0)
+    trials = results.trials
+    is_own = (trials["loss"] == repeat["loss"]) & (trials["search"] == repeat["search"])
+    own = trials[is_own & (trials["outcome"] != "failed")]
+    sizes = own["batch_size"].to_numpy(float)
+    search = _Search(
+        rates=np.log10(own["learning_rate"].to_numpy(float)) - power * np.log10(sizes),
+        sizes=sizes,
+        is_complete=(own["outcome"] == "complete").to_numpy(),
+    )
+    size = repeat["batch_size"]
+    rate = math.log10(repeat["learning_rate"]) - power * math.log10(size)
+    return [
+        (parameter, end)
+        for parameter, end in product(("learning_rate", "batch_size"), ("lower", "upper"))
+        if search.is_open(parameter, end, rate, size)
+        and _can_go_on(results, parameter, end, float(repeat[parameter]))
+    ]
+
+
+def _of_searches(results: Results, loss: str) -> Iterator[Open]:
     repeats = results.repeats[results.repeats["loss"] == loss].sort_values("search")
-    trials = results.trials[results.trials["loss"] == loss]
-    trials = trials[trials["outcome"] != "failed"]
     found: dict[tuple[str, str], list[float]] = {}
     for chosen in repeats.to_dict("records"):
-        of_search = trials[trials["search"] == chosen["search"]]
-        sizes = of_search["batch_size"].to_numpy(float)
-        search = _Search(
-            rates=np.log10(of_search["learning_rate"].to_numpy(float)) - power * np.log10(sizes),
-            sizes=sizes,
-            is_complete=(of_search["outcome"] == "complete").to_numpy(),
-        )
-        size = chosen["batch_size"]
-        rate = math.log10(chosen["learning_rate"]) - power * math.log10(size)
-        for parameter, end in product(("learning_rate", "batch_size"), ("lower", "upper")):
-            value = float(chosen[parameter])
-            if search.is_open(parameter, end, rate, size) and _can_go_on(
-                results, parameter, end, value
-            ):
-                found.setdefault((parameter, end), []).append(value)
+        for parameter, end in open_ends(results, chosen):
+            found.setdefault((parameter, end), []).append(float(chosen[parameter]))
     for (parameter, end), bests in found.items():
         if 2 * len(bests) >= len(repeats):
             yield Open(

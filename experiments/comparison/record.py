@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna import Study
@@ -34,10 +34,9 @@ def open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool)
     )
     blocks = read_blocks(record.user_attrs)
     rounds = record.user_attrs.get("test_rounds", [{}])
-    before = record.user_attrs.get("repeats", plan.repeats)
     more = next_block(blocks, plan) if plan.is_staged else None
-    if "ended" in rounds[-1] and not retest and (more or plan.repeats > before):
-        what = f"--repeats {plan.repeats}" if more is None else _named(more, blocks)
+    was_looked_at = "ended" in rounds[-1] and not retest
+    if was_looked_at and (what := _untested(plan, more, blocks, record.user_attrs)):
         raise ValueError(
             f"models of comparison {record.study_name!r} were shown the test split already: with "
             f"{what} it would be used again, which needs --retest, and is recorded"
@@ -47,6 +46,20 @@ def open_record(plan: Plan, data: Dataset, storage: TrialCache, *, retest: bool)
         more = next_block(read_blocks(record.user_attrs), plan)
     record.set_user_attr("min_effect", plan.min_effect)
     return record
+
+
+def _untested(
+    plan: Plan, more: Block | None, blocks: Sequence[Block], attributes: Mapping[str, Any]
+) -> str:
+    """Return what was not there when the test split was looked at, in words; empty for nothing."""
+    if more is not None:
+        return _named(more, blocks)
+    last = attributes.get("test_rounds", [{}])[-1]
+    seen = blocks[: last.get("blocks", len(blocks))]
+    if len(seen) < len(blocks):  # a start with --retest was stopped before it looked
+        return _named(blocks[len(seen)], seen)
+    before = last.get("repeats", attributes.get("repeats", plan.repeats))
+    return f"--repeats {plan.repeats}" if plan.repeats > before else ""
 
 
 def _named(block: Block, blocks: Sequence[Block]) -> str:

@@ -320,7 +320,7 @@ class _Comparison:
     def _test(self, repeats: Sequence[Settings]) -> Iterator[ModelTested]:
         """Show the test split to each model that has not seen it."""
         models = [(trial, run) for each in repeats for trial, run in self._models(each)]
-        rounds: list[dict[str, str]] = list(self.record.user_attrs.get("test_rounds", []))
+        rounds: list[dict[str, Any]] = list(self.record.user_attrs.get("test_rounds", []))
         untested = [(trial, run) for trial, run in models if not last_round(run)]
         if not rounds or ("ended" in rounds[-1] and untested and self.retest):
             rounds.append({"started": _now()})
@@ -340,7 +340,12 @@ class _Comparison:
                     raise
                 continue
             yield ModelTested(loss=loss, seed=seed, accuracy=accuracy)
-        rounds[-1]["ended"] = _now()
+        attributes = self.record.user_attrs
+        rounds[-1] |= {
+            "ended": _now(),
+            "blocks": len(read_blocks(attributes)),
+            "repeats": attributes["repeats"],
+        }
         self.record.set_user_attr("test_rounds", rounds)
 
     def _models(self, settings: Settings) -> Iterator[tuple[FrozenTrial, Run]]:

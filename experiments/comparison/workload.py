@@ -14,32 +14,37 @@ from experiments.comparison.plan import Planned
 from experiments.study.progress import clock
 from experiments.study.settings import Settings
 
-_PROBE_IMAGES = 256
-"""Images of the training that is timed before anything starts."""
+_PROBES = (32, 256)
+"""Images of the trainings that are timed before anything starts."""
+_ENOUGH_SECONDS = 0.5
+"""After a probe that takes so long, there is no larger one."""
 
 
 def measure_rate(settings: Settings, data: Dataset) -> float:
     """Return how many images a second one worker of this machine trains; 0 if that is unknown.
 
-    It is timed on a few images, with the first configuration.
+    It is timed on a few images, with the first configuration and one thread.
     """
     config = settings.space().example()
     if config.device != "cpu" or settings.worker_device is not None:
         return 0.0
-    rows = data.train.rows[:_PROBE_IMAGES]
-    part = replace(
-        data,
-        train=replace(data.train, rows=rows),
-        validation=replace(data.train, rows=rows[:8]),
-    )
-    size = min(config.batch_size, len(rows))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    rate = 0.0
     try:
-        config = replace(config, batch_size=size, epochs=2)
-        return max(epoch.images_per_second for epoch in train(config, part))
+        for images in _PROBES:
+            start = time.monotonic()
+            rows = data.train.rows[:images]
+            few = replace(data.train, rows=rows)
+            size = min(config.batch_size, len(rows))
+            probe = replace(config, batch_size=size, epochs=2)
+            epochs = train(probe, replace(data, train=few, validation=few))
+            rate = max(epoch.images_per_second for epoch in epochs)
+            if time.monotonic() > start + _ENOUGH_SECONDS:
+                break
     finally:
         torch.set_num_threads(threads)
+    return rate
 
 
 class Workload:
@@ -65,9 +70,8 @@ class Workload:
             text += f": about {clock(epochs * planned.images / rate)}, if none is known already"
         yield text
 
-    def begin(self, trials: int, num_before: int) -> None:
+    def begin(self, num_before: int) -> None:
         """Note that a stage begins, some of whose trials ended before."""
-        del trials
         self.done += num_before
 
     def count(self, *, reused: bool = False) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
+from experiments.comparison.ranges import open_ends
 from experiments.comparison.results import Results
 from experiments.study.parameters import searched
 
 REFINED = ("explore", "refine")
 """The stages of a search whose trainings are of different configurations."""
-_SAME = 1 + 1e-9
-"""Learning rates that differ by less are the same."""
 
 BUDGET_COLUMNS = [
     *("loss", "trials", "searches", "val_accuracy", "val_accuracy_low", "val_accuracy_high"),
@@ -70,8 +71,8 @@ def searches(results: Results) -> pd.DataFrame:
 
     The row of a repeat, with `tried_low` and `tried_high`, the lowest and highest learning rate of
     the search, and how the ranges of learning rates and batch sizes ended (`rate_ended`,
-    `batch_ended`): closed, or open below or above where the choice is the most extreme that the
-    search tried. There are no rows without stages.
+    `batch_ended`): closed, or open below or above, as `open_ends` says. There are no rows without
+    stages.
     """
     made = results.repeats if is_staged(results) else results.repeats.iloc[:0]
     rows = []
@@ -80,14 +81,14 @@ def searches(results: Results) -> pd.DataFrame:
             results.trials["search"] == row["search"]
         )
         tried = results.trials.loc[is_own]
-        rates, sizes = tried["learning_rate"], tried["batch_size"]
+        rates, open_at = tried["learning_rate"], open_ends(results, row)
         rows.append(
             {
                 **{name: row[name] for name in ("loss", "search", "seed", *parameters_of(results))},
                 "tried_low": rates.min(),
                 "tried_high": rates.max(),
-                "rate_ended": _ended(row["learning_rate"], rates),
-                "batch_ended": _ended(row["batch_size"], sizes),
+                "rate_ended": _ended("learning_rate", tried, open_at),
+                "batch_ended": _ended("batch_size", tried, open_at),
                 **{name: row[name] for name in ("outcome", "val_accuracy", "test_accuracy")},
                 "run_id": row["run_id"],
             }
@@ -102,15 +103,15 @@ def searches(results: Results) -> pd.DataFrame:
     return table.iloc[by_loss].reset_index(drop=True)
 
 
-def _ended(chosen: float, tried: pd.Series[float]) -> str:
-    """Return whether values on both sides of the chosen one were tried."""
-    if tried.nunique() < 2:
+_BEYOND = {"lower": "below", "upper": "above"}
+
+
+def _ended(parameter: str, tried: pd.DataFrame, open_at: Sequence[tuple[str, str]]) -> str:
+    """Return how the range of a parameter ended, from the trials and the ends that are open."""
+    if tried[parameter].nunique() < 2:
         return "not varied"
-    if chosen <= tried.min() * _SAME:
-        return "open below"
-    if chosen >= tried.max() / _SAME:
-        return "open above"
-    return "closed"
+    ends = [_BEYOND[end] for name, end in open_at if name == parameter]
+    return f"open {' and '.join(ends)}" if ends else "closed"
 
 
 def best_so_far(results: Results) -> pd.DataFrame:

@@ -81,9 +81,10 @@ def _searches(results: Results, found: pd.DataFrame) -> Table:
     }
     caption = (
         "Each search: the configuration that it chose, and the seed and the accuracies of its "
-        "repeat, the training of that configuration on a fresh seed. A range is "
-        "open where the choice is the most extreme that the search tried, else closed. A run is "
-        f"named by the first {_ID_CHARACTERS} characters of its id"
+        "repeat, the training of that configuration on a fresh seed. A range is open below or "
+        "above if the search tried nothing beyond its choice there, else closed; learning rates "
+        "are compared at similar batch sizes. A run is named by the first "
+        f"{_ID_CHARACTERS} characters of its id"
     )
     return make_table(caption, columns, found.to_dict("records"), "searches")
 

@@ -67,7 +67,7 @@ class Display(AbstractContextManager["Display"]):
         match event:
             case SweepStarted():
                 if self.workload is not None:
-                    self.workload.begin(self.settings.trials, event.num_before)
+                    self.workload.begin(event.num_before)
                 self._show_start(event)
             case TrialStarted():
                 self.configs[event.trial] = event.config
@@ -88,7 +88,7 @@ class Display(AbstractContextManager["Display"]):
                 description = self._description(event.trial, self.configs[event.trial])
                 self.console.print(f"{description}  {event.text}", markup=False)
             case TrialReused():
-                self._count(event.outcome, event.accuracy, event.trial)
+                self._count(event.outcome, event.accuracy, event.trial, reused=True)
                 self.console.print(
                     f"{self._description(event.trial, event.config)}  {event.outcome:11s} "
                     f"{event.accuracy:7.2%} reused, not trained again",
@@ -129,10 +129,12 @@ class Display(AbstractContextManager["Display"]):
             markup=False,
         )
 
-    def _count(self, outcome: str, accuracy: float | None, trial: int) -> None:
+    def _count(
+        self, outcome: str, accuracy: float | None, trial: int, *, reused: bool = False
+    ) -> None:
         self.num_ended += 1
         if self.workload is not None:
-            self.workload.count()
+            self.workload.count(reused=reused)
         if outcome == "complete" and accuracy is not None:
             best = (accuracy, trial)
             self.best = max(self.best or best, best, key=itemgetter(0))
@@ -168,7 +170,7 @@ class Display(AbstractContextManager["Display"]):
 class WholeWork(Protocol):
     """The work that a sweep is a part of."""
 
-    def begin(self, trials: int, num_before: int) -> None:
+    def begin(self, num_before: int) -> None:
         """Note that a part begins, some of whose trials ended before."""
 
     def count(self, *, reused: bool = False) -> None:

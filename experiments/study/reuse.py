@@ -33,10 +33,13 @@ def training_key(
     provenance: Mapping[str, str],
     arithmetic: Mapping[str, str],
 ) -> str:
-    """Return 32 hex digits of all that determines the results of a training.
+    """Return 32 hex digits of all that determines the results of a training; empty if unknown.
 
-    For `provenance`, see `identity.provenance`; for `arithmetic`, `WorkerPool`.
+    It is unknown where the workers' processor is: the nodes of a Ray cluster may differ. For
+    `provenance`, see `identity.provenance`; for `arithmetic`, `WorkerPool`.
     """
+    if "processor" not in arithmetic:
+        return ""
     determined_by = {
         "config": config.as_params(),
         "data": data.digest,
@@ -73,6 +76,8 @@ def find_finished(tracker: Tracker, key: str) -> FinishedTraining | None:
 
     A complete one still has its model.
     """
+    if not key:
+        return None
     wanted = f"tags.{KEY} = '{key}' and tags.role = 'trial'"
     for found in tracker.client.search_runs(
         [tracker.experiment_id], wanted, max_results=_MOST_LOOKED_AT, order_by=["start_time ASC"]
