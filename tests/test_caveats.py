@@ -278,7 +278,7 @@ def test_short_searches() -> None:
     assert texts(made, "few trials") == [
         "A search has only 7 trials: a longer one may change the order."
     ]
-    assert commands(made, "few trials") == [f"{CONTINUED} --trials 8 --retest"]
+    assert commands(made, "few trials") == [f"{CONTINUED} --trials 11 --retest"]
     assert texts(results(TWO, search="staged", trials=8), "few trials") == []
 
 

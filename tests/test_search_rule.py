@@ -149,6 +149,16 @@ def test_where_all_diverge_it_tries_lower_rates() -> None:
     assert not math.isnan(max(each.accuracy for each in done[6:]))
 
 
+def test_a_worse_batch_size_at_the_best_rate_does_not_close_the_range() -> None:
+    search = Search(domains=DOMAINS, seed=0)
+    tried = [(0.1, 64, 0.7), (0.01, 64, 0.5), (0.22, 128, 0.6)]  # 0.22 at 128 is 0.125 at 64
+    done = [
+        Training(configuration={"learning_rate": rate, "batch_size": size}, accuracy=accuracy)
+        for rate, size, accuracy in tried
+    ]
+    assert search.refine(1, done)["learning_rate"] > 0.2
+
+
 def test_equal_results_lead_to_equal_configurations() -> None:
     assert refined(peak(0.1), seed=4) == refined(peak(0.1), seed=4)
 

@@ -13,7 +13,7 @@ The rule is a function of results and seed, so it does not depend on timing: any
 and a comparison that was stopped, go the same way. `python -m benchmarks.planted` measures what led
 to the numbers here. With 11 trainings, the chosen configuration is 0.3 points below the best one in
 the mean, wherever the best learning rate lies within the range or up to half a decade beyond it. Of
-12 random configurations the best is 0.7 points below the optimum, and 3.9 if that lies beyond.
+12 random configurations the best is 0.7 to 0.9 points below, and 5 if the optimum lies beyond.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ CLOSED = 0.2
 """A gap between learning rates that is not halved any more, in decades."""
 SAME_RATE = 0.3
 """Two learning rates count as the same, for the effect of another parameter, in decades."""
+DISTINCT = 0.15
+"""Closer learning rates of other batch sizes don't show the effect of the rate, in decades."""
 COMPARABLE = 2
 """The largest factor between batch sizes at which accuracies show the effect of the rate alone."""
 BEYOND = 4
@@ -133,16 +135,7 @@ class Search:
         self, best: Training, trainings: Sequence[Training], draw: float, others: Sequence[str]
     ) -> Configuration:
         """Go beyond the edge, or halve the wider gap between the best rate and its neighbours."""
-        place = self._place(best)
-        size = best.configuration.get(SIZE, 1)
-        near = [
-            self._place(each) - place
-            for each in trainings
-            if max(size, each.configuration.get(SIZE, 1))
-            <= COMPARABLE * min(size, each.configuration.get(SIZE, 1))
-        ]
-        # A rate that diverges is too high at any batch size.
-        near += [self._place(each) - place for each in trainings if math.isnan(each.accuracy)]
+        near = self._distances(best, trainings)
         above = min((each for each in near if each > 1e-9), default=math.inf)
         below = min((-each for each in near if each < -1e-9), default=math.inf)
         stride = STRIDE * (0.8 + 0.4 * draw)
@@ -162,6 +155,22 @@ class Search:
         else:
             move = -min(below * (0.4 + 0.2 * draw), STRIDE)
         return {**best.configuration, RATE: best.configuration[RATE] * 10**move}
+
+    def _distances(self, best: Training, trainings: Sequence[Training]) -> list[float]:
+        """Return how far the learning rates of comparable trainings lie from the best, in decades.
+
+        A rate that diverges is too high at any batch size. That a training with another batch size
+        and about the same rate is worse says something about the batch size, not the rate.
+        """
+        size, found = best.configuration.get(SIZE, 1), []
+        for each in trainings:
+            distance = self._place(each) - self._place(best)
+            other = each.configuration.get(SIZE, 1)
+            is_near = max(size, other) <= COMPARABLE * min(size, other)
+            is_of_rate = other == size or abs(distance) >= DISTINCT
+            if math.isnan(each.accuracy) or (is_near and is_of_rate):
+                found.append(distance)
+        return found
 
     def _change(
         self, name: str, best: Configuration, trainings: Sequence[Training], draw: float
