@@ -21,8 +21,8 @@ from scipy import special
 
 from benchmarks.planted_studies import Floats, Study, results_of
 from experiments.comparison.assessment import assess
-from experiments.comparison.intervals import ALPHA, holm
-from experiments.comparison.pairs import IRRELEVANT, Doubts
+from experiments.comparison.intervals import ALPHA, holm, p_beyond
+from experiments.comparison.pairs import IRRELEVANT, UNFAIRNESS, Doubts
 from experiments.comparison.pairs import _Judge as Judge
 from experiments.comparison.tables import OUTLYING_DISTANCE, outlying
 
@@ -49,11 +49,10 @@ class Means:
         half = self.half_width(alpha)
         return self.mean - half, self.mean + half
 
-    @property
-    def p(self) -> Floats:
-        """Two-sided p of t-tests."""
-        own: Floats = 2 * special.stdtr(self.df, -np.abs(self.mean) / np.sqrt(self.variance))
-        return own if self.least is None else np.fmax(own, self.least.p)
+    def p(self, margin: float) -> Floats:
+        """Return two-sided p of t-tests for means beyond ± margin."""
+        own: Floats = p_beyond(self.mean, self.variance, self.df, margin)
+        return own if self.least is None else np.fmax(own, self.least.p(margin))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,11 +93,14 @@ def judge(study: Study) -> Said:
         for at, pair in enumerate(pairs)
     ]
     outliers: Any = [at for at in order if _outlies(test[:, at])]
+    margin = UNFAIRNESS if study.is_staged else 0.0
     says = Judge(min_effect=IRRELEVANT, doubts=Doubts(outlying=outliers))
     these, new = (
         [
             says(row, p, (low, high))
-            for row, p, low, high in zip(rows, holm(each.p), *each.ends(_level(each)), strict=True)
+            for row, p, low, high in zip(
+                rows, holm(each.p(margin)), *each.ends(_level(each)), strict=True
+            )
         ]
         for each in differences
     )
@@ -112,7 +114,7 @@ def judge(study: Study) -> Said:
 
 
 def _level(means: Means) -> float:
-    return ALPHA / max(1, int(np.isfinite(means.p).sum()))
+    return ALPHA / max(1, int(np.isfinite(means.variance).sum()))
 
 
 def _outlies(values: Floats) -> bool:

@@ -84,11 +84,30 @@ def anova(matrix: Matrix) -> tuple[float, float]:
     return variance, df
 
 
-def t_of(mean: float, variance: float, df: float, alpha: float) -> tuple[float, float, float]:
-    """Return the ends of an interval, and p."""
+def margin_of(made: Results) -> float:
+    """Return by how much a search may favour a loss."""
+    return 0.001 if made.plan["search"] == "staged" else 0.0
+
+
+def t_of(
+    mean: float, variance: float, df: float, alpha: float, margin: float
+) -> tuple[float, float, float]:
+    """Return the ends of an interval, and the p of a mean beyond a margin.
+
+    It is how often a mean would be as far from 0 as this one, if the true one were the margin.
+    """
     half = stats.t.ppf(1 - alpha / 2, df) * math.sqrt(variance)
-    p = 2 * (1 - stats.t.cdf(abs(mean) / math.sqrt(variance), df))
-    return mean - half, mean + half, p
+    of_mean = stats.t(df, loc=margin, scale=math.sqrt(variance))
+    p = (1 - of_mean.cdf(abs(mean))) + of_mean.cdf(-abs(mean))
+    return mean - half, mean + half, float(p)
+
+
+def p_of(made: Results, values: Sequence[float]) -> float:
+    """Return the p of a difference over new trainings."""
+    if math.isnan(t_interval(values)[0]):
+        return NAN
+    variance = float(np.var(values, ddof=1)) / len(values)
+    return t_of(float(np.mean(values)), variance, len(values) - 1, 0.05, margin_of(made))[2]
 
 
 def on_new_images(
@@ -101,12 +120,12 @@ def on_new_images(
     n, mean = len(values), float(np.mean(values))
     if not made.plan["given_test"]:
         factor = 1 / n + made.sizes["test"] / made.sizes["train"]
-        return t_of(mean, float(np.var(values, ddof=1)) * factor, n - 1, alpha)
+        variance = float(np.var(values, ddof=1)) * factor
+        return t_of(mean, variance, n - 1, alpha, margin_of(made))
     if matrix is None:
         return NAN, NAN, NAN
-    wide = t_of(mean, *anova(matrix), alpha)
-    p = float(stats.ttest_1samp(values, 0).pvalue)
-    return min(low, wide[0]), max(high, wide[1]), max(p, wide[2])
+    wide = t_of(mean, *anova(matrix), alpha, margin_of(made))
+    return min(low, wide[0]), max(high, wide[1]), max(p_of(made, values), wide[2])
 
 
 def by_seed(made: Results, loss: str) -> dict[int, float]:
@@ -198,10 +217,7 @@ def test_the_pairs_are_right(made: Results) -> None:
         differences.append([round(first[seed] - second[seed], 9) for seed in seeds])
         one, other = (hits_at(made, pair[name], seeds) for name in ("first", "loss"))
         matrices.append(None if one is None or other is None else one - other)
-    p_values = [
-        NAN if math.isnan(t_interval(values)[0]) else float(stats.ttest_1samp(values, 0).pvalue)
-        for values in differences
-    ]
+    p_values = [p_of(made, values) for values in differences]
     p_images = [
         on_new_images(made, values, matrix, 0.05)[2]
         for values, matrix in zip(differences, matrices, strict=True)
@@ -244,7 +260,7 @@ def test_the_pairs_are_right(made: Results) -> None:
                 "probability_high": float(stats.beta.ppf(0.975, ahead + ties + 1, n - ahead - ties))
                 if ahead + ties < n
                 else 1.0,
-                "repeats_needed": needed(values, 0.05 / max(1, undecided)),
+                "repeats_needed": needed(made, values, 0.05 / max(1, undecided)),
             },
         )
 
@@ -282,13 +298,13 @@ def verdict(made: Results, pair: Row, p: float, bounds: tuple[float, float]) -> 
     return words[0] if abs(pair["difference"]) >= 0.002 else words[1]
 
 
-def needed(values: Sequence[float], level: float) -> float:
+def needed(made: Results, values: Sequence[float], level: float) -> float:
     """Return how many repeats find half a point with 80 %: the first of all numbers that does."""
-    n = len(values)
+    n, lead = len(values), 0.005 - margin_of(made)
     sd = float(np.std(values, ddof=1)) * math.sqrt((n - 1) / stats.chi2.ppf(0.2, n - 1))
     for numbers in (np.arange(2, 200), np.arange(200, 10_000)):
         limits = stats.t.ppf(1 - level / 2, numbers - 1)
-        power = 1 - stats.nct.cdf(limits, numbers - 1, 0.005 / sd * np.sqrt(numbers))
+        power = 1 - stats.nct.cdf(limits, numbers - 1, lead / sd * np.sqrt(numbers))
         if (power >= 0.8).any():
             return float(numbers[power >= 0.8][0])
     return 10_000.0

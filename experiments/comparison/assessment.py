@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.comparison.caveats import Caveat, find_caveats
 from experiments.comparison.intervals import NewImages, exact
-from experiments.comparison.pairs import IRRELEVANT, Doubts, pairwise_tests
+from experiments.comparison.pairs import IRRELEVANT, UNFAIRNESS, Doubts, pairwise_tests
 from experiments.comparison.ranges import is_staged, open_ranges
 from experiments.comparison.results import Results
 from experiments.comparison.statements import make_statements
@@ -50,7 +50,8 @@ class Assessment:
       `images_high`
     - `bound_low` and `bound_high`, as low and high, but for all pairs at once (Bonferroni)
     - `p` of the paired t-test (two-sided; NaN if all differences are equal), and `p_holm`,
-      corrected over all pairs; `p_images` and `p_images_holm` likewise, for new images
+      corrected over all pairs; `p_images` and `p_images_holm` likewise, for new images. Of losses
+      that were searched for in stages, it is the p of a difference beyond `pairs.UNFAIRNESS`.
     - `verdict` on `loss`, from p_holm and the bounds, and `images_verdict`, from p_images_holm:
 
       - not compared: n < 2
@@ -113,6 +114,7 @@ def assess(results: Results) -> Assessment:
         accuracy.reindex(columns=ranked),
         images,
         min_effect=results.plan.get("min_effect", IRRELEVANT),
+        margin=UNFAIRNESS if is_staged(results.plan) else 0.0,
         doubts=doubts,
     )
     to_use, still_open = _to_use(results, winner), open_ranges(results, table)

@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 
 from experiments.comparison.intervals import ALPHA
-from experiments.comparison.pairs import IRRELEVANT, MAX_REPEATS, MIN_EFFECT, POWER, may_fail
+from experiments.comparison.pairs import (
+    IRRELEVANT,
+    MAX_REPEATS,
+    MIN_EFFECT,
+    POWER,
+    UNFAIRNESS,
+    may_fail,
+)
 from experiments.comparison.ranges import is_staged
 from experiments.comparison.results import Results
 from experiments.comparison.tables import winner_covers
@@ -149,16 +156,21 @@ def _method(results: Results, losses: Sequence[Row], pairs: Sequence[Row]) -> li
         return []
     corrected = "" if tested == 1 else f", corrected by Holm's method for {tested} pairs of losses"
     least = 100 * results.plan.get("min_effect", IRRELEVANT)
-    texts = [
+    text = (
         f"Better means p ≤ {ALPHA:g} in the t-test of paired repeats{corrected}, and a difference "
-        f"of at least {least:g} points.",
-    ]
+        f"of at least {least:g} points."
+    )
+    if is_staged(results.plan):
+        text += (
+            f" p is that of a difference of more than {100 * UNFAIRNESS:g} points: by so much, a "
+            "search may favour a loss."
+        )
     covers = winner_covers(len(losses))
     alone = "Each interval is for one loss or one pair alone."
     if covers is not None:
         alone += " The winner's own covers less, because its luck chose it: about "
         alone += f"{100 * covers:.0f} %, if all {len(losses)} losses are equally good."
-    return [*texts, alone]
+    return [text, alone]
 
 
 def _failures_to_come(losses: Sequence[Row]) -> list[str]:

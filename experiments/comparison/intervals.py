@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,13 +63,24 @@ class Estimate:
         half = self.half_width(alpha)
         return self.mean - half, self.mean + half
 
-    @property
-    def p(self) -> float:
-        """The two-sided p of the t-test that the true mean is 0; NaN if unknown."""
+    def p(self, margin: float = 0.0) -> float:
+        """Return the p of the t-test that the true mean is within ± margin; NaN if unknown."""
         if not self.variance > 0:
             return math.nan
-        own = 2 * float(special.stdtr(self.df, -abs(self.mean) / math.sqrt(self.variance)))
-        return own if self.least is None else max(own, self.least.p)
+        own = float(p_beyond(self.mean, self.variance, self.df, margin))
+        return own if self.least is None else max(own, self.least.p(margin))
+
+
+def p_beyond(mean: Any, variance: Any, df: Any, margin: float) -> Any:
+    """Return the two-sided p of t-tests that true means lie within ± margin.
+
+    It is the largest p over the interval, that of its ends (Murphy and Myors 1999, "Testing the
+    hypothesis that treatments have negligible effects").
+    """
+    error = np.sqrt(variance)
+    return special.stdtr(df, (margin - np.abs(mean)) / error) + special.stdtr(
+        df, (-margin - np.abs(mean)) / error
+    )
 
 
 def exact(values: pd.Series[float]) -> Floats:
