@@ -129,8 +129,8 @@ of the sums of images; and how many images there are."""
 
 
 def _of_losses(hits: npt.NDArray[np.int8]) -> Sums:
-    of_repeats = hits.sum(axis=2, dtype=np.int64)
-    of_images = hits.sum(axis=1, dtype=np.int64)
+    of_repeats: Floats = hits.sum(axis=2, dtype=np.float64)
+    of_images: Floats = hits.sum(axis=1, dtype=np.float64)
     squares = (of_repeats**2).sum(axis=1), (of_images**2).sum(axis=1)
     return of_repeats.sum(axis=1), *squares, hits.shape[2]
 

@@ -172,7 +172,9 @@ def test_small_differences_are_said_to_be_small() -> None:
     assert starting(made, "Of the other pairs") == (
         "Of the other pairs: `c` is slightly better than `b` (by no more than 0.24 points)."
     )
-    assert "at least 0.2 points. p is that of a difference of more than 0.1 points: " in starting(made, "Better means")
+    assert "at least 0.2 points. p is that of a difference of more than 0.1 points: " in starting(
+        made, "Better means"
+    )
 
 
 def test_the_least_difference_that_matters_is_said() -> None:
