@@ -405,6 +405,35 @@ def test_a_wider_comparison_trains_only_the_new_losses(plan: Plan, data: Dataset
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["last_reported_epoch", "set_attributes", "tell"])
+def test_a_kill_while_known_results_are_linked_changes_nothing(
+    plan: Plan, data: Dataset, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    small = replace(with_settings(plan, losses=("mse",), trials=5), searches=1, repeats=1)
+    run(small, data)
+    ends = {each.info.run_id: each.info.end_time for each in MlflowClient().search_runs(["1"])}
+    other = with_settings(small, study="other")
+
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"experiments.study.controller.{where}", killed)
+        patch.setattr("experiments.study.controller._Sweep.close", lambda _: [])
+        with pytest.raises(SystemExit):
+            run(other, data)
+    assert not run(other, data).configs
+    before, after = results(small), results(other)
+    for name in ("trials", "repeats", "confirmed"):
+        pd.testing.assert_frame_equal(
+            getattr(after, name).drop(columns="reused"),
+            getattr(before, name).drop(columns="reused"),
+        )
+    for each in MlflowClient().search_runs(["1"], "tags.role = 'trial'"):
+        assert each.info.end_time == ends[each.info.run_id]
+
+
+@pytest.mark.slow
 def test_without_reuse_all_is_trained(plan: Plan, data: Dataset) -> None:
     first = run(plan, data)
     other = run(replace(with_settings(plan, study="other"), reuse=False), data)

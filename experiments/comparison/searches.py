@@ -107,7 +107,7 @@ def best_of_all(
     for (loss, _), trial in repeats.items():
         outcome = trial.user_attrs.get("outcome")
         if outcome in ("complete", "diverged"):
-            measured.setdefault(loss, []).append(_last(trial))
+            measured.setdefault(loss, []).append(trial.value or 0.0)
             complete[loss] = complete.get(loss, 0) + (outcome == "complete")
     order = [loss for loss in measured if complete[loss]]
     if not order:
@@ -124,12 +124,8 @@ def best_of_all(
 
 
 def _accuracy(trial: FrozenTrial) -> float:
-    return _last(trial) if trial.user_attrs.get("outcome") == "complete" else math.nan
-
-
-def _last(trial: FrozenTrial) -> float:
-    steps = trial.intermediate_values
-    return steps[max(steps)] if steps else 0.0
+    """Return the accuracy of a complete trial, NaN for another."""
+    return trial.value if trial.user_attrs.get("outcome") == "complete" else math.nan  # type: ignore[return-value]
 
 
 def _without_loss(params: Mapping[str, Any]) -> Configuration:

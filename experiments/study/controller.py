@@ -301,11 +301,12 @@ class _Sweep:
         reused = self.dispatcher.reused
         while reused:
             trial, config, found = reused[0]
-            set_attributes(self.study, trial, {"reused": True, "run_id": found.run_id})
             reported = last_reported_epoch(trial)
             for epoch, accuracy in sorted(found.accuracies.items()):
                 if epoch > reported:
                     trial.report(accuracy, epoch)
+            # Last: of a trial whose run has ended, the next start only tells Optuna the outcome.
+            set_attributes(self.study, trial, {"reused": True, "run_id": found.run_id})
             tell(self.study, trial, found.outcome, found.accuracy, found.val_loss)
             reused.pop(0)
             yield TrialReused(

@@ -111,7 +111,8 @@ class Dispatcher:
             elif run is None or outcome is None or outcome == "interrupted":
                 self.orphaned.append(trial)
             elif self.heartbeat.claim(trial):
-                run.end(outcome)
+                if not trial.user_attrs.get("reused"):  # else the run is that of another trial
+                    run.end(outcome)
                 accuracy, val_loss = run.last_value(OBJECTIVE), run.last_value("val/loss")
                 tell(self.study, trial, outcome, accuracy, val_loss)
 
