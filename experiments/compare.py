@@ -28,14 +28,14 @@ SEARCHES = ("staged", "random", "tpe")
 
 EPILOG = """\
 The search of each loss is repeated, each time with other seeds: split, initial weights, order of
-images and first configurations, the same ones for all losses. A search spends its trials in steps:
-it explores the ranges, refines around the best, goes beyond an edge where the best is there, and
-tries the last candidates on fresh seeds. Its choice is trained on a fresh seed and shown the test
-split, once. So the statements are about a loss that is tuned with this many trials. At the end the
-best configuration of the winner is trained on more fresh seeds: the one to use.
+images and first configurations, the same ones for all losses. A search has steps: it explores the
+ranges, and refines around the best, beyond a range if the best is at its edge. With 13 trials or
+more, it trains the best candidates again on fresh seeds. Its choice is trained on a fresh seed and
+shown the test split, once. So the statements are about a loss that is tuned with this many trials.
+At the end the best configuration of the winner is trained on more fresh seeds: the one to use.
 
 The same command continues a comparison that was stopped. With more --losses, --searches or --trials
-it adds what is missing. Trainings that were made before, in whichever study, are not made again.
+it adds what is missing. Trainings that were made before, in any study, are not made again.
 """
 
 
