@@ -22,8 +22,8 @@ from scipy import special
 from benchmarks.planted_studies import Floats, Study, results_of
 from experiments.comparison.assessment import assess
 from experiments.comparison.intervals import ALPHA, holm, p_beyond
-from experiments.comparison.pairs import IRRELEVANT, UNFAIRNESS, Doubts
-from experiments.comparison.pairs import _Judge as Judge
+from experiments.comparison.pairs import UNFAIRNESS, Doubts, Judge
+from experiments.comparison.results import IRRELEVANT
 from experiments.comparison.tables import OUTLYING_DISTANCE, outlying
 
 

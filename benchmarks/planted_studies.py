@@ -18,8 +18,13 @@ import pandas as pd
 from scipy import special
 
 from benchmarks.planted_worlds import BEST, CHANCE, COLLAPSES, REST, lucky
-from experiments.comparison.pairs import IRRELEVANT
-from experiments.comparison.results import CURVE_COLUMNS, REPEAT_COLUMNS, TRIAL_COLUMNS, Results
+from experiments.comparison.results import (
+    CURVE_COLUMNS,
+    IRRELEVANT,
+    REPEAT_COLUMNS,
+    TRIAL_COLUMNS,
+    Results,
+)
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -174,38 +179,6 @@ def results(
     A repeat without a test accuracy diverged.
     """
     searches = len(test)
-    config = {"outcome": "complete", "learning_rate": 0.03, "batch_size": 64}
-    repeats = [
-        {
-            **dict.fromkeys(REPEAT_COLUMNS, 0.5),
-            **config,
-            "loss": loss,
-            "search": row + 1 if is_staged else 1,
-            "trial": row * len(losses) + column,
-            "seed": 1000 * (row + 1) + 999 if is_staged else row + 1,
-            "outcome": "diverged" if math.isnan(test[row, column]) else "complete",
-            "val_accuracy": validation[row, column],
-            "test_accuracy": test[row, column],
-            "test_evaluations": 1,
-        }
-        for row in range(searches)
-        for column, loss in enumerate(losses)
-    ]
-    trials = [
-        {
-            **dict.fromkeys(TRIAL_COLUMNS, 0.5),
-            **config,
-            "loss": loss,
-            "search": search + 1,
-            "stage": "explore",
-            "trial": trial,
-            "seed": 1000 * (search + 1),
-            "learning_rate": rate,
-        }
-        for loss in losses
-        for search in range(searches if is_staged else 1)
-        for trial, rate in enumerate((0.003, 0.03, 0.3))
-    ]
     return Results(
         name="planted",
         plan={
@@ -229,8 +202,8 @@ def results(
             "validation": 5_000,
             "test": 10_000 if hits is None else hits.shape[2],
         },
-        trials=pd.DataFrame(trials, columns=list(TRIAL_COLUMNS)),
-        repeats=pd.DataFrame(repeats, columns=list(REPEAT_COLUMNS)),
+        trials=_trials(losses, searches if is_staged else 1),
+        repeats=_repeats(validation, test, losses, is_staged=is_staged),
         confirmed=pd.DataFrame(columns=list(REPEAT_COLUMNS)),
         hits={} if hits is None else dict(zip(losses, hits.astype(np.bool_), strict=True)),
         ranges={},
@@ -240,3 +213,47 @@ def results(
         studies={},
         provenance={},
     )
+
+
+_CONFIGURATION = {"outcome": "complete", "learning_rate": 0.03, "batch_size": 64}
+
+
+def _repeats(
+    validation: Floats, test: Floats, losses: Sequence[str], *, is_staged: bool
+) -> pd.DataFrame:
+    rows = [
+        {
+            **dict.fromkeys(REPEAT_COLUMNS, 0.5),
+            **_CONFIGURATION,
+            "loss": loss,
+            "search": row + 1 if is_staged else 1,
+            "trial": row * len(losses) + column,
+            "seed": 1000 * (row + 1) + 999 if is_staged else row + 1,
+            "outcome": "diverged" if math.isnan(test[row, column]) else "complete",
+            "val_accuracy": validation[row, column],
+            "test_accuracy": test[row, column],
+            "test_evaluations": 1,
+        }
+        for row in range(len(test))
+        for column, loss in enumerate(losses)
+    ]
+    return pd.DataFrame(rows, columns=list(REPEAT_COLUMNS))
+
+
+def _trials(losses: Sequence[str], searches: int) -> pd.DataFrame:
+    rows = [
+        {
+            **dict.fromkeys(TRIAL_COLUMNS, 0.5),
+            **_CONFIGURATION,
+            "loss": loss,
+            "search": search + 1,
+            "stage": "explore",
+            "trial": trial,
+            "seed": 1000 * (search + 1),
+            "learning_rate": rate,
+        }
+        for loss in losses
+        for search in range(searches)
+        for trial, rate in enumerate((0.003, 0.03, 0.3))
+    ]
+    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy
 import torch
@@ -96,6 +97,14 @@ def no_connection_stays_open() -> Iterator[None]:
     yield
     while _ENGINES:
         _ENGINES.pop().dispose()
+
+
+@pytest.fixture(scope="module")
+def quiet_optuna() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

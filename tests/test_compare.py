@@ -19,6 +19,7 @@ from cnn.config import PRECISIONS
 from cnn.losses import LOSSES
 from cnn.optimizers import OPTIMIZERS, SCHEDULES
 from experiments.compare import SEARCHES, build_parser, main
+from experiments.comparison import plan
 from experiments.study.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,6 +64,10 @@ def test_the_help_names_every_choice() -> None:
     for names in (LOSSES, SEARCHES, OPTIMIZERS, SCHEDULES, PRECISIONS):
         for name in names:
             assert re.search(rf"\b{name}\b", text), name
+
+
+def test_every_way_to_search_can_be_asked_for() -> None:
+    assert SEARCHES == plan.SEARCHES
 
 
 def test_every_setting_is_an_option_but_those_that_a_comparison_has_of_its_own() -> None:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,20 +29,14 @@ from experiments.comparison.assessment import assess
 from experiments.comparison.results import Results
 from experiments.reporting import figure_data, rendering, sections
 
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
 THREE = ("cross_entropy", "mse", "l1")
 EVIL = "</script><img src=http://evil.example/x onerror=alert(1)>"
 CLASSES = (EVIL, "=cmd()", "a|b", "$x^2$", "日本語", "two\nlines", "[l](http://evil.example)", "-1")
 NOT_SHOWN = ("repeats", "curves", "confirmed", "best_settings")
 """The tables of a report on staged searches that no part of the page shows as they are."""
 VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_optuna() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ import pytest
 from made_results import results
 from scipy import stats
 
-from experiments.comparison.intervals import Estimate, crossed, interval, over_trainings
+from experiments.comparison.intervals import Estimate, crossed, over_trainings
 from experiments.comparison.pairs import (
     MIN_EFFECT,
     Doubts,
@@ -41,6 +41,11 @@ POPULATIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any]] = 
 }
 
 
+def intervals(studies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the lower and the upper ends of the intervals over trainings, (2, studies)."""
+    return np.transpose([over_trainings(values).ends() for values in studies])
+
+
 @cache
 def mean_of(values: str) -> float:
     return float(POPULATIONS[values](np.random.default_rng(0), (2_000_000,)).mean())
@@ -51,7 +56,7 @@ def mean_of(values: str) -> float:
 def test_intervals_over_trainings_cover_94_to_96_percent(values: str, n: int) -> None:
     studies = POPULATIONS[values](np.random.default_rng(n), (10_000, n))
     mean = mean_of(values)
-    low, high = interval(studies[np.ptp(studies, axis=1) > 1e-9])
+    low, high = intervals(studies[np.ptp(studies, axis=1) > 1e-9])
     assert 0.94 <= ((low <= mean) & (mean <= high)).mean() <= 0.96
 
 
@@ -198,5 +203,5 @@ def test_the_winners_interval_covers_as_often_as_is_said(losses: int) -> None:
     # The luck of a training, and that of a split, is good on validation and test alike.
     accuracy = rng.normal(size=(studies, n, losses)) + 0.75 * rng.normal(size=(studies, n, 1))
     winner = accuracy.mean(1).argmax(1)[:, None, None]
-    low, high = interval(np.take_along_axis(accuracy, winner, axis=-1)[..., 0])
+    low, high = intervals(np.take_along_axis(accuracy, winner, axis=-1)[..., 0])
     assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(winner_covers(losses), abs=0.012)

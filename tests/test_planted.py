@@ -102,7 +102,7 @@ def test_planted_searches_take_the_steps_of_a_comparison(
             study.add_trial(
                 create_trial(
                     state=TrialState.COMPLETE,
-                    value=0.0,
+                    value=0.0 if math.isnan(value) else value,
                     params={"learning_rate": rate, "batch_size": size},
                     distributions={
                         "learning_rate": FloatDistribution(rate / 2, rate * 2),

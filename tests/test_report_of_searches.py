@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,15 +27,9 @@ from experiments.reporting.parts import Section, Table
 from experiments.reporting.search_section import search_section
 from experiments.reporting.small_multiples import PAPER
 
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
 LOSSES = ("cross_entropy", "mse", "l1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_optuna() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +187,7 @@ def test_the_kind_of_search_is_read_from_old_plans_too(
     plan: dict[str, str], kind: str, staged: Results
 ) -> None:
     rest = {name: value for name, value in staged.plan.items() if name != "search"}
-    assert search_data.search_kind(replace(staged, plan=rest | plan)) == kind
+    assert replace(staged, plan=rest | plan).search == kind
 
 
 # Accuracy against learning rate

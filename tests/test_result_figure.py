@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import optuna
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -25,15 +23,9 @@ from experiments.reporting.parts import Table
 from experiments.reporting.result_figure import ACCURACY, DIFFERENCE, ResultFigure, result_rows
 from experiments.reporting.small_multiples import PAPER, draw_panels
 
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
 CLOSE = ("cross_entropy", "mse", "label_smoothing", "squentropy")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_optuna() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
 
 
 def staged(**changes: Any) -> Results:

@@ -11,9 +11,7 @@ from cnn.data import Dataset
 from experiments.comparison.plan import Planned
 from experiments.comparison.workload import Workload, measure_rate
 
-PLANNED = Planned(
-    losses=("mse", "l1"), trainings={"mse": 12, "l1": 12}, others=2, epochs=5, images=1000
-)
+PLANNED = Planned(trainings={"mse": 12, "l1": 12}, others=2, epochs=5, images=1000)
 
 
 def test_the_work_is_said_loss_by_loss_and_in_all() -> None:

@@ -105,7 +105,7 @@ class Run:
 
     def outcome(self) -> str | None:
         """Return the outcome of the run, None if it has not ended."""
-        return self.client.get_run(self.run_id).data.tags.get("outcome")  # type: ignore[no-any-return]
+        return self.tags().get("outcome")
 
     def model_id(self) -> str | None:
         """Return the id of the run's last model, None if it has none."""

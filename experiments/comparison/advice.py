@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from experiments.comparison.ranges import is_staged
 from experiments.comparison.results import Results
 
 _MODULE = ["-m", "experiments.compare"]
@@ -29,7 +28,7 @@ def made_anew(results: Results, flag: str, *values: float) -> str:
     if "; " in results.provenance.get("command", ""):  # the last one may have said less
         plan = results.plan
         changes["--losses"] = plan["losses"]
-        grown = ("searches", "trials") if is_staged(plan) else ("repeats",)
+        grown = ("searches", "trials") if results.is_staged else ("repeats",)
         changes |= {f"--{name}": [str(plan[name])] for name in grown}
     changes[flag] = [f"{value:g}" for value in values]
     return _changed(results, changes, without="--retest")

@@ -10,9 +10,9 @@ import pandas as pd
 
 from experiments.comparison.caveats import Caveat, find_caveats
 from experiments.comparison.intervals import NewImages, exact
-from experiments.comparison.pairs import IRRELEVANT, UNFAIRNESS, Doubts, pairwise_tests
-from experiments.comparison.ranges import is_staged, open_ranges
-from experiments.comparison.results import Results
+from experiments.comparison.pairs import UNFAIRNESS, Doubts, pairwise_tests
+from experiments.comparison.ranges import open_ranges
+from experiments.comparison.results import IRRELEVANT, Results
 from experiments.comparison.statements import make_statements
 from experiments.comparison.tables import MEASURES, summarise, summary
 from experiments.study.parameters import BY_NAME
@@ -114,7 +114,7 @@ def assess(results: Results) -> Assessment:
         accuracy.reindex(columns=ranked),
         images,
         min_effect=results.plan.get("min_effect", IRRELEVANT),
-        margin=UNFAIRNESS if is_staged(results.plan) else 0.0,
+        margin=UNFAIRNESS if results.is_staged else 0.0,
         doubts=doubts,
     )
     to_use, still_open = _to_use(results, winner), open_ranges(results, table)
@@ -131,7 +131,7 @@ def assess(results: Results) -> Assessment:
 def _to_use(results: Results, winner: str | None) -> Mapping[Hashable, Any] | None:
     """Return `Assessment.to_use`; with one search a loss, the winner's repeats confirm it."""
     rows = results.confirmed
-    if not is_staged(results.plan):
+    if not results.is_staged:
         rows = results.repeats[results.repeats["loss"] == winner]
     if rows.empty:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.comparison.advice import continued, made_anew
-from experiments.comparison.ranges import Open, is_staged
+from experiments.comparison.ranges import Open
 from experiments.comparison.results import Results
 from experiments.comparison.settling import unsettled
 from experiments.comparison.tables import outlying
@@ -77,7 +77,7 @@ def _edges(results: Results, still_open: Sequence[Open]) -> Iterator[Caveat]:
     for each in still_open:
         groups[each.parameter, each.end, each.is_limit].append(each)
     for found in groups.values():
-        text, command = (_of_searches if is_staged(results.plan) else _of_one)(results, found)
+        text, command = (_of_searches if results.is_staged else _of_one)(results, found)
         loss = found[0].loss if len(found) == 1 else None
         yield Caveat(kind="edge", loss=loss, text=text, command=command)
 
@@ -120,7 +120,7 @@ def _outliers(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
         found = outlying(results.repeats[results.repeats["loss"] == loss]).sort_values("seed")
         which = listed(
             [
-                (f"search {each['search']}, " if is_staged(results.plan) else "")
+                (f"search {each['search']}, " if results.is_staged else "")
                 + f"seed {each['seed']} ({percent(each['test_accuracy'])})"
                 for each in found.to_dict("records")
             ]
@@ -137,7 +137,7 @@ def _few_repeats(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
     found = table[(table["n"] >= 1) & (table["n"] <= FEW_REPEATS)]
     if found.empty:
         return
-    flag = "searches" if is_staged(results.plan) else "repeats"
+    flag = "searches" if results.is_staged else "repeats"
     planned = results.plan[flag]
     more = ENOUGH_REPEATS if planned < ENOUGH_REPEATS else 2 * planned
     who, loss = listed(quoted(found["loss"])), found["loss"].iloc[0] if len(found) == 1 else None
@@ -182,7 +182,7 @@ def _diverged(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
 
 def _few_trials(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
     planned = results.plan["trials"]
-    if is_staged(results.plan):
+    if results.is_staged:
         if planned < FEW_TRIALS:
             text = f"A search has only {planned} trials: a longer one may change the order."
             command = continued(results, "--trials", ENOUGH_TRIALS)

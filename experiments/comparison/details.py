@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 from experiments.comparison.intervals import ALPHA
 from experiments.comparison.pairs import (
-    IRRELEVANT,
     MAX_REPEATS,
     MIN_EFFECT,
     POWER,
     UNFAIRNESS,
     may_fail,
 )
-from experiments.comparison.ranges import is_staged
-from experiments.comparison.results import Results
+from experiments.comparison.results import IRRELEVANT, Results
 from experiments.comparison.tables import winner_covers
 from experiments.comparison.wording import (
     INTERVAL,
@@ -160,7 +158,7 @@ def _method(results: Results, losses: Sequence[Row], pairs: Sequence[Row]) -> li
         f"Better means p ≤ {ALPHA:g} in the t-test of paired repeats{corrected}, and a difference "
         f"of at least {least:g} points."
     )
-    if is_staged(results.plan):
+    if results.is_staged:
         text += (
             f" p is that of a difference of more than {100 * UNFAIRNESS:g} points: by so much, a "
             "search may favour a loss."
@@ -188,7 +186,7 @@ def _failures_to_come(losses: Sequence[Row]) -> list[str]:
 
 def _scope(results: Results, winner: Row) -> list[str]:
     """Return what the statements are about."""
-    if is_staged(results.plan):
+    if results.is_staged:
         about = f"A repeat is a whole search of {results.plan['trials']} trials and a training of "
         about += "what it chose. The statements are about losses that are tuned so, not about the "
         about += "best that a loss can reach."

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from experiments.comparison.results import Results
 
@@ -97,15 +97,6 @@ def over_trainings(values: Floats) -> Estimate:
     if not np.ptp(values):
         return Estimate(mean=mean)
     return Estimate(mean=mean, variance=float(values.var(ddof=1)) / n, df=n - 1)
-
-
-def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return the 95 % interval of the mean of values (…, n), n ≥ 2 and not all of them equal."""
-    values = np.asarray(values, np.float64)
-    low, high = stats.t.interval(
-        1 - ALPHA, values.shape[-1] - 1, loc=values.mean(-1), scale=stats.sem(values, axis=-1)
-    )
-    return low, high
 
 
 def holm(p_values: Floats) -> Floats:

@@ -26,6 +26,7 @@ from experiments.comparison.plan import (
 from experiments.comparison.results import (
     CURVE_COLUMNS,
     CURVE_METRICS,
+    IRRELEVANT,
     REPEAT_COLUMNS,
     TRIAL_COLUMNS,
     Results,
@@ -178,24 +179,21 @@ def _in_memory(name: str, found: Sequence[Found]) -> Study:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         study.set_metric_names(["validation accuracy"])
-    params = [each.trial.params for each in found]
-    names = [each for each in dict.fromkeys(n for of in params for n in of) if each != "loss"]
-    domains = {
-        each: _distribution([of[each] for of in params if each in of])
-        for each in names
-        if each != "seed"
-    }
+    tried: dict[str, list[Any]] = {}
+    for each in found:
+        for name, value in each.trial.params.items():
+            if name not in ("loss", "seed"):
+                tried.setdefault(name, []).append(value)
+    domains = {name: _distribution(values) for name, values in tried.items()}
     for each in found:
         trial = each.trial
-        value = trial.value
+        params = {name: value for name, value in trial.params.items() if name in domains}
         study.add_trial(
             create_trial(
                 state=trial.state,
-                value=value,
-                params={key: trial.params[key] for key in domains if key in trial.params},
-                distributions={
-                    key: domain for key, domain in domains.items() if key in trial.params
-                },
+                value=trial.value,
+                params=params,
+                distributions={name: domains[name] for name in params},
                 user_attrs={**trial.user_attrs, **each.place},
                 intermediate_values=trial.intermediate_values,
             )
@@ -225,7 +223,7 @@ def _results(read: _Read, record: Study, client: mlflow.MlflowClient) -> Results
     plan = {
         **record.user_attrs["plan"],
         "repeats": record.user_attrs.get("repeats", 0),
-        "min_effect": record.user_attrs.get("min_effect", 0.002),
+        "min_effect": record.user_attrs.get("min_effect", IRRELEVANT),
         **read.plan,
         "given_test": about["given_test"],
     }

@@ -1,6 +1,6 @@
 """The difference of each pair of losses: tests, intervals, verdicts.
 
-`python -m benchmarks.planted` measures what led to these choices:
+Simulations led to these choices. `python -m benchmarks.planted` shows how often they are right:
 
 - The winner is the loss with the highest mean validation accuracy over its repeats. Its lead on the
   test split is still biased, because a lucky training is good on both splits. So p-values are
@@ -37,9 +37,8 @@ from experiments.comparison.intervals import (
     holm,
     over_trainings,
 )
+from experiments.comparison.results import IRRELEVANT
 
-IRRELEVANT = 0.002
-"""A smaller difference of accuracies matters to nobody, unless the plan has another min_effect."""
 MIN_EFFECT = 0.005
 """The difference that `repeats_needed` is about: half a point."""
 POWER = 0.8
@@ -52,7 +51,7 @@ so from n = 2 to 20 repeats, half a point was shown in 85 to 91 %; planned from 
 in 44 to 81 %.
 """
 UNFAIRNESS = 0.001
-"""By so much, in accuracy, a search may be kinder to one loss than to an equal one.
+"""By so much, in accuracy, a search may favour a loss over an equal one.
 
 So a smaller difference of losses shows nothing about them: p is that of a difference beyond it.
 `benchmarks.planted` measures 0.04 to 0.07 points.
@@ -96,7 +95,7 @@ def pairwise_tests(
         for first, loss in combinations(accuracy.columns, 2)
     ]
     rows = [each.row() for each in found]
-    judge = _Judge(min_effect=min_effect, doubts=doubts or Doubts())
+    judge = Judge(min_effect=min_effect, doubts=doubts or Doubts())
     for prefix, name in (("", "trainings"), ("images_", "on_new")):
         estimates: list[Estimate] = [getattr(each, name) for each in found]
         p_values = np.array([each.p(margin) for each in estimates])
@@ -181,7 +180,7 @@ class _Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Judge:
+class Judge:
     """Says which of two losses is better."""
 
     min_effect: float

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.config import check_choice
 from cnn.data import Dataset
+from experiments.comparison.results import IRRELEVANT
 from experiments.comparison.search_rule import RATE, SIZE, Step, steps
 from experiments.study.domains import Choices, Range
 from experiments.study.events import SweepEvent
@@ -44,7 +45,7 @@ class Plan:
     repeats: int
     """How often a best configuration is trained again: that of each loss; or, if the search is
     staged, the best one of all."""
-    min_effect: float = 0.002
+    min_effect: float = IRRELEVANT
     """The smallest difference in accuracy that matters, in 0 .. 1."""
     reuse: bool = True
     """Whether finished trainings are found, and not made again."""
@@ -205,7 +206,6 @@ class StageStarted:
 class Planned:
     """The work is known, before it starts."""
 
-    losses: tuple[str, ...]
     trainings: Mapping[str, int]
     """Of each loss."""
     others: int

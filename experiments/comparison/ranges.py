@@ -46,17 +46,12 @@ class Open:
         return {"learning_rate": "learning rates", "batch_size": "batch sizes"}[self.parameter]
 
 
-def is_staged(plan: Mapping[str, Any]) -> bool:
-    """Return whether each loss has several searches; an older plan has one, at random."""
-    return bool(plan.get("search", "random") == "staged")
-
-
 def open_ranges(results: Results, table: pd.DataFrame) -> list[Open]:
     """Return the open ends, in the order of the table.
 
     With several searches, those are counted that are open in at least half of them.
     """
-    if is_staged(results.plan):
+    if results.is_staged:
         return [found for loss in table["loss"] for found in _of_searches(results, loss)]
     rows = table[table["learning_rate"].notna()].to_dict("records")
     return [

@@ -28,6 +28,20 @@ CURVE_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 CURVE_COLUMNS = ("stage", "loss", "search", "trial", "epoch", *CURVE_METRICS)
 
 
+IRRELEVANT = 0.002
+"""A smaller difference of accuracies matters to nobody, unless the plan has another min_effect."""
+
+
+def validation_mean(complete: Sequence[float], diverged: Sequence[float]) -> float:
+    """Return the mean validation accuracy of a loss' repeats, by which losses are ordered.
+
+    A diverged repeat counts with its last accuracy, or 0 if that is unknown.
+    """
+    of_diverged = np.nan_to_num(np.array(diverged, np.float64))
+    values = np.concatenate([np.array(complete, np.float64), of_diverged])
+    return float(np.nanmean(np.round(values, 9)))  # to far less than an image
+
+
 def with_searched(columns: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
     """Return columns of trials, with those of parameters that only some studies search."""
     others = [name for name in searched(plan) if name not in columns]
@@ -83,3 +97,19 @@ class Results:
     """An Optuna study of all trainings of each loss' searches."""
     provenance: Mapping[str, str]
     """Texts: commit, versions, hardware, command, run, experiment, started and ended (in UTC)."""
+
+    @property
+    def search(self) -> str:
+        """How configurations were searched: staged, random or tpe."""
+        # Plans of older comparisons have the name of Optuna's sampler.
+        return str(self.plan.get("search") or self.plan.get("sampler") or "random")
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether each loss has several searches, in stages."""
+        return self.search == "staged"
+
+    @property
+    def losses(self) -> list[str]:
+        """The losses that are compared, in the order of the plan."""
+        return [str(loss) for loss in self.plan["losses"]]

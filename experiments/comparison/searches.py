@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 
 from experiments.comparison import search_rule
 from experiments.comparison.plan import Block, Pair, Plan
+from experiments.comparison.results import validation_mean
 from experiments.comparison.search_rule import Search, Step, Training
 from experiments.study.parameter_types import Configuration
 from experiments.study.trials import finished_trials
@@ -99,20 +100,18 @@ def best_of_all(
 ) -> Configuration | None:
     """Return the best configuration of the loss that is best in validation; None if there is none.
 
-    Losses are ordered by the mean of their repeats, in which a diverged one counts with its last
-    accuracy; the configurations of one loss by their accuracies on fresh seeds.
+    The configurations of one loss are ordered by their accuracies on fresh seeds.
     """
-    measured: dict[str, list[float]] = {}
-    complete: dict[str, int] = {}
+    of_outcome: dict[str, dict[str, list[float]]] = {"complete": {}, "diverged": {}}
     for (loss, _), trial in repeats.items():
         outcome = trial.user_attrs.get("outcome")
-        if outcome in ("complete", "diverged"):
-            measured.setdefault(loss, []).append(trial.value or 0.0)
-            complete[loss] = complete.get(loss, 0) + (outcome == "complete")
-    order = [loss for loss in measured if complete[loss]]
-    if not order:
+        if outcome in of_outcome:
+            of_outcome[outcome].setdefault(loss, []).append(trial.value or 0.0)
+    complete, diverged = of_outcome.values()
+    losses = [loss for loss in dict.fromkeys(loss for loss, _ in repeats) if loss in complete]
+    if not losses:
         return None
-    winner = max(order, key=lambda loss: round(sum(measured[loss]) / len(measured[loss]), 12))
+    winner = max(losses, key=lambda loss: validation_mean(complete[loss], diverged.get(loss, ())))
     found: list[tuple[float, Configuration]] = []
     for each in searches:
         for pair, values, fresh in each.chosen():

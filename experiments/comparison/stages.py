@@ -248,7 +248,6 @@ class _Comparison:
             for loss in losses
         }
         return Planned(
-            losses=tuple(losses),
             trainings=counts,
             others=self.plan.repeats,
             epochs=self.plan.settings.epochs,
@@ -259,7 +258,6 @@ class _Comparison:
         """Run one search for each loss, and then the repeats; return their sweep."""
         losses = self.plan.settings.losses
         yield Planned(
-            losses=losses,
             trainings=dict.fromkeys(losses, self.plan.settings.trials + self.plan.repeats),
             others=0,
             epochs=self.plan.settings.epochs,

@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.comparison.details import details, incomplete, use
 from experiments.comparison.pairs import DECIDED
-from experiments.comparison.ranges import Open, is_staged
+from experiments.comparison.ranges import Open
 from experiments.comparison.results import Results
 from experiments.comparison.wording import (
     INTERVAL,
@@ -78,7 +78,7 @@ def _on_these_images(
 ) -> str:
     """Return what holds for new trainings and these test images."""
     is_alone = len(losses) == 1
-    if is_staged(results.plan):
+    if results.is_staged:
         condition = (
             f"With {results.plan['trials']} trials to tune {'it' if is_alone else 'each loss'}"
         )
@@ -168,7 +168,7 @@ def _open(results: Results, still_open: Sequence[Open]) -> str:
         return f", but the ranges of {listed(quoted(names))} are still open"
     found = []
     for each in still_open:
-        where = f" in {each.count} of {each.searches} searches" if is_staged(results.plan) else ""
+        where = f" in {each.count} of {each.searches} searches" if results.is_staged else ""
         found.append(
             f"the range of {each.name} of `{each.loss}` is still open at its {each.end} end{where}"
         )
@@ -194,7 +194,7 @@ def _on_other_images(results: Results, losses: Sequence[Row], others: Sequence[R
     else:
         second = "Whether this holds for other images is not known: the images that each model "
         second += "got right are not recorded."
-    return second if is_staged(results.plan) else f"{second} {ANOTHER_SEARCH}"
+    return second if results.is_staged else f"{second} {ANOTHER_SEARCH}"
 
 
 def _decided_on_other(compared: Sequence[Row]) -> str:

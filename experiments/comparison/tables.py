@@ -1,6 +1,6 @@
 """The table of a comparison: the result of each loss.
 
-`python -m benchmarks.planted` measures what led to these choices:
+Simulations led to these choices:
 
 - Intervals are Student's t. At n = 5 a percentile or BCa bootstrap covers 84 % instead of 95 %. The
   studentized bootstrap covers as t does, and is a third wider. For strongly skewed values (−1) t
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.comparison.intervals import Floats, NewImages, exact, over_trainings
-from experiments.comparison.ranges import is_staged
-from experiments.comparison.results import Results, with_searched
+from experiments.comparison.results import Results, validation_mean, with_searched
 from experiments.study.parameters import BY_NAME
 from experiments.study.ranking import best_first
 
@@ -62,11 +61,7 @@ TABLE_COLUMNS = [
 def summarise(results: Results, repeats: pd.DataFrame, images: NewImages) -> pd.DataFrame:
     """Return `Assessment.table`; repeats are sorted by seed."""
     table = pd.DataFrame(
-        [
-            _loss(loss, trials, repeats[repeats["loss"] == loss], images, results.plan)
-            for loss in results.plan["losses"]
-            for trials in [results.trials[results.trials["loss"] == loss]]
-        ],
+        [_loss(results, loss, repeats[repeats["loss"] == loss], images) for loss in results.losses],
         columns=with_searched(TABLE_COLUMNS, results.plan),
     ).astype({"batch_size": "Int64"})
     return table.sort_values("val_accuracy", ascending=False, kind="stable", ignore_index=True)
@@ -98,16 +93,11 @@ def summary(values: Floats, bounds: tuple[float, float]) -> dict[str, float]:
     return {"mean": estimate.mean, "sd": sd, "low": float(low), "high": float(high)}
 
 
-def _loss(
-    loss: str,
-    trials: pd.DataFrame,
-    repeats: pd.DataFrame,
-    images: NewImages,
-    plan: Mapping[str, Any],
-) -> dict[str, Any]:
+def _loss(results: Results, loss: str, repeats: pd.DataFrame, images: NewImages) -> dict[str, Any]:
     """Return a row of the table; repeats are in the order of their seeds."""
+    trials = results.trials[results.trials["loss"] == loss]
     by_outcome = {name: repeats[repeats["outcome"] == name] for name in OUTCOMES}
-    lost = _lost_searches(trials, repeats, plan)
+    lost = _lost_searches(trials, repeats, results.plan["trials"]) if results.is_staged else 0
     complete = by_outcome["complete"]
     accuracy = exact(complete["test_accuracy"])
     row: dict[str, Any] = {
@@ -120,8 +110,9 @@ def _loss(
         "outliers": len(outlying(repeats)),
     }
     if len(complete):
-        diverged = by_outcome["diverged"]["val_accuracy"].fillna(0.0)
-        row["val_accuracy"] = exact(pd.concat([complete["val_accuracy"], diverged])).mean()
+        row["val_accuracy"] = validation_mean(
+            complete["val_accuracy"].tolist(), by_outcome["diverged"]["val_accuracy"].tolist()
+        )
     if len(accuracy):
         row["accuracy_median"] = float(np.median(accuracy))
         row["images_low"], row["images_high"] = np.clip(
@@ -133,12 +124,10 @@ def _loss(
     return row
 
 
-def _lost_searches(trials: pd.DataFrame, repeats: pd.DataFrame, plan: Mapping[str, Any]) -> int:
-    """Return how many searches chose nothing, because no trial was complete."""
-    if not is_staged(plan):
-        return 0
+def _lost_searches(trials: pd.DataFrame, repeats: pd.DataFrame, planned: int) -> int:
+    """Return how many searches chose nothing, because none of the planned trials was complete."""
     complete = (trials["outcome"] == "complete").groupby(trials["search"]).agg(["size", "any"])
-    is_lost = (complete["size"] >= plan["trials"]) & ~complete["any"].astype(bool)
+    is_lost = (complete["size"] >= planned) & ~complete["any"].astype(bool)
     return int((is_lost & ~complete.index.isin(repeats["search"])).sum())
 
 

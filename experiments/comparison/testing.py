@@ -61,4 +61,4 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
 
 def last_round(run: Run) -> int:
     """Return the round in which a run's model last saw the test split, 0 for never."""
-    return int(run.client.get_run(run.run_id).data.tags.get(ROUND_TAG, 0))
+    return int(run.tags().get(ROUND_TAG, 0))

@@ -16,9 +16,6 @@ from experiments.comparison.results import Results
 from experiments.reporting.search_data import (
     BUDGET_COLUMNS,
     best_so_far,
-    is_staged,
-    losses_of,
-    search_kind,
 )
 from experiments.study.ranking import best_first
 
@@ -67,11 +64,11 @@ def budget(results: Results) -> pd.DataFrame:
     `expected_best` of one search; diverged trials count with their last accuracy, failed ones have
     none. There are no rows for a sampler whose draws depend on each other.
     """
-    if is_staged(results):
+    if results.is_staged:
         return best_so_far(results)
     rows = []
-    if search_kind(results) == "random":
-        for loss in losses_of(results):
+    if results.search == "random":
+        for loss in results.losses:
             accuracies = results.trials.loc[results.trials["loss"] == loss, "val_accuracy"].dropna()
             rows += [
                 (loss, trials, 1, value, np.nan, np.nan)
@@ -89,7 +86,7 @@ def learning_curves(results: Results) -> pd.DataFrame:
     """
     parts: list[pd.DataFrame] = []
     best = best_settings(results)
-    for loss in losses_of(results):
+    for loss in results.losses:
         curves = results.curves[results.curves["loss"] == loss]
         chosen = curves[curves["stage"] == "confirm"]
         if chosen.empty and loss in best.index:
@@ -131,7 +128,7 @@ def importances(results: Results) -> pd.DataFrame:
     """
     rows = [
         (loss, name, share)
-        for loss in losses_of(results)
+        for loss in results.losses
         if complete_trials(results.studies.get(loss)) >= ENOUGH_TRIALS
         for name, share in study_importances(results.studies[loss]).items()
     ]
@@ -178,13 +175,13 @@ def joint_study(results: Results) -> optuna.Study:
     import optuna
     from optuna.distributions import CategoricalDistribution
 
-    losses = CategoricalDistribution([html.escape(loss) for loss in losses_of(results)])
+    losses = CategoricalDistribution([html.escape(loss) for loss in results.losses])
     joint = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), study_name=results.name, direction="maximize"
     )
     complete = [
         (loss, trial)
-        for loss in losses_of(results)
+        for loss in results.losses
         if loss in results.studies
         for trial in results.studies[loss].get_trials(deepcopy=False)
         if trial.state is optuna.trial.TrialState.COMPLETE
@@ -228,7 +225,7 @@ def confusions(results: Results) -> pd.DataFrame:
     """
     parts = []
     classes = np.array(results.classes, dtype=object)
-    for loss in losses_of(results):
+    for loss in results.losses:
         if loss in results.confusions:
             counts = results.confusions[loss]
             true, predicted = np.nonzero(counts)
@@ -271,7 +268,7 @@ def speed(results: Results) -> pd.DataFrame:
     found = pd.concat(filled, ignore_index=True).dropna(subset="seconds")
     found["reused"] = found["reused"].eq(True)
     found["made"] = found["seconds"].where(~found["reused"], 0.0)
-    order = {loss: position for position, loss in enumerate(losses_of(results))}
+    order = {loss: position for position, loss in enumerate(results.losses)}
     groups = found.groupby(["loss", "batch_size"]).agg(
         trainings=("seconds", "size"),
         reused=("reused", "sum"),

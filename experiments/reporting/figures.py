@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.comparison.results import Results
 from experiments.reporting.figure_data import best_settings, budget, learning_curves
-from experiments.reporting.search_data import chosen_trainings, is_staged, losses_of, ranges
+from experiments.reporting.search_data import chosen_trainings, ranges
 from experiments.reporting.small_multiples import FONT_SIZE, Palette, SmallMultiples
 from tracking.text import shortened
 
@@ -49,7 +49,7 @@ class LearningRates(SmallMultiples):
     has_legend = True
 
     def __init__(self, results: Results) -> None:
-        self.is_staged = is_staged(results)
+        self.is_staged = results.is_staged
         if self.is_staged:
             self.caption = f"{self.caption} Light: the trainings that explore; later ones are dark."
         self.all_trials = results.trials
@@ -158,7 +158,7 @@ class Budget(SmallMultiples):
 
     def __init__(self, results: Results) -> None:
         self.table = budget(results)
-        self.caption = _OF_SEARCHES if is_staged(results) else _OF_RANDOM_TRIALS
+        self.caption = _OF_SEARCHES if results.is_staged else _OF_RANDOM_TRIALS
         self.losses = _present(results, self.table["loss"])
         shown = ["val_accuracy", "val_accuracy_low", "val_accuracy_high"]
         self._limits = _limits(self.table[shown].to_numpy(float).ravel())
@@ -217,7 +217,7 @@ class LearningCurves(SmallMultiples):
         self.table = learning_curves(results)
         self.caption = self.caption.format(
             at="in its repeats, each at the configuration that its search chose"
-            if is_staged(results)
+            if results.is_staged
             else "at its best configuration"
         )
         self.repeats = results.repeats["loss"].value_counts()
@@ -313,7 +313,7 @@ class Confusions(SmallMultiples):
 def _present(results: Results, losses: Iterable[str]) -> list[str]:
     """Return those of the losses that are compared, in the order of the plan."""
     there = set(losses)
-    return [loss for loss in losses_of(results) if loss in there]
+    return [loss for loss in results.losses if loss in there]
 
 
 def _draw_among_others(

@@ -16,7 +16,6 @@ from experiments.reporting.figure_data import (
     without_warning_of_few_trials,
 )
 from experiments.reporting.figures import COLORS, DASHES, OBJECTIVE_TITLE, SYMBOLS
-from experiments.reporting.search_data import losses_of
 from tracking.text import printable
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
 
     A plot without data is left out. The importances are those of `importances`: per loss.
     """
-    losses = [loss for loss in losses_of(results) if loss in results.studies]
+    losses = [loss for loss in results.losses if loss in results.studies]
     figures = _plots(joint_study(results), {loss: results.studies[loss] for loss in losses})
     shares = importances(results)
     if len(shares):

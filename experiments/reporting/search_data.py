@@ -20,31 +20,15 @@ BUDGET_COLUMNS = [
 RANGE_COLUMNS = ["loss", "low", "high", "tried_low", "tried_high"]
 
 
-def losses_of(results: Results) -> list[str]:
-    """Return the losses that are compared, in the order of the plan."""
-    return [str(loss) for loss in results.plan["losses"]]
-
-
-def search_kind(results: Results) -> str:
-    """Return how configurations were searched: staged, random or tpe."""
-    plan = results.plan  # older comparisons have the name of Optuna's sampler
-    return str(plan.get("search") or plan.get("sampler") or "random")
-
-
-def is_staged(results: Results) -> bool:
-    """Return whether each loss has several searches, in stages."""
-    return search_kind(results) == "staged"
-
-
 def planned_trainings(results: Results) -> int:
     """Return the number of trainings of all searches of a loss."""
     plan = results.plan
-    return int(plan["trials"]) * (int(plan["searches"]) if is_staged(results) else 1)
+    return int(plan["trials"]) * (int(plan["searches"]) if results.is_staged else 1)
 
 
 def planned_repeats(results: Results) -> int:
     """Return the number of repeats of a loss."""
-    return int(results.plan["searches" if is_staged(results) else "repeats"])
+    return int(results.plan["searches" if results.is_staged else "repeats"])
 
 
 def parameters_of(results: Results) -> list[str]:
@@ -59,7 +43,7 @@ def ranges(results: Results) -> pd.DataFrame:
     learning rate of a training.
     """
     rows = []
-    for loss in losses_of(results):
+    for loss in results.losses:
         rates = results.trials.loc[results.trials["loss"] == loss, "learning_rate"]
         low, high = results.ranges.get(loss, (np.nan, np.nan))
         rows.append((loss, low, high, rates.min(), rates.max()))
@@ -74,7 +58,7 @@ def searches(results: Results) -> pd.DataFrame:
     `batch_ended`): closed, or open below or above, as `open_ends` says. There are no rows without
     stages.
     """
-    made = results.repeats if is_staged(results) else results.repeats.iloc[:0]
+    made = results.repeats if results.is_staged else results.repeats.iloc[:0]
     rows = []
     for row in made.sort_values(["search", "seed"]).to_dict("records"):
         is_own = (results.trials["loss"] == row["loss"]) & (
@@ -98,7 +82,7 @@ def searches(results: Results) -> pd.DataFrame:
         *("rate_ended", "batch_ended", "outcome", "val_accuracy", "test_accuracy", "run_id"),
     ]
     table = pd.DataFrame(rows, columns=columns)
-    order = {loss: position for position, loss in enumerate(losses_of(results))}
+    order = {loss: position for position, loss in enumerate(results.losses)}
     by_loss = table["loss"].map(order).argsort(kind="stable")
     return table.iloc[by_loss].reset_index(drop=True)
 
@@ -123,7 +107,7 @@ def best_so_far(results: Results) -> pd.DataFrame:
     """
     rows = []
     trials = results.trials[results.trials["stage"].isin(REFINED)].sort_values("trial")
-    for loss in losses_of(results):
+    for loss in results.losses:
         of_loss = trials[trials["loss"] == loss].groupby("search")["val_accuracy"]
         each = [accuracies.fillna(0.0).cummax().to_numpy(float) for _, accuracies in of_loss]
         shortest = min(map(len, each), default=0)

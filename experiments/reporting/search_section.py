@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.comparison.results import Results
 from experiments.reporting import figure_data, optuna_figures
 from experiments.reporting.parts import Columns, Gallery, Plot, Section, Table, make_table, number
-from experiments.reporting.search_data import is_staged, losses_of, parameters_of, ranges
+from experiments.reporting.search_data import parameters_of, ranges
 from experiments.study.parameter_types import Parameter
 from experiments.study.parameters import BY_NAME
 
@@ -21,7 +21,7 @@ _ID_CHARACTERS = 8
 def search_section(results: Results, tables: Mapping[str, pd.DataFrame]) -> Section:
     """Return the section: what each search has chosen, Optuna's plots, importances."""
     items: list[Table | Gallery | Plot] = [_outcomes(results)]
-    if is_staged(results):
+    if results.is_staged:
         items.append(_searches(results, tables["searches"]))
     else:
         items.append(_best_settings(results, tables["best_settings"]))
@@ -96,7 +96,7 @@ def _test(row: Mapping[Any, Any]) -> str:
 
 
 def _best_settings(results: Results, best: pd.DataFrame) -> Table:
-    rows = pd.DataFrame({"loss": losses_of(results)}).merge(best, how="left", on="loss")
+    rows = pd.DataFrame({"loss": results.losses}).merge(best, how="left", on="loss")
     columns: Columns = {
         "loss": lambda row: row["loss"],
         **parameter_columns(results),
@@ -114,7 +114,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _plots(results: Results) -> list[Table | Gallery | Plot]:
-    order = "search after search" if is_staged(results) else "in the order of the search"
+    order = "search after search" if results.is_staged else "in the order of the search"
     captions = {
         "history": (
             f"Optimisation history: the trials of each loss, {order}, and the best so far. A click "
@@ -147,7 +147,7 @@ def _importances(results: Results, shares: pd.DataFrame) -> Table:
         heads=["loss", *(name.replace("_", " ") for name in wide.columns)],
         rows=[
             [loss, *(number(share, ".2f") for share in wide.loc[loss])]
-            for loss in losses_of(results)
+            for loss in results.losses
             if loss in wide.index
         ],
         data="importances",
@@ -158,7 +158,7 @@ def _too_few(results: Results) -> list[str]:
     """Return of which losses there are too few trials for importances."""
     enough = figure_data.ENOUGH_TRIALS
     counts = {
-        loss: figure_data.complete_trials(results.studies.get(loss)) for loss in losses_of(results)
+        loss: figure_data.complete_trials(results.studies.get(loss)) for loss in results.losses
     }
     few = [f"`{loss}` ({count})" for loss, count in counts.items() if count < enough]
     if not few:

@@ -27,11 +27,8 @@ from experiments.reporting.parts import (
 )
 from experiments.reporting.result_figure import ResultFigure, result_rows
 from experiments.reporting.search_data import (
-    is_staged,
-    losses_of,
     planned_repeats,
     planned_trainings,
-    search_kind,
 )
 from experiments.reporting.search_section import parameter_columns, search_section
 from experiments.reporting.small_multiples import SmallMultiples, draw_panels
@@ -106,7 +103,7 @@ def _warnings(assessment: Assessment) -> Sequence[Note]:
 
 def missing(results: Results) -> list[str]:
     """Return what the results don't have yet, a sentence each."""
-    losses = losses_of(results)
+    losses = results.losses
     planned, repeats = planned_trainings(results), planned_repeats(results)
     over = results.trials["loss"].value_counts()
     best = figure_data.best_settings(results)
@@ -135,7 +132,7 @@ def missing(results: Results) -> list[str]:
     if not results.repeats["test_accuracy"].notna().any():
         return [*sentences, _UNTESTED]
     trained, wanted = len(results.confirmed), results.plan["repeats"]
-    if is_staged(results) and trained < wanted:
+    if results.is_staged and trained < wanted:
         sentences.append(
             f"The configuration to use has {trained} of {wanted} trainings on fresh seeds."
         )
@@ -173,7 +170,7 @@ def _ranking(results: Results, table: pd.DataFrame) -> Table:
         "failed": lambda row: str(row["failed"]),
     }
     tuned = "Each loss at its best configuration, over n repeats with fresh seeds"
-    if is_staged(results):
+    if results.is_staged:
         tuned = "Each loss, tuned anew in each of n searches"
     caption = (
         f"{tuned}: means on {results.sizes['test']:,} test images, with 95 % intervals in "
@@ -231,7 +228,7 @@ def _to_use(results: Results, table: pd.DataFrame) -> Table:
         "accuracy, %": lambda row: interval(row, "accuracy", 100, ".2f"),
     }
     chosen = "the best one of the winner"
-    if is_staged(results):
+    if results.is_staged:
         chosen = "the best of those that all searches of the winner chose"
     caption = (
         f"The configuration to use: {chosen}, trained on fresh seeds. Its accuracy is a mean, with "
@@ -242,7 +239,7 @@ def _to_use(results: Results, table: pd.DataFrame) -> Table:
 
 def _budget(results: Results) -> Section:
     budget = figures.Budget
-    kind = search_kind(results)
+    kind = results.search
     if kind in ("staged", "random"):
         return _gallery(results, budget(results))
     text = (
@@ -326,5 +323,5 @@ def _gallery(
     name, title = multiples.name, multiples.title
     if not multiples.losses:
         return Section(id=name, title=title, texts=[otherwise])
-    panels = draw_panels(multiples, losses_of(results))
+    panels = draw_panels(multiples, results.losses)
     return Section(id=name, title=title, items=[Gallery(multiples=multiples, panels=panels)])
