@@ -72,7 +72,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 def measured(epoch: Epoch) -> dict[str, float]:
     """Return all that an epoch measured, without times."""
-    return {name: value for name, value in epoch.metrics().items() if "time/" not in name}
+    return {name: value for name, value in epoch.metrics().items() if "worker/" not in name}
 
 
 def digests(epochs: Iterable[Epoch]) -> Iterator[str]:

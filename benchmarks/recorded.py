@@ -158,7 +158,7 @@ def _values(records: dict[str, Any], trial: Any, run: Any) -> dict[str, Any]:
         "outcome": trial.user_attrs.get("outcome"),
         "probabilities": records["probabilities"].get(str(trial.number)),
         # As text, in which NaN equals itself.
-        "metrics": repr({k: metrics[k] for k in sorted(metrics) if not k.startswith("time/")}),
+        "metrics": repr({k: metrics[k] for k in sorted(metrics) if not k.startswith("worker/")}),
         "params in MLflow": run.data.params,
         "data sets": [given.dataset.digest for given in run.inputs.dataset_inputs],
     }

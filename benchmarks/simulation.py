@@ -121,8 +121,8 @@ def epoch_of(job: int, number: int, config: TrainConfig) -> EpochEnded:
         "train/accuracy": accuracy,
         "val/loss": 1 - accuracy,
         "val/accuracy": accuracy,
-        "learning_rate": config.learning_rate,
-        "time/epoch_seconds": 3.0,
-        "time/images_per_second": 9000.0,
+        "train/learning_rate": config.learning_rate,
+        "worker/epoch_seconds": 3.0,
+        "worker/images_per_second": 9000.0,
     }
     return EpochEnded(job=job, number=number, metrics=metrics, diverged=False)

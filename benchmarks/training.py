@@ -145,7 +145,7 @@ def train_at_once(pool: ProcessPool, configs: Sequence[TrainConfig]) -> Trained:
         pool.forget(config)
     return Trained(
         images_per_second=sum(
-            statistics.mean(epoch["time/images_per_second"] for epoch in epochs[1:] or epochs)
+            statistics.mean(epoch["worker/images_per_second"] for epoch in epochs[1:] or epochs)
             for epochs in metrics.values()
         ),
         accuracy=statistics.mean(epochs[-1]["val/accuracy"] for epochs in metrics.values()),

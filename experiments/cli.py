@@ -291,6 +291,11 @@ def check_out(folder: Path, flag: str) -> None:
     check_folder(existing, option=flag)
 
 
+def report_folder(folder: Path, name: str) -> Path:
+    """Return the folder of the report of a study or comparison, in another folder."""
+    return folder / (re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "study")
+
+
 def settings_from_args(options: argparse.Namespace, num_workers: int, **others: Any) -> Settings:
     """Return the settings of a command line; `others` are those that have no flags."""
     from experiments.study.settings import Settings
@@ -311,8 +316,13 @@ def settings_from_args(options: argparse.Namespace, num_workers: int, **others: 
     return Settings(**(given | others | {"workers": num_workers}))
 
 
-def how_to_compare(experiment_id: str, run_id: str = "") -> str:
-    """Return the lines that say how to see the runs of an experiment, or one of them, in MLflow."""
+def how_to_compare(page: str, answer: str = "") -> str:
+    """Return the lines that say how to see runs in MLflow.
+
+    Args:
+        page: the address of their list, after that of the server: see `Tracker.show`.
+        answer: that of the page with the answer, if there is one.
+    """
     import mlflow
 
     uri = mlflow.get_tracking_uri()
@@ -323,5 +333,9 @@ def how_to_compare(experiment_id: str, run_id: str = "") -> str:
         command = "in the MLflow server's pages"
     elif (file := sqlite_file(uri)) is None or file.absolute() != Path("mlflow.db").absolute():
         command += f" --backend-store-uri {shlex.quote(without_passwords(uri))}"
-    page = f"{server}/#/experiments/{experiment_id}/runs" + (f"/{run_id}" if run_id else "")
-    return f"  compare the runs:  {command}\n                     then open {page}"
+    lines = [
+        f"  compare the runs:  {command}",
+        f"                     then open {server}/{page}",
+        *([f"  the answer there:  {server}/{answer}"] if answer else []),
+    ]
+    return "\n".join(lines)

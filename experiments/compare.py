@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from experiments import cli
 from experiments.study.parameters import BY_NAME, parse_vary
 from tracking.cli import Parser, leave
+from tracking.text import printable
+from tracking.views import runs_link
 
 # PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
         return open_cached(data.digest, options.data_dir, seed, checked=data.checked)
 
     def publish(results: Results, assessment: Assessment, run: Run) -> None:
-        _publish(results, assessment, run, _report_folder(options.out, results.name))
+        _publish(results, assessment, run, cli.report_folder(options.out, results.name))
 
     ended: ComparisonEnded | None = None
     with ExitStack() as whole:
@@ -182,13 +184,10 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
     return _report(ended, options.out, data.name)
 
 
-def _report_folder(out: Path, name: str) -> Path:
-    return out / re.sub(r"[^\w.-]+", "-", name)
-
-
 def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -> None:
     """Write the report, and store it in the comparison's run with the answer."""
     from experiments.reporting.rendering import write_report
+    from experiments.study.summary import REPORT_PAGE
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_report(results, assessment, folder)
@@ -196,7 +195,7 @@ def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -
     means = assessment.table.set_index("loss")["accuracy_mean"].dropna()
     metrics = {f"{loss}/test_accuracy": mean for loss, mean in means.items()}
     run.log_metrics({k: v for k, v in metrics.items() if run.last_value(k) != v}, step=len(metrics))
-    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/report/report.html"
+    page = runs_link(run.experiment_id, run.run_id, REPORT_PAGE)
     note = f"The whole report is among the artifacts: [report.html]({page})."
     run.set_tags(
         {"mlflow.note.content": f"{assessment.answer}\n\n{note}\n{assessment.caveat_list}"}
@@ -208,10 +207,13 @@ def _report(ended: ComparisonEnded, out: Path, data_name: str) -> int:
     assessment = ended.assessment
     if assessment is None:
         return cli.report_stop(ended.outcome, ended.reason)
+    for note in ended.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+    answer = runs_link(ended.experiment_id, ended.parent_run_id)
     print(
         f"\n{assessment.answer}\n{assessment.caveat_list}\n"
-        f"  report:            {_report_folder(out, ended.name) / 'report.html'}\n"
-        f"{cli.how_to_compare(ended.experiment_id, ended.parent_run_id)}"
+        f"  report:            {cli.report_folder(out, ended.name) / 'report.html'}\n"
+        f"{cli.how_to_compare(ended.runs_page, answer)}"
     )
     if assessment.to_use and (run_id := assessment.to_use["run_id"]):
         source = shlex.quote(f"{data_name}:test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from cnn.references import did_you_mean
 from experiments.study.parameters import BY_NAME
 from tracking.cli import Parser
 from tracking.errors import without_passwords
+from tracking.text import printable
 
 _OWN = ("help", "config", "print_config")
 
@@ -73,7 +75,7 @@ class ConfigParser(Parser):
 
     def dumps(self, options: argparse.Namespace) -> str:
         """Return options as a file, without passwords."""
-        lines = [f"# {self.prog}"]
+        lines = [f"# {self._command(options)}"]
         for action in self._actions:
             value = getattr(options, action.dest, None)
             if action.dest in (*_OWN, "vary") or value is None:
@@ -83,6 +85,22 @@ class ConfigParser(Parser):
             pairs = (text.partition("=") for text in options.vary)
             lines += ["", "[vary]", *(f"{name} = {_toml(values)}" for name, _, values in pairs)]
         return "\n".join(lines) + "\n"
+
+    def _command(self, options: argparse.Namespace) -> str:
+        """Return the shortest command line with these options, without passwords."""
+        words = self.prog.split()
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if action.dest in _OWN or value in (None, action.default):
+                continue
+            flag = action.option_strings[-1]
+            if action.dest == "vary":
+                words += [word for text in value for word in (flag, text)]
+            elif action.nargs == 0:
+                words.append(flag)
+            else:
+                words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+        return printable(without_passwords(shlex.join(words)))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Report on a comparison of losses: `python -m experiments.report --help`."""
+"""Report on a sweep or a comparison of losses: `python -m experiments.report --help`."""
 
 from __future__ import annotations
 
@@ -7,44 +7,74 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.cli import add_flag, add_storage_flag
+from experiments.cli import add_flag, add_storage_flag, check_out, report_folder
 from tracking.cli import Parser, run_command
-from tracking.files import check_folder
+from tracking.files import check_folder, writing
 
 # pandas, Matplotlib and Optuna are slow to import: each function imports what it needs.
+if TYPE_CHECKING:
+    from optuna import Study
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line; it raises ValueError for what is wrong."""
     parser = Parser(
         prog="python -m experiments.report",
-        description="Report on a comparison of losses that experiments.compare made, finished or "
-        "not: a page that needs no network, the same as Markdown, and all data as CSV.",
+        description="Report on a sweep or a comparison, finished or not: a page that needs no "
+        "network, the same as Markdown, and all data as CSV.",
         epilog="exit codes: 0 done; 2 bad input; 1 the disk or a database refused",
     )
-    parser.add_argument("name", metavar="STUDY", help="the name of the comparison")
+    parser.add_argument("name", metavar="STUDY", help="the name of the sweep or comparison")
     add_storage_flag(parser)
-    text = "the folder to write report.html, report.md, data/ and figures/ to"
-    add_flag(parser, "--out", Path("report"), text, metavar="DIR")
+    text = (
+        "the folder to write report.html, report.md, data/ and figures/ to (default: a folder in "
+        "reports, which has the study's name)"
+    )
+    add_flag(parser, "--out", None, text, type=Path, metavar="DIR")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_folder(options.out, option="--out")
+    out = options.out
+    if out is None:
+        out = report_folder(Path("reports"), options.name)
+        check_out(out.parent, "--out")
+    else:
+        check_folder(out, option="--out")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import optuna
 
+    from experiments.reporting.sweep_report import find_study
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = find_study(options.name, options.storage)
+    with writing("the report"):
+        out.parent.mkdir(exist_ok=True)
+    write = _report_comparison if "plan" in study.user_attrs else _report_sweep
+    print(*write(study, options.storage, out), sep="\n")
+    print(f"report: {out / 'report.html'}")
+
+
+def _report_comparison(study: Study, storage: str, out: Path) -> Sequence[str]:
     from experiments.comparison.assessment import assess
     from experiments.comparison.loading import load_results
     from experiments.reporting.rendering import write_report
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    results = load_results(options.name, options.storage)
+    results = load_results(study.study_name, storage)
     assessment = assess(results)
-    write_report(results, assessment, options.out)
-    print(*assessment.statements[:2], sep="\n")
-    print(f"report: {options.out / 'report.html'}")
+    write_report(results, assessment, out)
+    return assessment.statements[:2]
+
+
+def _report_sweep(study: Study, storage: str, out: Path) -> Sequence[str]:  # noqa: ARG001
+    from experiments.reporting.rendering import write
+    from experiments.reporting.sweep_report import make
+
+    report = make(study)
+    write(report, out)
+    return report.answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

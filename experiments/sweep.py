@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 from experiments import cli
 from experiments.config_file import ConfigParser
 from tracking.cli import leave
+from tracking.text import printable
 
 # PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
+    from optuna import Study
+
     from experiments.study.events import SweepEnded, SweepStarted
     from experiments.study.settings import Settings
 
@@ -125,7 +128,8 @@ def _sweep(
             from experiments.study.tensorboard import EventFiles
 
             observers.append(stack.enter_context(EventFiles(options.tensorboard, settings.space())))
-        for event in stack.enter_context(closing(sweep(settings, data, pool, interrupts))):
+        events = sweep(settings, data, pool, interrupts, write_report=_write_report)
+        for event in stack.enter_context(closing(events)):
             match event:
                 case SweepStarted():
                     started = event
@@ -140,6 +144,13 @@ def _sweep(
     return started, ended, registered
 
 
+def _write_report(study: Study, folder: Path) -> None:
+    from experiments.reporting.rendering import write
+    from experiments.reporting.sweep_report import make
+
+    write(make(study), folder)
+
+
 def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
     """Print the trials, the best one, and what to type next; return the exit code."""
     from experiments.study.parameters import PARAMETERS
@@ -151,6 +162,8 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format, na_action="ignore")
         shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
         print(f"\n{shown.to_string(index=False, na_rep='–')}\n")
+    for note in ended.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     if ended.outcome != "complete":
         return cli.report_stop(ended.outcome, ended.reason)
     if ended.reason:
@@ -175,7 +188,7 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     print(
         f"best: trial {best['trial']}, {values}: validation accuracy {best['val_accuracy']:.2%}\n"
         f"{registered}"
-        f"{cli.how_to_compare(started.experiment_id)}\n"
+        f"{cli.how_to_compare(started.runs_page)}\n"
         f"  predict:           {predict}"
     )
     return 0

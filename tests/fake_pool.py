@@ -70,9 +70,9 @@ def epoch(job: int, number: int, accuracy: float, *, diverged: bool = False) -> 
         "train/accuracy": accuracy,
         "val/loss": float("nan") if diverged else 1 / (number + accuracy),
         "val/accuracy": accuracy,
-        "learning_rate": 0.1,
-        "time/epoch_seconds": 0.5,
-        "time/images_per_second": 1000.0,
+        "train/learning_rate": 0.1,
+        "worker/epoch_seconds": 0.5,
+        "worker/images_per_second": 1000.0,
     }
     return EpochEnded(job=job, number=number, metrics=metrics, diverged=diverged)
 

@@ -50,9 +50,9 @@ METRICS = {
     "train/accuracy",
     "val/loss",
     "val/accuracy",
-    "learning_rate",
-    "time/epoch_seconds",
-    "time/images_per_second",
+    "train/learning_rate",
+    "worker/epoch_seconds",
+    "worker/images_per_second",
 }
 
 

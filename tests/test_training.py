@@ -63,7 +63,7 @@ def recorded(data):
 
 def curve(epochs):
     """Return all that an epoch measures, but for times."""
-    times = ("time/epoch_seconds", "time/images_per_second")
+    times = ("worker/epoch_seconds", "worker/images_per_second")
     return [
         {name: value for name, value in epoch.metrics().items() if name not in times}
         for epoch in epochs
@@ -456,9 +456,9 @@ def test_metrics_have_the_names_under_which_they_are_logged(coloured_noise):
         "train/accuracy": epoch.train_accuracy,
         "val/loss": epoch.val_loss,
         "val/accuracy": epoch.val_accuracy,
-        "learning_rate": epoch.learning_rate,
-        "time/epoch_seconds": epoch.seconds,
-        "time/images_per_second": epoch.images_per_second,
+        "train/learning_rate": epoch.learning_rate,
+        "worker/epoch_seconds": epoch.seconds,
+        "worker/images_per_second": epoch.images_per_second,
     }
     assert all(type(value) is float for value in epoch.metrics().values())
 

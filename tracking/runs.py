@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "model"
 
+_METRICS_PER_REQUEST = 900  # with 100 tags, MLflow takes no more
+
 OUTCOMES = {
     "complete": "FINISHED",
     "diverged": "FINISHED",
@@ -85,6 +87,21 @@ class Run:
         ]
         run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
         self.client.log_batch(self.run_id, metrics=entities, tags=run_tags)
+
+    def log_history(
+        self, metric: str, points: Sequence[tuple[int, float]], tags: Mapping[str, str]
+    ) -> None:
+        """Log values of a metric at several steps, and tags of the run, in one request.
+
+        Of more values than MLflow takes in a request, it takes several.
+        """
+        now = int(time.time() * 1000)
+        entities = [Metric(metric, value, now, step) for step, value in points]
+        run_tags = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(entities), _METRICS_PER_REQUEST) or (0,):
+            part = entities[start : start + _METRICS_PER_REQUEST]
+            self.client.log_batch(self.run_id, metrics=part, tags=run_tags)
+            run_tags = []
 
     def last_step(self, metric: str) -> int:
         """Return the last step of a metric, 0 if it was never logged."""

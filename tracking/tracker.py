@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
+from tracking.errors import is_transient, one_line
 from tracking.retries import RetryingClient, RetryPolicy
 from tracking.runs import Run
 from tracking.store import (
@@ -24,6 +25,7 @@ from tracking.store import (
     opening,
     quoted,
 )
+from tracking.views import View, experiment_note, runs_link
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +41,8 @@ class Tracker:
     experiment: str
     context_tags: Mapping[str, str]
     """User, source and commit: the same for all runs of a process, and slow to find."""
+    experiment_tags: Mapping[str, str]
+    """Tags of the experiment, as they were when it was opened."""
 
     @classmethod
     def open(cls, experiment: str | None = None, *, retries: RetryPolicy | None = None) -> Tracker:
@@ -67,6 +71,7 @@ class Tracker:
             experiment_id=found.experiment_id,
             experiment=found.name,
             context_tags=resolve_tags() | host,
+            experiment_tags=found.tags,
         )
 
     @property
@@ -95,6 +100,28 @@ class Tracker:
             return run_before
         parent = None if under is None else Run(self.client, under, self.experiment_id)
         return self.start_run(name, tags=tags, parent=parent)
+
+    def show(self, view: View) -> tuple[str, str]:
+        """Store a view of runs, and name it in the experiment's description.
+
+        Returns:
+            The view's link, and an empty text; or the link to all runs, and why there is no view.
+        """
+        before = self.experiment_tags
+        note = before.get(MLFLOW_RUN_NOTE, "")
+        tags = {
+            view.tag: view.value(before.get(view.tag, "")),
+            MLFLOW_RUN_NOTE: experiment_note(view, self.experiment_id, note),
+        }
+        try:
+            for key, value in tags.items():
+                if before.get(key) != value:
+                    self.client.set_experiment_tag(self.experiment_id, key, value)
+        except MlflowException as error:
+            if is_transient(error):
+                raise
+            return runs_link(self.experiment_id), one_line(error)
+        return view.link(self.experiment_id), ""
 
     def is_active(self) -> bool:
         """Return whether the experiment exists and is not deleted."""

@@ -35,6 +35,7 @@ from experiments.comparison.results import (
 from experiments.comparison.search_rule import steps
 from experiments.comparison.testing import CONFUSION_FILE
 from experiments.study.parameters import searched
+from experiments.study.recorder import EARLIER_NAMES
 from experiments.study.storage import open_storage, storage_errors
 from experiments.study.trials import finished_trials
 from tracking.errors import without_passwords
@@ -49,8 +50,8 @@ METRICS = {
     "train_accuracy": "train/accuracy",
     "val_loss": "val/loss",
     "val_accuracy": "val/accuracy",
-    "seconds": "time/epoch_seconds",
-    "images_per_second": "time/images_per_second",
+    "seconds": "worker/epoch_seconds",
+    "images_per_second": "worker/images_per_second",
     "test_accuracy": "test/accuracy",
     "test_nll": "test/nll",
     "test_brier": "test/brier",
@@ -299,10 +300,11 @@ class _Histories:
             recorded = self.client.get_run(run_id).data.metrics
         self.of[run_id] = {
             short: {
-                entry.step: entry.value for entry in self.client.get_metric_history(run_id, key)
+                entry.step: entry.value
+                for name in (EARLIER_NAMES.get(key, ""), key)
+                if name in recorded
+                for entry in self.client.get_metric_history(run_id, name)
             }
-            if key in recorded
-            else {}
             for short, key in METRICS.items()
         }
         return self.of[run_id]

@@ -240,6 +240,10 @@ class ComparisonEnded:
     reason: str
     experiment_id: str
     parent_run_id: str
+    runs_page: str
+    """The address of the list of its runs in MLflow, after that of the server."""
+    notes: tuple[str, ...]
+    """Notes for the user, a line each."""
     assessment: Assessment | None
     """None unless the outcome is complete."""
 

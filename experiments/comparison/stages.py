@@ -46,7 +46,7 @@ from experiments.interrupts import Interrupts
 from experiments.study.controller import sweep
 from experiments.study.events import SweepEnded
 from experiments.study.opening import open_checked_storage, open_study
-from experiments.study.recorder import OPTIONS_FILE, log_data, open_tracker
+from experiments.study.recorder import OPTIONS_FILE, log_data, open_tracker, show
 from experiments.study.settings import Settings
 from experiments.study.storage import (
     outcome_of,
@@ -55,6 +55,7 @@ from experiments.study.storage import (
     start_errors,
     study_lock,
 )
+from experiments.study.summary import comparison_view
 from experiments.study.trial_cache import TrialCache
 from experiments.study.trials import finished_trials, trials_table
 from tracking.errors import is_transient, without_passwords
@@ -117,6 +118,8 @@ def compare(
             reason=running.reason,
             experiment_id=running.tracker.experiment_id,
             parent_run_id=parent.run_id,
+            runs_page=running.runs_page,
+            notes=running.notes,
             assessment=assessment if running.outcome == "complete" else None,
         )
 
@@ -138,6 +141,8 @@ class _Comparison:
     closed: bool = False
     parent: Run | None = None
     tracker: Tracker = field(init=False)
+    runs_page: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -159,6 +164,8 @@ class _Comparison:
         parent.log_params({f"compare/{key}": value for key, value in params.items()})
         parent.log_text(self.plan.settings.options, OPTIONS_FILE)
         log_data(parent, self.data)
+        view = comparison_view(self.name, tags["comparison_id"], self.plan.settings)
+        self.runs_page, self.notes = show(self.tracker, view)
         made = self.plan.settings.made_with(self.data)
         before = self.record.user_attrs.get("made_with", made)
         training = {**made["training"], **before["training"]}  # losses may be added

@@ -33,7 +33,7 @@ def optuna_figures(results: Results) -> dict[str, go.Figure]:
     figures = _plots(joint_study(results), {loss: results.studies[loss] for loss in losses})
     shares = importances(results)
     if len(shares):
-        bars = figures["importances"] = _styled(_importances_of_each(shares))
+        bars = figures["importances"] = styled(_importances_of_each(shares))
         bars.update_layout(height=160 + 40 * shares["loss"].nunique())
     return figures
 
@@ -57,7 +57,7 @@ def study_figures(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Fi
             )
         shares.update_traces(marker_color=COLORS[0])
         shares.update_xaxes(range=(0, 1.1))
-        figures = {"history": figures["history"], "importances": _styled(shares), **figures}
+        figures = {"history": figures["history"], "importances": styled(shares), **figures}
     return figures
 
 
@@ -74,7 +74,7 @@ def _plots(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Figure]:
     history.update_yaxes(tickformat=".0%")
     most = max(len(study.get_trials(deepcopy=False)) for study in studies.values())
     history.update_xaxes(tick0=0, dtick=_whole_step(most), tickformat="d")
-    figures = {"history": _styled(history)}
+    figures = {"history": styled(history)}
     history.update_layout(height=400 + 8 * len(studies))  # for the legend
     if study_importances(joint):
         parallel = visualization.plot_parallel_coordinate(
@@ -82,13 +82,13 @@ def _plots(joint: Study, studies: Mapping[str, Study]) -> dict[str, go.Figure]:
         )
         _shade_lines(parallel)
         _clear_labels(parallel)
-        figures["parallel"] = _styled(parallel)
+        figures["parallel"] = styled(parallel)
         longest = max(len(label.text) for label in parallel.layout.annotations)
         parallel.update_layout(margin={"r": 24 + 3 * longest})  # for the names of losses
     return figures
 
 
-def _styled(figure: go.Figure) -> go.Figure:
+def styled(figure: go.Figure) -> go.Figure:
     """Give a figure the looks of the page."""
     figure.update_layout(
         template="none",

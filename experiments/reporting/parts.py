@@ -82,10 +82,11 @@ class Report:
     """A whole report."""
 
     name: str
+    question: str = "Which loss wins?"
     answer: Sequence[str]
     """Two sentences at most."""
     figure: Gallery | None
-    """The result; None if there is none yet."""
+    """The result; None if there is none."""
     missing: Sequence[str]
     warnings: Sequence[Note]
     """Those that matter most."""

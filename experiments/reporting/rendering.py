@@ -186,7 +186,12 @@ def write_report(results: Results, assessment: Assessment, folder: Path) -> None
     """
     from experiments.reporting.sections import make
 
-    made = contents(make(results, assessment))
+    write(make(results, assessment), folder)
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write a report: see `write_report`."""
+    made = contents(report)
     with writing("the report"), open_folder(folder, FILES) as draft:
         for name, content in made.items():
             (draft / name).parent.mkdir(exist_ok=True)

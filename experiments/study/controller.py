@@ -38,6 +38,7 @@ from experiments.study.events import (
 )
 from experiments.study.identity import differences, provenance
 from experiments.study.opening import open_study
+from experiments.study.parent import WriteReport
 from experiments.study.recorder import Recorder, RunningTrial, open_tracker
 from experiments.study.settings import Settings
 from experiments.study.storage import (
@@ -70,6 +71,7 @@ def sweep(
     under: str | None = None,
     storage: TrialCache | None = None,
     reuse: bool = False,
+    write_report: WriteReport | None = None,
 ) -> Generator[SweepEvent]:
     """Bring a study to `settings.trials` trials, and yield events.
 
@@ -84,6 +86,7 @@ def sweep(
         under: the id of the run that is the parent of the sweep's run, if any.
         storage: that of the settings, if it is open already.
         reuse: give a trial the results of a finished training that has the same.
+        write_report: writes the report that is stored once the sweep is complete.
 
     Raises:
         ValueError: study, storage, tracking server or settings can't be used, in one line. It is a
@@ -106,6 +109,7 @@ def sweep(
         try:
             yield from running.events()
             yield from running.register()
+            running.store_report(write_report)
         except recording_errors() as error:
             running.outcome, running.reason = outcome_of(error)
         yield from running.close()
@@ -133,6 +137,7 @@ class _Sweep:
         self.running: dict[int, RunningTrial] = {}
         self.failures_in_a_row = 0
         self.outcome, self.reason = "interrupted", ""
+        self.notes: tuple[str, ...] = ()
         self.is_closed = False
 
     def start(self, under: str | None) -> SweepStarted:
@@ -149,6 +154,7 @@ class _Sweep:
             experiment=recorder.tracker.experiment,
             experiment_id=recorder.tracker.experiment_id,
             parent_run_id=recorder.parent.run_id,
+            runs_page=recorder.runs_page,
             num_before=num_finished(self.study),
             best_before=best_trial(self.study),
             notes=notes,
@@ -178,7 +184,8 @@ class _Sweep:
         self.system_metrics = SystemMetrics(self.recorder.open_parent(under))
         set_once(self.study, "made_with", made_with)
         changes = differences(set_once(self.study, "environment", now), now)
-        return (f"this study was begun with another environment: {changes}",) if changes else ()
+        notes = (f"this study was begun with another environment: {changes}",) if changes else ()
+        return (*notes, *self.recorder.notes)
 
     def events(self) -> Iterator[SweepEvent]:
         """Train the trials, and yield events."""
@@ -210,6 +217,7 @@ class _Sweep:
             yield from self._open_runs()
             self._warm_up_export()
             self.system_metrics.log_if_due()
+            self.recorder.update_parent()
             for event in self.pool.wait(0 if has_more else WAIT_SECONDS):
                 # After each event: a process that was suspended must not record trials that others
                 # have resumed, and one with many events must not miss its heartbeat.
@@ -242,6 +250,11 @@ class _Sweep:
         if run_id is not None:
             yield BestRegistered(report=register_best(client, run_id, name))
 
+    def store_report(self, write: WriteReport | None) -> None:
+        """Store the report in MLflow, once the sweep is complete."""
+        if write is not None and self.outcome == "complete":
+            self.notes = tuple(filter(None, [self.recorder.store_report(write)]))
+
     def close(self) -> list[TrialEnded | SweepEnded]:
         """End the open runs as interrupted, and then the parent."""
         if self.is_closed:
@@ -269,7 +282,8 @@ class _Sweep:
         table = None
         with suppress(*recording_errors()):
             table = trials_table(self.study)
-        return [*ended, SweepEnded(outcome=self.outcome, reason=self.reason, trials=table)]
+        end = SweepEnded(outcome=self.outcome, reason=self.reason, trials=table, notes=self.notes)
+        return [*ended, end]
 
     def _stop_requested(self) -> bool:
         """Return whether to stop. Retries call it, and it keeps the heartbeats going."""

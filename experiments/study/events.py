@@ -17,6 +17,7 @@ class SweepStarted:
     experiment: str
     experiment_id: str
     parent_run_id: str
+    runs_page: str  # the address of the list of its runs in MLflow, after that of the server
     num_before: int  # trials of the study that had ended before
     best_before: tuple[float, int] | None  # accuracy and number of the best complete one of them
     notes: tuple[str, ...] = ()  # notes for the user, a line each
@@ -79,6 +80,7 @@ class SweepEnded:
     reason: str
     trials: pd.DataFrame | None = field(default=None, compare=False)
     """The table of `trials_table`, if the storage could be read."""
+    notes: tuple[str, ...] = ()  # notes for the user, a line each
 
 
 @dataclass(frozen=True, kw_only=True)

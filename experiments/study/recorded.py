@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn.config import TrainConfig
 from cnn.images import IMAGE_SIZE
-from experiments.study.recorder import OPTIONS_FILE
+from experiments.study.recorder import EARLIER_NAMES, OPTIONS_FILE
 from tracking.run_search import described
 from tracking.store import none_if_missing, reading, tracking_uri
 
@@ -144,9 +144,11 @@ def _made_with(run: Run) -> dict[str, str]:
 
 def _curve(client: MlflowClient, run: Run) -> Curve:
     curve: dict[int, dict[str, float]] = {}
-    for name in run.data.metrics:
-        if name.startswith(("train/", "val/")) or name == "learning_rate":
-            for entry in client.get_metric_history(run.info.run_id, name):
+    earlier = {before: name for name, before in EARLIER_NAMES.items()}
+    for recorded in run.data.metrics:
+        name = earlier.get(recorded, recorded)
+        if name.startswith(("train/", "val/")):
+            for entry in client.get_metric_history(run.info.run_id, recorded):
                 curve.setdefault(entry.step, {})[name] = entry.value
     return dict(sorted(curve.items()))
 

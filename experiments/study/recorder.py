@@ -20,9 +20,12 @@ from experiments.study.events import TrialEnded
 from experiments.study.identity import digest_of_network, training_digest
 from experiments.study.models import Models
 from experiments.study.parameters import run_name
+from experiments.study.parent import ENDED, Parent, WriteReport
 from experiments.study.reuse import KEY, FinishedTraining, find_finished, training_key
 from experiments.study.settings import Settings
 from experiments.study.storage import last_reported_epoch, set_once
+from experiments.study.summary import Summary, study_view
+from tracking.views import View, runs_link
 
 # MLflow takes a second to import: the workers start first.
 if TYPE_CHECKING:
@@ -32,6 +35,13 @@ if TYPE_CHECKING:
 RETRIES = 1  # how often a failed trial is retried, on a fresh worker
 
 OBJECTIVE = "val/accuracy"
+
+EARLIER_NAMES = {
+    "train/learning_rate": "learning_rate",
+    "worker/epoch_seconds": "time/epoch_seconds",
+    "worker/images_per_second": "time/images_per_second",
+}
+"""Names that earlier versions gave to metrics. A trial that was resumed since may have both."""
 
 OPTIONS_FILE = "study.toml"
 """The artifact with the options of a command, for `--config`."""
@@ -44,6 +54,14 @@ def open_tracker(settings: Settings, should_stop: Callable[[], bool]) -> Tracker
 
     retries = RetryPolicy(seconds=settings.tracking_timeout, should_stop=should_stop)
     return Tracker.open(settings.experiment, retries=retries)
+
+
+def show(tracker: Tracker, view: View) -> tuple[str, tuple[str, ...]]:
+    """Store a view of runs in MLflow; return the link to the runs, and a note if it failed."""
+    page, problem = tracker.show(view)
+    if problem:
+        return page, (f"MLflow can't keep the view {view.name!r}: {problem}",)
+    return page, ()
 
 
 class Recorder:
@@ -68,6 +86,11 @@ class Recorder:
         self.made_with, self.provenance, self.arithmetic = made_with, provenance, arithmetic
         self.models = Models(data)
         self._parent: Run | None = None
+        self._page: Parent | None = None
+        self.runs_page = ""
+        """The address of the list of the runs, after that of the server."""
+        self.notes: tuple[str, ...] = ()
+        """Notes for the user, a line each."""
         self._space = settings.space()
 
     def open_parent(self, under: str | None) -> Run:
@@ -102,12 +125,42 @@ class Recorder:
             parent.log_text(self.settings.options, OPTIONS_FILE)
         # An artifact store that refuses files is noticed now, not at the first model.
         parent.log_text(json.dumps({**fingerprint, **self.made_with}, indent=2), "settings.json")
+        self.runs_page = runs_link(self.tracker.experiment_id)
+        if whole is None:  # else the comparison has the answer
+            self._open_page(parent)
         return parent
+
+    def _open_page(self, parent: Run) -> None:
+        view = study_view(self.study.study_name, self.study.user_attrs["id"], self.settings)
+        self.runs_page, self.notes = show(self.tracker, view)
+        summary = Summary(
+            study=self.study.study_name,
+            settings=self.settings,
+            data=self.data,
+            experiment_id=parent.experiment_id,
+            run_id=parent.run_id,
+            all_trials=self.runs_page,
+        )
+        self._page = Parent(parent, self.study, summary)
+        self._page.update_if_due()
+        if self._page.problem:
+            self.notes += (f"MLflow can't keep the sweep's description: {self._page.problem}",)
+
+    def update_parent(self) -> None:
+        """Write on the parent's page what has changed, if it is due."""
+        if self._page is not None:
+            self._page.update_if_due()
+
+    def store_report(self, write: WriteReport) -> str:
+        """Store the report of the sweep in the parent; return a note if that failed."""
+        return "" if self._page is None else self._page.store_report(write)
 
     def end_parent(self, outcome: str, *, reason: str) -> None:
         """End the parent, if it was opened."""
         if self._parent is not None:
             self._parent.end(outcome, reason=reason)
+        if self._page is not None:
+            self._page.update(ENDED[outcome] + (f" {reason}" if reason else ""))
 
     @property
     def parent(self) -> Run:

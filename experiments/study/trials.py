@@ -79,6 +79,18 @@ def num_without_gain(study: Study, min_delta: float) -> int:
     return count
 
 
+def best_so_far(study: Study) -> list[tuple[int, float]]:
+    """Return each number of trials that had ended, with the best accuracy of complete ones then."""
+    points: list[tuple[int, float]] = []
+    best = -math.inf
+    for number, trial in enumerate(sorted(finished_trials(study), key=_ended_at), 1):
+        if trial.user_attrs.get("outcome") == "complete":
+            best = max(best, _last_value(trial))
+        if best > -math.inf:
+            points.append((number, best))
+    return points
+
+
 def _ended_at(trial: FrozenTrial) -> tuple[datetime, int]:
     return trial.datetime_complete or datetime.min, trial.number
 
