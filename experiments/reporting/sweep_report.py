@@ -15,7 +15,7 @@ import pandas as pd
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from experiments.reporting.figure_data import ENOUGH_TRIALS
+from experiments.reporting.figure_data import ENOUGH_TRIALS, complete_trials
 from experiments.reporting.figures import COLORS, OBJECTIVE_TITLE, SYMBOLS
 from experiments.reporting.optuna_figures import study_figures, styled
 from experiments.reporting.parts import (
@@ -29,6 +29,7 @@ from experiments.reporting.parts import (
     number,
     plain,
 )
+from experiments.study.domains import Domain
 from experiments.study.parameter_types import Parameter
 from experiments.study.parameters import BY_NAME, searched
 from experiments.study.storage import open_storage, storage_errors
@@ -150,7 +151,9 @@ class _Sweep:
                 "a colour a loss, a shape a batch size. Hollow: the trial is not complete. A click "
                 "on a loss hides it, a double click hides the others."
             )
-            items.append(_plot("rates", caption, _rates(drawn, self.parameters)))
+            losses = searched(self.settings)["loss"]
+            figure = _rates(drawn, self.parameters, losses)
+            items.append(_plot("rates", caption, figure))
         texts = [] if items else ["No trial has an accuracy yet."]
         return Section(id="rates", title=title, texts=texts, items=items)
 
@@ -207,18 +210,18 @@ class _Sweep:
             "parallel": "Parallel coordinates: a line is a trial that no pruner stopped; better "
             f"ones have stronger lines. Of more than {_MOST_LINES} trials, these are the best.",
         }
-        ended = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        figures = _figures(self.study.study_name, ended)
+        figures = _figures(self.study)
+        ended = complete_trials(self.study)
         plots = [
             _plot(name, caption, figures[name])
             for name, caption in captions.items()
             if name in figures
         ]
         texts = []
-        if len(ended) < ENOUGH_TRIALS:
+        if ended < ENOUGH_TRIALS:
             texts.append(
                 f"The importance of parameters needs {ENOUGH_TRIALS} trials that no pruner "
-                f"stopped: there are {len(ended)}."
+                f"stopped: there are {ended}."
             )
         return Section(id="search", title="The search", texts=texts, items=plots)
 
@@ -247,14 +250,15 @@ def _shown(parameter: Parameter, row: Mapping[Any, Any]) -> str:
     return parameter.text(row[parameter.name])
 
 
-def _rates(trials: pd.DataFrame, parameters: Sequence[Parameter]) -> go.Figure:
+def _rates(trials: pd.DataFrame, parameters: Sequence[Parameter], losses: Domain) -> go.Figure:
     """Return the plot of accuracy against learning rate."""
     import plotly.graph_objects as go
 
     sizes = sorted(trials["batch_size"].dropna().unique())
     shapes = dict(zip(sizes, SYMBOLS, strict=False)) if len(sizes) <= len(SYMBOLS) else {}
     figure = go.Figure()
-    for position, (loss, rows) in enumerate(trials.groupby("loss", sort=False)):
+    for position, loss in enumerate(losses.values):
+        rows = trials[trials["loss"] == loss]
         symbols = [
             shapes.get(size, SYMBOLS[0]) + ("" if outcome == "complete" else "-open")
             for size, outcome in zip(rows["batch_size"], rows["outcome"], strict=True)
@@ -287,28 +291,34 @@ def _hover(row: Mapping[Any, Any], parameters: Sequence[Parameter]) -> str:
     return "<br>".join(html.escape(printable(line)) for line in lines)
 
 
-def _figures(name: str, trials: Sequence[FrozenTrial]) -> dict[str, go.Figure]:
-    """Return Optuna's plots of trials that were not stopped."""
+def _figures(study: Study) -> dict[str, go.Figure]:
+    """Return Optuna's plots of a study."""
+    name, trials = study.study_name, study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    if not complete:
+        return {}
     every = _in_memory(name, trials)
     figures = study_figures(every, {name: every})
-    if len(trials) > _MOST_LINES:
-        best = sorted(trials, key=lambda trial: -(trial.value or 0))[:_MOST_LINES]
+    if len(complete) > _MOST_LINES:
+        best = sorted(complete, key=lambda trial: -(trial.value or 0))[:_MOST_LINES]
         fewer = _in_memory(name, best)
         figures |= {"parallel": study_figures(fewer, {name: fewer})["parallel"]}
-    if len(trials) < ENOUGH_TRIALS:
+    if len(complete) < ENOUGH_TRIALS:
         figures.pop("importances", None)
     return figures
 
 
 def _in_memory(name: str, trials: Sequence[FrozenTrial]) -> Study:
-    """Return a study of some trials; its texts are escaped, because Plotly reads some HTML."""
+    """Return a study of trials, each at its place; texts are escaped: Plotly reads some HTML."""
     study = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(), study_name=name, direction="maximize"
     )
     for trial in trials:
+        is_complete = trial.state is TrialState.COMPLETE
         study.add_trial(
             create_trial(
-                value=trial.value,
+                state=trial.state if is_complete else TrialState.FAIL,
+                value=trial.value if is_complete else None,
                 params={key: _escaped(value) for key, value in trial.params.items()},
                 distributions={
                     key: CategoricalDistribution([_escaped(each) for each in domain.choices])

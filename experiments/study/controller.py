@@ -109,7 +109,7 @@ def sweep(
         try:
             yield from running.events()
             yield from running.register()
-            running.store_report(write_report)
+            running.notes = running.recorder.store_report(write_report, running.outcome)
         except recording_errors() as error:
             running.outcome, running.reason = outcome_of(error)
         yield from running.close()
@@ -148,13 +148,12 @@ class _Sweep:
         if not self.reuse and not self.dispatcher.heartbeat.orphaned():
             self.dispatcher.dispatch()
         notes = self._connect(under)
-        recorder = self.recorder
         return SweepStarted(
             study=self.study.study_name,
-            experiment=recorder.tracker.experiment,
-            experiment_id=recorder.tracker.experiment_id,
-            parent_run_id=recorder.parent.run_id,
-            runs_page=recorder.runs_page,
+            experiment=self.recorder.tracker.experiment,
+            experiment_id=self.recorder.tracker.experiment_id,
+            parent_run_id=self.recorder.parent.run_id,
+            runs_page=self.recorder.runs_page,
             num_before=num_finished(self.study),
             best_before=best_trial(self.study),
             notes=notes,
@@ -249,11 +248,6 @@ class _Sweep:
         run_id = first_with_model(client, complete["run_id"])
         if run_id is not None:
             yield BestRegistered(report=register_best(client, run_id, name))
-
-    def store_report(self, write: WriteReport | None) -> None:
-        """Store the report in MLflow, once the sweep is complete."""
-        if write is not None and self.outcome == "complete":
-            self.notes = tuple(filter(None, [self.recorder.store_report(write)]))
 
     def close(self) -> list[TrialEnded | SweepEnded]:
         """End the open runs as interrupted, and then the parent."""

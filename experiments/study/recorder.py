@@ -151,9 +151,12 @@ class Recorder:
         if self._page is not None:
             self._page.update_if_due()
 
-    def store_report(self, write: WriteReport) -> str:
-        """Store the report of the sweep in the parent; return a note if that failed."""
-        return "" if self._page is None else self._page.store_report(write)
+    def store_report(self, write: WriteReport | None, outcome: str) -> tuple[str, ...]:
+        """Store the report of a complete sweep in the parent; return a note if that failed."""
+        if self._page is None or write is None or outcome != "complete":
+            return ()
+        problem = self._page.store_report(write)
+        return (problem,) if problem else ()
 
     def end_parent(self, outcome: str, *, reason: str) -> None:
         """End the parent, if it was opened."""
