@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,84 @@ def test_a_version_is_promoted_though_it_is_no_better(
     assert champion() == 2
 
 
-def test_without_a_version_it_is_the_newest(
+def test_without_a_version_it_is_the_best_and_not_the_newest(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for accuracy in (0.5, 0.4, 0.3):
+    for accuracy in (0.5, 0.7, 0.3):
         train(accuracy)
-    assert "version 3 of colours" in printed(capsys)
+    printed(capsys, "--rollback")
+    assert champion() == 1
+    present, best, result, _ = printed(capsys).splitlines()
+    assert present.startswith("champion:   version 1: val/accuracy 0.5")
+    assert best.startswith("best:       version 2: val/accuracy 0.7")
+    assert result.endswith("the champion, by hand, its val/accuracy 0.7 beats version 1's 0.5")
+    assert champion() == 2
+
+
+def test_without_a_version_a_champion_stays_that_no_other_beats(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for accuracy in (0.5, 0.4, 0.5):
+        train(accuracy)
+    assert "version 1 of colours, registered before: the champion, as it was before" in printed(
+        capsys
+    )
+    assert champion() == 1
+
+
+def test_of_versions_on_other_images_none_is_the_best(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(0.5)
+    train(0.9, "d2")
+    assert "not compared: 1 on other images" in printed(capsys)
+    assert champion() == 1
+
+
+@pytest.fixture
+def unknown_champion(train: Train) -> None:
+    """The champion is a version of which no accuracy is known."""
+    train(0.5)
+    train(0.4)
+    client = MlflowClient()
+    client.delete_run(client.get_model_version("colours", "1").run_id)
+    version = client.create_model_version("colours", "models:/colours/1")
+    client.set_registered_model_alias("colours", "champion", version.version)
+
+
+@pytest.mark.usefixtures("unknown_champion")
+def test_where_the_best_may_be_worse_a_script_is_refused_without_force(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    error = error_of(capsys, "colours")
+    assert "not promoted, as version 3's data set is not known" in error
+    assert error.endswith("so version 1 may be worse: --force promotes it anyway")
     assert champion() == 3
+    assert "version 1 of colours" in printed(capsys, "--force")
+    assert champion() == 1
+
+
+@pytest.mark.usefixtures("unknown_champion")
+@pytest.mark.parametrize(("answer", "becomes"), [("y\n", 1), ("\n", 3), ("", 3)])
+def test_where_the_best_may_be_worse_a_user_at_a_terminal_is_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: str, becomes: int
+) -> None:
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    out = printed(capsys)
+    assert "version 1 may be worse than version 3" in out
+    assert ("not promoted" in out) == (becomes == 3)
+    assert champion() == becomes
+
+
+def test_a_model_without_an_accuracy_is_not_chosen(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tracker.client.get_run(record(tracker, accuracy=None))
+    Registry(client=tracker.client, name="colours").register(run)
+    assert "colours has no version with a val/accuracy" in error_of(capsys, "colours")
 
 
 def test_to_promote_the_champion_does_nothing(

@@ -100,6 +100,44 @@ def test_the_model_shows_its_version_as_mlflows_own_registering_has_it(
     assert model.tags["mlflow.modelVersions"] == '[{"name": "colours", "version": 1}]'
 
 
+def test_a_version_and_its_model_say_what_they_are(tracker: Tracker, registry: Registry) -> None:
+    registry.register_best(trained(tracker, 0.9861, learning_rate=0.125, dataset="a|b"))
+    model = MlflowClient().get_registered_model("colours")
+    assert model.description.startswith("Classifies images like those of a\\|b.")
+    assert "--model models:/colours@champion" in model.description
+    (version,) = versions().values()
+    first, *_ = version.description.splitlines()
+    assert first.startswith(
+        "val/accuracy 0.9861, loss mse, learning rate 0.125, trained on a\\|b, trial 7 of study a "
+        "study. It is the model of run run ("
+    )
+    assert "python -m tracking.predict SOURCE --model models:/colours/1" in version.description
+
+
+def test_a_description_that_a_user_wrote_stays(tracker: Tracker, registry: Registry) -> None:
+    run, client = trained(tracker), MlflowClient()
+    client.create_registered_model("colours", description="ours")
+    model = run.outputs.model_outputs[0].model_id
+    source = f"models:/{model}"
+    client.create_model_version(
+        "colours", source, run.info.run_id, description="mine", model_id=model
+    )
+    registry.register_best(run)
+    assert client.get_registered_model("colours").description == "ours"
+    assert versions()[1].description == "mine"
+
+
+def test_a_registry_that_takes_no_descriptions_is_no_failure(
+    tracker: Tracker, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("403 != 200: Permission denied")
+
+    monkeypatch.setattr(MlflowClient, "update_registered_model", refuse)
+    monkeypatch.setattr(MlflowClient, "update_model_version", refuse)
+    assert registry.register_best(trained(tracker)).is_champion
+
+
 def test_the_same_run_is_registered_once(tracker: Tracker, registry: Registry) -> None:
     run = trained(tracker)
     first, second = registry.register_best(run), registry.register_best(run)
@@ -307,13 +345,15 @@ WRITES = (
     "create_registered_model",
     "create_model_version",
     "set_logged_model_tags",
+    "update_model_version",
+    "update_registered_model",
     "set_registered_model_tag",
     "set_model_version_tag",
     "set_registered_model_alias",
 )
 
 
-NUM_WRITES = 7
+NUM_WRITES = 8
 """Writes that it takes to register a better model, and to make it champion."""
 
 
@@ -342,7 +382,7 @@ def mortal(client: Any, life: int) -> Any:
     return Mortal()
 
 
-@pytest.mark.parametrize("life", range(8))
+@pytest.mark.parametrize("life", range(9))
 def test_a_kill_at_any_write_leaves_nothing_that_a_new_start_does_not_mend(
     tracker: Tracker, registry: Registry, life: int
 ) -> None:
@@ -353,6 +393,7 @@ def test_a_kill_at_any_write_leaves_nothing_that_a_new_start_does_not_mend(
         Registry(client=dying, name="colours").register_best(better)
     standing = registry.register_best(better)
     assert (standing.version, champion(), sorted(versions())) == (2, 2, [1, 2])
+    assert versions()[2].description
     assert registry.rollback().version == 1
     assert champion() == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_new_trial_is_recorded_in_few_requests(
-    settings: Settings, coloured_noise: Dataset, calls: Counter[str]
+    settings: Settings,
+    coloured_noise: Dataset,
+    calls: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("experiments.study.parent.INTERVAL_SECONDS", math.inf)
     pool = FakePool(trains(lambda job, _: 0.9 - job / 100))
     events = sweep(settings, coloured_noise, pool)
     first, second = (Counter(calls) for event in events if isinstance(event, TrialEnded))

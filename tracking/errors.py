@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MESSAGE_LENGTH = 300
 
@@ -55,6 +57,18 @@ class TransientError(ValueError):
 
 class AwayError(Exception):
     """A server did not answer within the time that the retries had."""
+
+
+@contextmanager
+def refusals_ignored() -> Iterator[None]:
+    """Ignore that MLflow refuses to store what its pages show only; raise transient errors."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if is_transient(error):
+            raise
 
 
 def is_database_away(error: BaseException) -> bool:

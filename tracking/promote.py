@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from tracking.cli import Parser, run_command
+from tracking.model_texts import summary
 from tracking.registry import CHAMPION, Promotion, Registry, check_name
 from tracking.store import reading
+from tracking.text import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--version",
         type=int,
         metavar="N",
-        help="the version to promote (default: the newest), whether it is better or not",
+        help="the version to promote, whether it is better or not (default: the one with the "
+        "highest validation accuracy on the champion's images)",
     )
     which.add_argument(
         "--run-id",
@@ -42,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="promote even if the present champion is of other data or another split, so that the "
-        "accuracies can't be compared",
+        help="promote even if the accuracies can't be compared, as when the present champion is of "
+        "other data or another split; without it, a terminal is asked",
     )
     return parser
 
@@ -53,13 +56,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.rollback and options.force:
         raise ValueError("--force is for promoting: --rollback compares nothing")
     with reading() as client:
-        print(_done(Registry(client=client, name=options.name), options))
+        promotion = _done(Registry(client=client, name=options.name), options)
+    if promotion is None:
+        print("not promoted: nothing was done")
+        return
+    print(promotion)
     uri = shlex.quote(f"models:/{options.name}@{CHAMPION}")
     print(f"  predict:           python -m tracking.predict SOURCE --model {uri}")
 
 
-def _done(registry: Registry, options: argparse.Namespace) -> Promotion:
-    """Promote or roll back as the options say."""
+def _done(registry: Registry, options: argparse.Namespace) -> Promotion | None:
+    """Promote or roll back as the options say; None if the user does not want it."""
     if options.rollback:
         return registry.rollback()
     if options.run_id is not None:
@@ -67,13 +74,39 @@ def _done(registry: Registry, options: argparse.Namespace) -> Promotion:
         if run.info.lifecycle_stage != "active":
             raise ValueError(f"run {options.run_id} is deleted: restore it, or choose another")
         return registry.promote_run(run, force=options.force)
-    version = options.version
-    if version is None:
-        versions = registry.versions()
-        if not versions:
-            raise ValueError(f"{registry.name} has no version: --run-id ID makes one")
-        version = versions[-1]
-    return registry.promote(version, force=options.force)
+    if options.version is not None:
+        return registry.promote(options.version, force=options.force)
+    return _promote_best(registry, force=options.force)
+
+
+def _promote_best(registry: Registry, *, force: bool) -> Promotion | None:
+    """Promote the best version; where it may be worse than the champion, ask."""
+    from tracking.candidates import best_version
+
+    best, others = best_version(registry)
+    champion, tags = registry.champion(), registry.tags()
+    if champion is not None:
+        print(f"champion:   version {champion}: {printable(summary(tags[champion]))}")
+    print(f"best:       version {best}: {printable(summary(tags[best]))}")
+    if others:
+        print(f"not compared: {others} on other images or without an accuracy; --version names one")
+    is_better, why = registry.judge(tags[best])
+    if best == champion or is_better or force:
+        return registry.promote(best, force=force)
+    assert champion is not None
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"not promoted, {why}, so version {best} may be worse: --force promotes it anyway"
+        )
+    question = f"version {best} may be worse than version {champion}, {why}. Promote it? [y/N] "
+    return registry.promote(best, force=True) if _agrees(question) else None
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

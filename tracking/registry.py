@@ -7,16 +7,22 @@ Every step can be repeated: a process killed anywhere and started again ends in 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tracking.errors import is_transient, one_line
+from tracking.errors import is_transient, one_line, refusals_ignored
+from tracking.model_texts import (
+    SAME,
+    model_description,
+    number_of,
+    version_description,
+    version_tags,
+)
 from tracking.models.fetching import check_stored, digest_tags
-from tracking.run_search import described, model_uri
+from tracking.run_search import model_uri
 from tracking.store import DEFAULT_METRIC, none_if_missing
 from tracking.text import listed
 
@@ -37,10 +43,6 @@ VERDICT_TAG = "verdict"
 
 MARK_TAG = "registered_by"
 MARK = "cnn-loss-sweep"
-
-# Two validation accuracies are of the same images if these params are equal.
-SAME = {"dataset_digest": "data set", "seed": "split seed"}
-_PARAMS = ("dataset", *SAME, "loss", "learning_rate", "batch_size")
 
 ALREADY_THERE = re.compile("UniqueViolation|UNIQUE constraint failed|Duplicate entry", re.I)
 """The error of a database if another process has inserted the same row."""
@@ -114,7 +116,20 @@ class Registry:
         for key, value in missing.items():  # the version was registered by hand
             self.client.set_model_version_tag(self.name, str(first.version), key, value)
         self._link(model, int(first.version))
+        self._describe(first, {**first.tags, **about})
         return first, is_new
+
+    def _describe(self, version: ModelVersion, about: Mapping[str, str]) -> None:
+        """Describe a version and its model, unless they have descriptions."""
+        number = int(version.version)
+        if not version.description:
+            text = version_description(self.name, number, about)
+            with refusals_ignored():
+                self.client.update_model_version(self.name, str(number), description=text)
+        if not self._model().description:
+            with refusals_ignored():
+                text = model_description(self.name, about)
+                self.client.update_registered_model(self.name, description=text)
 
     def register_best(self, run: Run) -> Promotion:
         """Register a run's model, and make it champion if it beats the present one.
@@ -193,7 +208,7 @@ class Registry:
                     f"as the champion, version {champion}, is of another {what} "
                     f"({theirs[key]}, not {about[key]})"
                 )
-        mine, its = (_number(each.get(DEFAULT_METRIC)) for each in (about, theirs))
+        mine, its = (number_of(each.get(DEFAULT_METRIC)) for each in (about, theirs))
         if mine is None or its is None:
             whose = "it" if mine is None else f"version {champion}"
             return None, f"as {whose} has no {DEFAULT_METRIC}"
@@ -203,6 +218,15 @@ class Registry:
             f"as its {DEFAULT_METRIC} {mine:.4g} is not above that of the champion, "
             f"version {champion}: {its:.4g}"
         )
+
+    def champion(self) -> int | None:
+        """Return the champion, None if there is none; ValueError without the registered model."""
+        return self._state()[0]
+
+    def tags(self) -> dict[int, dict[str, str]]:
+        """Return the tags of each version; those that are missing are taken from its run."""
+        found = self._search(f"name = '{self.name}'")
+        return {int(version.version): self._tags_of(version) for version in found}
 
     def version(self, number: int) -> ModelVersion:
         """Return a version, or raise ValueError if there is none with this number."""
@@ -350,20 +374,6 @@ def register_best(client: mlflow.MlflowClient | RetryingClient, run_id: str, nam
     raise AssertionError("the second try returns or raises")
 
 
-def version_tags(run: Run) -> dict[str, str]:
-    """Return the tags of a version: the origin of a run's model, and its metrics."""
-    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-    about: dict[str, Any] = {
-        "run": described(run),
-        "study": tags.get("study"),
-        "trial": tags.get("trial"),
-        "git_commit": tags.get("mlflow.source.git.commit"),
-    }
-    about |= {key: params.get(key) for key in _PARAMS}
-    about |= {key: value for key, value in metrics.items() if key.startswith(("train/", "val/"))}
-    return {key: str(value) for key, value in about.items() if value is not None}
-
-
 def _agreed(history: list[int], champion: int | None) -> list[int]:
     """Return the history corrected by the alias, which decides who is champion.
 
@@ -376,11 +386,3 @@ def _agreed(history: list[int], champion: int | None) -> list[int]:
     if plain[-2:-1] == [champion]:
         return plain[:-1]
     return [*plain, champion]
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

@@ -124,7 +124,7 @@ class Summary:
             )
         )
         lines = {
-            "data": f"{data.name}: {len(data.classes)} classes; images: {sizes}",
+            "data": f"{data.name}, {len(data.classes)} classes; images: {sizes}",
             **{BY_NAME[name].label: _domain(each) for name, each in settings.search.items()},
             **{BY_NAME[name].label: str(value) for name, value in settings.training.items()},
             "trials": f"{settings.trials} of {settings.epochs} epochs; sampler "
