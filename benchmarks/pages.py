@@ -81,7 +81,7 @@ def look(address: str, name: str, out: Path) -> dict[str, Path]:
     experiment = parent.info.experiment_id
     runs = f"{address}/#/experiments/{experiment}/runs"
     pictures = {}
-    with _browser() as page:
+    with browser() as page:
         page.add_init_script(NO_ASSISTANT)
 
         def show(url: str, *texts: str, exact: bool = True) -> None:
@@ -130,15 +130,16 @@ def look(address: str, name: str, out: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def _browser() -> Iterator[Page]:
+def browser(width: int = 1400, height: int = 1000) -> Iterator[Page]:
+    """Start Chromium, as a person does who was never here before, and give a page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        started = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = started.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(PAGE_MILLISECONDS)
         yield page
-        browser.close()
+        started.close()
 
 
 def _picture(page: Page, file: Path) -> Path:

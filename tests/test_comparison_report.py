@@ -466,11 +466,17 @@ def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """A storage with the comparison `planted`."""
 
     def load_results(name: str, storage: str) -> Results:
-        if name != "planted":
-            raise ValueError(f"there is no comparison {name!r} in {storage}")
         return planted_results(losses=("mse",), trials=2, repeats=1)
 
+    def find_study(name: str, storage: str) -> optuna.Study:
+        if name != "planted":
+            raise ValueError(f"there is no comparison {name!r} in {storage}")
+        study = optuna.create_study(study_name=name)
+        study.set_user_attr("plan", {})
+        return study
+
     monkeypatch.setattr("experiments.comparison.loading.load_results", load_results)
+    monkeypatch.setattr("experiments.reporting.sweep_report.find_study", find_study)
 
 
 @pytest.mark.usefixtures("one_comparison")

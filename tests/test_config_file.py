@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def test_a_file_gives_options_by_their_names() -> None:
     assert options.data_dir == Path("d")
     assert options.vary == ["momentum=0.8..0.99"]
     assert options.epochs == 10
+
+
+def test_a_file_begins_with_the_shortest_command_that_has_its_options() -> None:
+    parser = sweep.build_parser()
+    words = ["--losses", "l1", "mse", "--trials", "5", "--vary", "momentum=0.8..0.99"]
+    words += ["--study", "a b", "--storage", "postgresql://me:secret@host/studies"]
+    options = parser.parse_args(words)
+    first = options.options.partition("\n")[0]
+    assert first.startswith("# python -m experiments.sweep --losses l1 mse")
+    assert "secret" not in first
+    _, _, _, _, *again = shlex.split(first)
+    same = parser.parse_args(again)
+    assert {**vars(options), **dict.fromkeys(("options", "storage"))} == {
+        **vars(same),
+        **dict.fromkeys(("options", "storage")),
+    }
 
 
 def test_a_switch_is_true_or_false() -> None:
