@@ -33,12 +33,14 @@ LAYERS = """
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
-    tracking.text tracking.files tracking.cli tracking.store tracking.retries
+    tracking.text tracking.files tracking.cli tracking.store tracking.retries tracking.views
     tracking.prediction.pixels
     tracking.models
     tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
     tracking.selection
+    tracking.model_texts
     tracking.registry
+    tracking.candidates
     tracking.prediction
     tracking.evaluation
     tracking.best tracking.predict tracking.promote tracking.report
@@ -201,6 +203,7 @@ def rank(module: str) -> int:
     name = module
     while name not in RANK:
         name = name.rpartition(".")[0]
+        assert name, f"{module} has no layer"
     return RANK[name]
 
 
