@@ -141,6 +141,8 @@ def _sweep(
                 observer.show(event)
     assert started is not None
     assert ended is not None
+    for note in ended.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     return started, ended, registered
 
 
@@ -162,8 +164,6 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
         texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format, na_action="ignore")
         shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
         print(f"\n{shown.to_string(index=False, na_rep='–')}\n")
-    for note in ended.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
     if ended.outcome != "complete":
         return cli.report_stop(ended.outcome, ended.reason)
     if ended.reason:

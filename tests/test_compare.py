@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -96,6 +97,23 @@ def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     assert set(run.data.metrics) == {"mse/test_accuracy", "cross_entropy/test_accuracy"}
     stored = {each.path for each in MlflowClient().list_artifacts(run.info.run_id, "report")}
     assert {"report/report.html", "report/report.md", "report/data"} <= stored
+
+
+def test_the_links_open_all_its_trainings_and_its_answer(compared: str) -> None:
+    client = MlflowClient()
+    (run,) = client.search_runs(["1"], "tags.role = 'comparison'")
+    key = run.data.tags["comparison_id"][:8]
+    page = "http://127.0.0.1:5000/#/experiments/1/runs"
+    assert f"then open {page}?viewStateShareKey={key}\n" in compared
+    assert f"the answer there:  {page}/{run.info.run_id}\n" in compared
+    tags = client.get_experiment("1").tags
+    views = [each for each in tags if each.startswith("mlflow.sharedViewState.")]
+    assert views == [f"mlflow.sharedViewState.{key}"]  # and none of its stages
+    state = json.loads(json.loads(tags[views[0]])["state"])
+    assert len(client.search_runs(["1"], state["searchFilter"])) == 14
+    assert "comparison c, the best first" in tags["mlflow.note.content"]
+    for stage in client.search_runs(["1"], "tags.role = 'sweep'"):
+        assert "best/val_accuracy" not in stage.data.metrics
 
 
 @pytest.mark.slow

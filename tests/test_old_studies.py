@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 from fake_pool import script_of_ten, use_pool
 from mlflow import MlflowClient
+from optuna.trial import TrialState, create_trial
 
+from experiments.comparison.loading import Found, _Histories
+from experiments.study.recorded import read_trial
 from experiments.sweep import main
 from tracking import load_best
 from tracking.predict import main as predict
@@ -57,6 +60,28 @@ def test_it_is_continued(
     assert [run.data.tags["trial"] for run in runs] == ["0", "1"]
     before, after = (run.data.params for run in runs)
     assert before["dataset_digest"] == after["dataset_digest"]
+
+
+def test_the_earlier_names_of_its_metrics_are_read() -> None:
+    (run,) = MlflowClient().search_runs(["1"], "tags.role = 'trial'")
+    assert {"learning_rate", "time/epoch_seconds"} <= set(run.data.metrics)
+    curve = read_trial(run.info.run_id).curve
+    assert list(curve) == [1, 2, 3]
+    for metrics in curve.values():
+        assert set(metrics) == {
+            *("train/loss", "train/accuracy", "train/learning_rate", "val/loss", "val/accuracy")
+        }
+
+
+def test_a_trial_with_both_names_of_a_metric_has_all_its_epochs() -> None:
+    client = MlflowClient()
+    (run,) = client.search_runs(["1"], "tags.role = 'trial'")
+    before = client.get_metric_history(run.info.run_id, "time/epoch_seconds")
+    client.log_metric(run.info.run_id, "worker/epoch_seconds", 0.25, step=4)
+    trial = create_trial(state=TrialState.FAIL, user_attrs={"run_id": run.info.run_id})
+    row = _Histories(client).row(Found(trial, {}))
+    assert row["seconds"] == pytest.approx(sum(entry.value for entry in before) + 0.25)
+    assert row["images_per_second"] > 0
 
 
 def test_its_model_predicts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_pool import FakePool, diverges, trains
+from fake_pool import FakePool, diverges, script_of_ten, trains, use_pool
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -23,6 +23,7 @@ from experiments.study.opening import open_study
 from experiments.study.parent import BEST_METRIC, Parent
 from experiments.study.settings import Settings
 from experiments.study.summary import LONGEST, Summary, study_view
+from experiments.sweep import main
 from tracking.tracker import Tracker
 
 NOTE = "mlflow.note.content"
@@ -305,6 +306,27 @@ def test_a_report_that_fails_is_a_note(settings: Settings, coloured_noise: Datas
     assert "the report is not stored in MLflow: ZeroDivisionError: in a figure" in note
     assert note.endswith("python -m experiments.report pages writes it")
     assert "report with figures" not in page().data.tags[NOTE]
+
+
+def test_the_command_stores_the_report_and_prints_the_link_to_its_trials(
+    mlflow_store: str,
+    digits_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_pool(monkeypatch, script_of_ten)
+    Path("data").symlink_to(digits_cache)
+    small = ["--trials", "2", "--epochs", "1", "--study", "pages", "--register", "none"]
+    assert main([*small, "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    run = page()
+    key = run.data.tags["study_id"][:8]
+    assert f"then open http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey={key}\n" in out
+    assert f"mlflow.sharedViewState.{key}" in view_tags()
+    file = Path(MlflowClient().download_artifacts(run.info.run_id, "report/report.html"))
+    assert "The best trial is number 0, with loss " in file.read_text()
+    assert "\npython -m experiments.sweep --trials 2 --epochs 1" in run.data.tags[NOTE]
 
 
 # The list of its trials
