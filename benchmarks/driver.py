@@ -33,6 +33,7 @@ OF_A_TRIAL = (
     "close run",
     "tell Optuna",
     "heartbeats",
+    "sweep's page",
     REST,
 )
 
@@ -64,6 +65,7 @@ def methods() -> list[tuple[str, object, str]]:
         ("close run", Run, "end"),
         ("tell Optuna", controller, "tell"),
         ("heartbeats", Dispatcher, "keep_alive"),
+        ("sweep's page", Recorder, "update_parent"),
     ]
 
 

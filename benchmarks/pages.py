@@ -1,8 +1,8 @@
-"""Pictures of MLflow's pages of a comparison in a real browser: `python -m benchmarks.pages`.
+"""Pictures of MLflow's pages of a comparison or a sweep, in a browser: `benchmarks.pages --help`.
 
-It starts `mlflow server` on the records of a comparison, and opens the pages in Chromium. It fails
-if one does not show what it should, and keeps a picture of each for the documentation. A test does
-the same with a small comparison.
+It starts `mlflow server` on the records, and opens the pages in Chromium. It fails if one does not
+show what it should, and keeps a picture of each for the documentation. Tests do the same with a
+small comparison and a small sweep.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 def main() -> None:
     """Make the pictures."""
     parser = make_parser("pages", __doc__)
-    parser.add_argument("name", help="of the comparison")
+    parser.add_argument("name", help="of the comparison, or of the sweep's study")
+    parser.add_argument("--sweep", action="store_true", help="it is a sweep")
     parser.add_argument("--store", default="sqlite:///mlflow.db", help="MLflow's database")
     parser.add_argument("--out", type=Path, default=FIGURES, help="the folder for the pictures")
     options = parser.parse_args()
     with served(options.store) as address:
-        pictures = look(address, options.name, options.out)
+        look_at = look_at_sweep if options.sweep else look
+        pictures = look_at(address, options.name, options.out)
     print(*(f"{page}: {picture}" for page, picture in pictures.items()), sep="\n")
 
 
@@ -126,6 +128,53 @@ def look(address: str, name: str, out: Path) -> dict[str, Path]:
         # A repeat: its metrics, and its model.
         show(f"{runs}/{confirmed[0].info.run_id}", "val/accuracy", "test/accuracy", "model")
         keep("trial")
+    return pictures
+
+
+def look_at_sweep(address: str, study: str, out: Path) -> dict[str, Path]:
+    """Open MLflow's pages of a sweep, and return the picture of each.
+
+    Raises:
+        playwright.sync_api.Error: a page doesn't show what it should.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(address)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (parent,) = client.search_runs(experiments, f"tags.study = '{study}' and tags.role = 'sweep'")
+    tags = parent.data.tags
+    best = client.get_run(tags["best.run_id"]).info.run_name
+    runs = f"{address}/#/experiments/{parent.info.experiment_id}/runs"
+    view = f"{runs}?viewStateShareKey={tags['study_id'][:8]}"
+    pictures = {}
+    with browser(width=1280, height=620) as page:
+        page.add_init_script(NO_ASSISTANT)
+
+        def keep(which: str) -> None:
+            pictures[which] = _picture(page, out / f"{which}.png")
+
+        page.goto(view)
+        page.get_by_text(best, exact=True).first.wait_for()
+        page.get_by_text("val/accuracy", exact=True).first.wait_for()
+        keep("mlflow")
+
+        page.goto(f"{view}&compareRunsMode=CHART")
+        page.get_by_text("Parallel Coordinates").first.wait_for()
+        page.locator("svg").get_by_text("learning_rate", exact=True).first.wait_for()
+        keep("mlflow-charts")
+
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.goto(f"{runs}/{parent.info.run_id}")
+        page.get_by_text("All trials, the best first").first.wait_for()
+        page.get_by_text("Show more").first.click()
+        page.get_by_text("python -m experiments.rerun").first.wait_for()
+        keep("mlflow-sweep")
+
+        page.goto(f"{runs}/{parent.info.run_id}/artifacts/report/report.html")
+        report = page.frame_locator("iframe")
+        report.locator("#plot-rates .main-svg").first.wait_for()
+        report.locator("#rates").evaluate("section => section.scrollIntoView()")
+        keep("mlflow-report")
     return pictures
 
 

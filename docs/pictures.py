@@ -7,7 +7,6 @@ MLflow's page of its runs, in Chromium. Both come from Debian: `apt install tmux
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -40,14 +39,14 @@ pre {{ margin: 0; padding: 14px 18px; color: #c5c8c6; font: 13px/1.4 "DejaVu San
 
 
 def main() -> None:
-    """Take both pictures."""
+    """Take all pictures."""
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         screen = sweep()
         with browser() as page:
             page.set_content(TERMINAL.format(command=COMMAND, code=as_html(screen)))
             page.locator("body").screenshot(path=OUT / "terminal.png")
-            show_runs(page)
+        show_runs()
 
 
 def tmux(*arguments: str) -> str:
@@ -96,29 +95,17 @@ def browser() -> Iterator[Page]:
         started.close()
 
 
-def show_runs(page: Page) -> None:
-    """Take a picture of all trials in MLflow: parallel coordinates, with the accuracy."""
+def show_runs() -> None:
+    """Take the pictures of the sweep in MLflow: its trials, its own run, its report."""
     import mlflow
 
-    from benchmarks.pages import NO_ASSISTANT, served
+    from benchmarks.pages import look_at_sweep, served
 
-    page.add_init_script(NO_ASSISTANT)
     with served("sqlite:///mlflow.db") as address:
         client = mlflow.MlflowClient(address)
         experiment = client.get_experiment_by_name("cnn-sweep").experiment_id
-        trials = client.search_runs([experiment], "tags.role = 'trial'")
-        runs, experiments = (
-            json.dumps(ids) for ids in ([run.info.run_id for run in trials], [experiment])
-        )
-        page.goto(f"{address}/#/compare-runs?runs={runs}&experiments={experiments}")
-        page.locator("svg").get_by_text("train/loss", exact=True).first.wait_for()
-        page.get_by_text("Metrics:").locator("xpath=following::*[@role='combobox'][1]").click()
-        page.get_by_text("val/accuracy", exact=True).last.click()
-        page.get_by_text("train/loss", exact=True).last.click()
-        page.mouse.click(900, 60)  # outside of the list: it closes
-        page.locator("svg").get_by_text("val/accuracy", exact=True).first.wait_for()
-        page.wait_for_timeout(1_500)
-        page.screenshot(path=OUT / "mlflow.png")
+        (sweep,) = client.search_runs([experiment], "tags.role = 'sweep'")
+        look_at_sweep(address, sweep.data.tags["study"], OUT)
 
 
 if __name__ == "__main__":

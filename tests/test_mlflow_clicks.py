@@ -56,7 +56,7 @@ class Visitor:
 @pytest.fixture(scope="module")
 def winner() -> str:
     """The row of the best trial: number, accuracy and outcome."""
-    return r"000 \S+ lr=.* 0\.9 .*complete"
+    return r"000 \S+ lr=.* yes 0\.9 .*complete"
 
 
 @pytest.fixture
@@ -73,6 +73,12 @@ def link(
     assert main([*SWEEP, "--trials", "6", "--study", "second", "--register", "none"]) == 0
     (page,) = re.findall(r"then open http://127\.0\.0\.1:5000/(\S+)", capsys.readouterr().out)[1:]
     return str(page)
+
+
+def test_the_pages_of_a_sweep_show_what_they_should(link: str, tmp_path: Path) -> None:
+    with pages.served(os.environ["MLFLOW_TRACKING_URI"]) as address:
+        pictures = pages.look_at_sweep(address, "second", tmp_path / "pictures")
+    assert min(file.stat().st_size for file in pictures.values()) > 20_000
 
 
 def test_the_winner_is_seen_without_a_click_or_in_three(link: str, winner: str) -> None:

@@ -157,9 +157,33 @@ def test_two_processes_with_one_study_say_the_same(
     assert curve() == values
 
 
-def test_an_interrupted_and_a_failed_sweep_say_so(
+def test_one_run_is_marked_as_the_best(settings: Settings, coloured_noise: Dataset) -> None:
+    client = MlflowClient()
+
+    def marked() -> list[str]:
+        return [run.data.tags["trial"] for run in client.search_runs(["1"], "tags.best = 'yes'")]
+
+    for event in sweep(settings, coloured_noise, FakePool(script)):
+        assert len(marked()) <= 1, event
+    assert marked() == ["1"]
+    for run in client.search_runs(["1"], "tags.trial = '0'"):  # as a kill may leave it
+        client.set_tag(run.info.run_id, "best", "yes")
+    run_sweep(settings, coloured_noise)
+    assert marked() == ["1"]
+
+
+def test_a_best_run_that_a_user_deleted_is_no_failure(
     settings: Settings, coloured_noise: Dataset
 ) -> None:
+    run_sweep(settings, coloured_noise)
+    MlflowClient().delete_run(page().data.tags["best.run_id"])
+    *_, ended = run_sweep(replace(settings, trials=4), coloured_noise)
+    assert isinstance(ended, SweepEnded)
+    assert ended.outcome == "complete"
+    assert page().data.tags["best.trial"] == "3"
+
+
+def test_an_interrupted_sweep_says_so(settings: Settings, coloured_noise: Dataset) -> None:
     events = sweep(settings, coloured_noise, FakePool(script))
     next(event for event in events if isinstance(event, TrialEnded))
     events.close()
@@ -234,6 +258,9 @@ def test_the_page_is_written_every_few_seconds_at_most(
 
         def tags(self) -> dict[str, str]:
             return {}
+
+        client = MlflowClient()
+        experiment_id = "1"
 
         def log_history(self, *_: object) -> None:
             written.append(now[0])
@@ -347,6 +374,7 @@ def test_the_view_shows_the_trials_of_the_study_the_best_first(
     assert state["searchFilter"] == f"tags.study_id = '{study_id}' and tags.role = 'trial'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/accuracy`", False)
     assert state["selectedColumns"] == [
+        "tags.`best`",
         "metrics.`val/accuracy`",
         *(f"params.`{name}`" for name in ("loss", "learning_rate", "batch_size")),
         "tags.`outcome`",

@@ -105,11 +105,11 @@ def test_the_best_complete_trial_is_the_answer() -> None:
 
 def test_a_point_is_a_trial_a_colour_a_loss_a_shape_a_batch_size() -> None:
     study = study_of(["complete", "complete", "complete", "pruned", "failed"])
-    *of_losses, size_16, size_32 = plots(make(study))["rates"]["data"]
-    assert [trace["name"] for trace in of_losses] == ["l1", "mse"]
-    assert len({trace["marker"]["color"] for trace in of_losses}) == 2
-    shapes = [trace["marker"]["symbol"] for trace in (size_16, size_32)]
-    of_l1, of_mse = of_losses
+    of_l1, name_of_l1, of_mse, name_of_mse, *sizes = plots(make(study))["rates"]["data"]
+    assert [trace["name"] for trace in (name_of_l1, name_of_mse)] == ["l1", "mse"]
+    assert of_l1["marker"]["color"] == name_of_l1["marker"]["color"] != of_mse["marker"]["color"]
+    assert [trace["name"] for trace in sizes] == ["batch size 16", "batch size 32"]
+    shapes = [trace["marker"]["symbol"] for trace in sizes]
     assert of_l1["marker"]["symbol"] == [shapes[1], shapes[0]]  # the best first
     assert of_mse["marker"]["symbol"] == [shapes[0], f"{shapes[1]}-open"]
     assert "trial 2: 50.00%" in of_l1["text"][0]

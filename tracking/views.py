@@ -39,12 +39,9 @@ class View:
     condition: str
     """Which runs, in MLflow's search syntax."""
     metric: str
-    params: tuple[str, ...]
-    """Columns after the metric, and axes of the chart of parallel coordinates."""
-    metrics: tuple[str, ...] = ()
-    """More columns."""
-    tags: tuple[str, ...] = ()
-    """The last columns."""
+    """The metric to sort by."""
+    columns: tuple[str, ...]
+    """In this order, such as `metrics.val/accuracy`, `params.loss` and `tags.outcome`."""
 
     @property
     def tag(self) -> str:
@@ -68,16 +65,12 @@ class View:
         return json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": state})
 
     def _state(self) -> dict[str, object]:
-        first = f"metrics.`{self.metric}`"
         columns = [
-            first,
-            *(f"params.`{name}`" for name in self.params),
-            *(f"metrics.`{name}`" for name in self.metrics),
-            *(f"tags.`{name}`" for name in self.tags),
+            f"{kind}.`{name}`" for kind, _, name in (each.partition(".") for each in self.columns)
         ]
         return {
             "searchFilter": self.condition,
-            "orderByKey": first,
+            "orderByKey": f"metrics.`{self.metric}`",
             "orderByAsc": False,
             "selectedColumns": columns,
             "columnOrder": [_RUN_NAME, *columns, _CREATED, _DURATION],
@@ -89,7 +82,8 @@ class View:
         """Return the charts that precede those that MLflow makes of each metric."""
         section = {"uuid": "results", "name": "Results", "display": True, "isReordered": True}
         of_section = {"metricSectionId": "results", "runsCountToCompare": 100}
-        axes = {"selectedParams": self.params, "selectedMetrics": [self.metric]}
+        params = [each[len("params.") :] for each in self.columns if each.startswith("params.")]
+        axes = {"selectedParams": params, "selectedMetrics": [self.metric]}
         parallel = {"uuid": "parallel", "type": "PARALLEL", **axes, "showAllRuns": True}
         curves = {
             "uuid": "curves",

@@ -267,7 +267,8 @@ def _rates(trials: pd.DataFrame, parameters: Sequence[Parameter], losses: Domain
             x=rows["learning_rate"],
             y=rows["val_accuracy"],
             mode="markers",
-            name=html.escape(printable(str(loss))),
+            legendgroup=str(position),
+            showlegend=False,
             text=[_hover(row, parameters) for row in rows.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
             marker={
@@ -276,13 +277,21 @@ def _rates(trials: pd.DataFrame, parameters: Sequence[Parameter], losses: Domain
                 "size": 9,
             },
         )
-    for size, shape in shapes.items():  # the legend
-        marker = {"symbol": shape, "color": "gray", "size": 9}
-        name = f"batch size {size:.0f}"
-        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
+        name = html.escape(printable(str(loss)))
+        figure.add_scatter(
+            **_legend(name, COLORS[position % len(COLORS)]), legendgroup=str(position)
+        )
+    for size, shape in shapes.items():
+        figure.add_scatter(**_legend(f"batch size {size:.0f}", "gray", shape))
     figure.update_xaxes(type="log", title="learning rate", exponentformat="power")
     figure.update_yaxes(title=OBJECTIVE_TITLE, tickformat=".0%")
     return styled(figure).update_layout(height=460, hovermode="closest")
+
+
+def _legend(name: str, color: str, symbol: str = SYMBOLS[0]) -> dict[str, Any]:
+    """Return a trace that is an entry of the legend only."""
+    marker = {"symbol": symbol, "color": color, "size": 9}
+    return {"x": [None], "y": [None], "mode": "markers", "name": name, "marker": marker}
 
 
 def _hover(row: Mapping[Any, Any], parameters: Sequence[Parameter]) -> str:

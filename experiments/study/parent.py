@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from optuna.study import Study
 
 from experiments.study.storage import recording_errors
-from experiments.study.summary import FIRST_WORDS, Summary
+from experiments.study.summary import BEST_TAG, FIRST_WORDS, Summary
 from experiments.study.trials import best_so_far, num_finished, trials_table
-from tracking.errors import is_transient, one_line
+from tracking.errors import is_transient, one_line, refusals_ignored
 
 # MLflow takes a second to import: the workers start first.
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 BEST_METRIC = "best/val_accuracy"
 """The best accuracy of the first n trials that ended; the step is n."""
-
-BEST_TAG = "best."
-"""The tags with the best configuration begin so."""
 
 REPORT_TAG = "report.trials"
 """How many trials had ended when the report was stored."""
@@ -65,6 +62,7 @@ class Parent:
         self.has_note = not note or note.startswith(FIRST_WORDS)
         self.reported = before.get(REPORT_TAG, "")
         self.written: dict[str, str] = {}
+        self.marked = self._find_marked()
         self.due = 0.0
         self.problem = ""
         """Why the page can't be written."""
@@ -91,6 +89,7 @@ class Parent:
                     raise
                 self.problem, self.due = one_line(error), math.inf
                 return
+            self._mark(tags.get(f"{BEST_TAG}.run_id"))
             self.written |= changed
             self.last_step = points[-1][0] if points else self.last_step
         now = time.monotonic()
@@ -126,4 +125,22 @@ class Parent:
         params = self.study.get_trials(deepcopy=False)[best["trial"]].params
         values = {name: params.get(name, "–") for name in self.summary.settings.search}
         values |= {"trial": best["trial"], "run_id": best["run_id"]}
-        return {f"{BEST_TAG}{name}": str(value) for name, value in values.items()}
+        return {f"{BEST_TAG}.{name}": str(value) for name, value in values.items()}
+
+    def _find_marked(self) -> set[str | None]:
+        """Return the runs that have the tag of the best; a kill may leave two."""
+        of_study = f"tags.study_id = '{self.study.user_attrs['id']}'"
+        wanted = f"{of_study} and tags.{BEST_TAG} = 'yes'"
+        found = self.run.client.search_runs([self.run.experiment_id], wanted)
+        return {run.info.run_id for run in found}
+
+    def _mark(self, best: str | None) -> None:
+        """Tag the run of the best trial, and no other run."""
+        client = self.run.client
+        for run_id in {best} - self.marked - {None}:
+            with refusals_ignored():  # the user may have deleted a run
+                client.set_tag(run_id, BEST_TAG, "yes")
+        for run_id in self.marked - {best}:
+            with refusals_ignored():
+                client.delete_tag(run_id, BEST_TAG)
+        self.marked = {best} - {None}

@@ -22,6 +22,9 @@ from tracking.views import View, runs_link
 if TYPE_CHECKING:
     import pandas as pd
 
+BEST_TAG = "best"
+"""The tag of the best trial's run. Those of the sweep's run begin so, then comes a dot."""
+
 REPORT_PAGE = "artifacts/report/report.html"
 
 FIRST_WORDS = ("**Best: ", "**No trial ")
@@ -41,8 +44,8 @@ def study_view(study: str, study_id: str, settings: Settings) -> View:
         name=f"sweep {study}, the best first",
         condition=f"tags.study_id = '{study_id}' and tags.role = 'trial'",
         metric="val/accuracy",
-        params=tuple(settings.search),
-        tags=("outcome",),
+        # Of several with the same accuracy, a tag says which is the best.
+        columns=(f"tags.{BEST_TAG}", "metrics.val/accuracy", *_params(settings), "tags.outcome"),
     )
 
 
@@ -53,10 +56,15 @@ def comparison_view(name: str, comparison_id: str, settings: Settings) -> View:
         name=f"comparison {name}, the best first",
         condition=f"tags.comparison = {quoted(name)} and tags.role = 'trial'",
         metric="val/accuracy",
-        params=(*settings.search, "seed"),
-        metrics=("test/accuracy",),
-        tags=("stage", "outcome"),
+        columns=(
+            *("metrics.val/accuracy", *_params(settings), "params.seed", "metrics.test/accuracy"),
+            *("tags.stage", "tags.outcome"),
+        ),
     )
+
+
+def _params(settings: Settings) -> list[str]:
+    return [f"params.{name}" for name in settings.search]
 
 
 @dataclass(frozen=True, kw_only=True)
