@@ -158,6 +158,7 @@ def look_at_sweep(address: str, study: str, out: Path) -> dict[str, Path]:
         page.get_by_text("val/accuracy", exact=True).first.wait_for()
         keep("mlflow")
 
+        page.set_viewport_size({"width": 1280, "height": 800})
         page.goto(f"{view}&compareRunsMode=CHART")
         page.get_by_text("Parallel Coordinates").first.wait_for()
         page.locator("svg").get_by_text("learning_rate", exact=True).first.wait_for()

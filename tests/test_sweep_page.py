@@ -219,7 +219,7 @@ def test_foreign_texts_do_no_harm_in_the_description(
     text, fence, *_ = page().data.tags[NOTE].partition("````sh\n")
     assert fence
     assert name not in text
-    assert r"a\|b\*\<img src=x\>\[c\](d)\`, 3 classes" in text
+    assert r"a\|b\*&lt;img src=x&gt;\[c\](d)\`, 3 classes" in text
 
 
 def test_the_longest_texts_fit(settings: Settings, coloured_noise: Dataset) -> None:

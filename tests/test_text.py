@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from tracking.text import escape_formula, escape_formulas, escaped, printable
+from tracking.text import escape_formula, escape_formulas, escaped, escaped_in_notes, printable
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,12 @@ from tracking.text import escape_formula, escape_formulas, escaped, printable
 def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert escaped(text).count("\n") == 0
+
+
+def test_what_a_description_would_read_is_escaped() -> None:
+    assert escaped_in_notes("R&D <b>|_x_ [y](z)\n`#~*\\") == (
+        r"R&amp;D &lt;b&gt;\|\_x\_ \[y\](z)\\n\`\#\~\*\\"
+    )
 
 
 @pytest.mark.parametrize("sign", list("=+-@\t\r\n'＝＋－＠"))

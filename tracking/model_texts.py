@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.run_search import described
 from tracking.store import DEFAULT_METRIC
-from tracking.text import escaped, shortened
+from tracking.text import escaped_in_notes, shortened
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -63,13 +63,14 @@ def summary(about: Mapping[str, str]) -> str:
 
 def version_description(name: str, version: int, about: Mapping[str, str]) -> str:
     """Return the description of a version, in Markdown."""
-    origin = f" It is the model of {escaped(about['run'])}." if "run" in about else ""
-    return f"{escaped(summary(about))}.{origin}\n\n{_how_to_load(f'models:/{name}/{version}')}"
+    origin = f" It is the model of {escaped_in_notes(about['run'])}." if "run" in about else ""
+    words = f"{escaped_in_notes(summary(about))}.{origin}"
+    return f"{words}\n\n{_how_to_load(f'models:/{name}/{version}')}"
 
 
 def model_description(name: str, about: Mapping[str, str]) -> str:
     """Return the description of a registered model, in Markdown."""
-    data = escaped(shortened(about.get("dataset", "images"), _LONGEST_TEXT))
+    data = escaped_in_notes(shortened(about.get("dataset", "images"), _LONGEST_TEXT))
     return (
         f"Classifies images like those of {data}. The best model of each sweep is a version. The "
         "version with the alias `champion` is the one to use: its validation accuracy is the "

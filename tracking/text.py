@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,11 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 def escaped(text: str) -> str:
     """Return a text on one line, with Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", printable(text))
+
+
+def escaped_in_notes(text: str) -> str:
+    """Return a text on one line for MLflow's descriptions, whose Markdown has fewer escapes."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(printable(text), quote=False))
 
 
 def escape_formula(text: str) -> str:

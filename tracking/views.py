@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracking.text import escaped, shortened
+from tracking.text import escaped_in_notes, shortened
 
 PREFIX = "mlflow.sharedViewState."
 """Of the tag; the view's key follows."""
@@ -20,12 +20,15 @@ PREFIX = "mlflow.sharedViewState."
 ABOUT = "Trainings of a CNN with different losses, learning rates and batch sizes."
 """The first words of an experiment's description, unless a user wrote another."""
 
-_NAME_WIDTH = 280  # pixels: a trial's name with three parameters
 _LONGEST_NAME = 60
 
 _RUN_NAME, _CREATED, _DURATION = (
     f"attributes.`{name}`" for name in ("Run Name", "Created", "Duration")
 )
+
+
+_WIDTHS = {_RUN_NAME: 280, "tags.`best`": 70}
+"""In pixels: a trial's name with three parameters, and a `yes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class View:
             "orderByAsc": False,
             "selectedColumns": columns,
             "columnOrder": [_RUN_NAME, *columns, _CREATED, _DURATION],
-            "columnWidths": {_RUN_NAME: _NAME_WIDTH},
+            "columnWidths": _WIDTHS,
             **self._charts(),
         }
 
@@ -114,7 +117,7 @@ def experiment_note(latest: View, experiment_id: str, before: str) -> str:
     """
     if before and not before.startswith(ABOUT):
         return before
-    name = escaped(shortened(latest.name, _LONGEST_NAME))
+    name = escaped_in_notes(shortened(latest.name, _LONGEST_NAME))
     return (
         f"{ABOUT} The latest: [{name}]({latest.link(experiment_id)}).\n\n"
         "Each sweep and each comparison is a run, and its trials are the runs below it. Its "

@@ -16,7 +16,7 @@ from experiments.study.parameters import BY_NAME
 from experiments.study.settings import Settings
 from tracking.errors import without_passwords
 from tracking.store import quoted
-from tracking.text import escaped, printable, shortened
+from tracking.text import escaped_in_notes, printable, shortened
 from tracking.views import View, runs_link
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _complete(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _text(text: str) -> str:
-    return escaped(shortened(text, _LONGEST_TEXT))
+    return escaped_in_notes(shortened(text, _LONGEST_TEXT))
 
 
 def _value(parameter: Parameter, row: Mapping[Any, Any]) -> str:
