@@ -175,7 +175,7 @@ def look_at_sweep(address: str, study: str, out: Path) -> dict[str, Path]:
         report = page.frame_locator("iframe")
         report.locator("#plot-rates .main-svg").first.wait_for()
         report.locator("#rates").evaluate("section => section.scrollIntoView()")
-        keep("mlflow-report")
+        pictures["mlflow-report"] = _picture(page, out / "mlflow-report.png", of="iframe")
     return pictures
 
 
@@ -192,11 +192,11 @@ def browser(width: int = 1400, height: int = 1000) -> Iterator[Page]:
         started.close()
 
 
-def _picture(page: Page, file: Path) -> Path:
-    """Take a picture once everything is drawn."""
+def _picture(page: Page, file: Path, of: str = "body") -> Path:
+    """Take a picture of a part of the page once everything is drawn."""
     page.wait_for_timeout(DRAWING_MILLISECONDS)
     file.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=file)
+    page.locator(of).first.screenshot(path=file)
     return file
 
 
