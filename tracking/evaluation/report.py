@@ -20,6 +20,7 @@ from tracking.evaluation.figures import FIGURES
 from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
 from tracking.files import open_folder, writing
 from tracking.prediction.formats import format_of, to_csv
+from tracking.progress import progress
 from tracking.run_search import described
 from tracking.store import reading
 from tracking.text import escape_formulas, escaped
@@ -106,11 +107,14 @@ def count(file: Path) -> MetricsAccumulator:
     schema = pa.schema(
         [(head, pa.string()) for head in texts] + [(head, pa.float32()) for head in columns]
     )
-    for batch in _batches(file, schema):
-        read = np.array(batch["error"].is_null()) if "error" in texts else np.ones(len(batch), bool)
-        probabilities = np.column_stack([batch[head] for head in columns])
-        counts.unreadable += int((~read).sum())
-        counts.add(_positions(batch["label"], counts.classes)[read], probabilities[read])
+    with progress("rows") as advance:
+        for batch in _batches(file, schema):
+            has_error = "error" in texts
+            read = np.array(batch["error"].is_null()) if has_error else np.ones(len(batch), bool)
+            probabilities = np.column_stack([batch[head] for head in columns])
+            counts.unreadable += int((~read).sum())
+            counts.add(_positions(batch["label"], counts.classes)[read], probabilities[read])
+            advance(len(batch))
     return counts
 
 
