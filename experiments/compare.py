@@ -187,7 +187,7 @@ def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -
 
 def _report(ended: ComparisonEnded, out: Path, data_name: str, output: Output) -> int:
     """Print the answer and what to type next, and return the exit code."""
-    from tracking.wording import labelled, wrapped
+    from tracking.wording import labelled, narrowed, wrapped
 
     assessment = ended.assessment
     if assessment is None:
@@ -200,12 +200,13 @@ def _report(ended: ComparisonEnded, out: Path, data_name: str, output: Output) -
             output.result(f"  {caveat.command}")  # in one line, to be copied
     output.result("")
     output.result(labelled("report", str(report), output.width))
-    output.result(cli.how_to_compare(ended.experiment_id, ended.parent_run_id))
+    compare_runs = cli.how_to_compare(ended.experiment_id, ended.parent_run_id)
+    output.result(narrowed(compare_runs, output.width))
     if assessment.to_use and (run_id := assessment.to_use["run_id"]):
         command = f"python -m tracking.predict {shlex.quote(f'{data_name}:test')} --run-id {run_id}"
         output.result(labelled("predict", command, output.width))
     output.record(
-        "result",
+        "comparison_result",
         comparison=ended.name,
         answer=assessment.answer,
         warnings=[

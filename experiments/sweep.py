@@ -188,7 +188,7 @@ def _show_best_trials(conducted: Conducted, output: Output) -> None:
 def _report(conducted: Conducted, output: Output, *, data_name: str) -> int:
     """Print the best trial, and what to type next; return the exit code."""
     from experiments.study.parameters import PARAMETERS
-    from tracking.wording import labelled, percent, wrapped
+    from tracking.wording import labelled, narrowed, percent, wrapped
 
     started, ended = conducted.started, conducted.ended
     if ended.reason:
@@ -217,7 +217,7 @@ def _report(conducted: Conducted, output: Output, *, data_name: str) -> int:
     output.result(wrapped(line, output.width))
     if conducted.registered:
         output.result(labelled("registered", conducted.registered, output.width))
-    output.result(cli.how_to_compare(started.experiment_id))
+    output.result(narrowed(cli.how_to_compare(started.experiment_id), output.width))
     output.result(labelled("predict", predict, output.width))
     output.record(
         "result",

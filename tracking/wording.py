@@ -57,3 +57,12 @@ def labelled(label: str, text: str, width: int | None) -> str:
     if len(text) + 4 > width:
         text = text.replace(" --run-id", " \\\n      --run-id")
     return f"  {label}:\n    {text}"
+
+
+def narrowed(lines: str, width: int | None) -> str:
+    """Return a label with lines beside it as they are, or with the lines below it if too wide."""
+    if width is None or all(len(line) <= width for line in lines.splitlines()):
+        return lines
+    label, _, text = lines.partition(":")
+    below = "\n".join(f"    {line.strip()}" for line in text.splitlines())
+    return f"{label}:\n{below}"

@@ -169,6 +169,6 @@ def sparkline(accuracies: Sequence[float], width: int) -> str:
     """Return accuracies as bars, from 0 to 100 %; of more than `width`, evenly spread ones."""
     blocks = "▁▂▃▄▅▆▇█"
     if len(accuracies) > width:
-        last = len(accuracies) - 1
-        accuracies = [accuracies[round(i * last / (width - 1))] for i in range(width)]
+        step = (len(accuracies) - 1) / max(1, width - 1)
+        accuracies = [accuracies[round(-1 - i * step)] for i in reversed(range(width))]
     return "".join(blocks[min(7, int(8 * each))] for each in accuracies)

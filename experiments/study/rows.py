@@ -92,7 +92,8 @@ class Rows:
         curve.
         """
         columns, gap = self._fitting(width)
-        wanted = min(_NOTE, len(row.note) + 2)
+        note = Cell(name="note", text=f"  {printable(row.note)}")
+        wanted = min(_NOTE, len(note.text))
         if width is None:
             columns = [each for each in columns if each.name != "curve"]
         elif row.note:
@@ -101,15 +102,15 @@ class Rows:
         elif not row.outcome and columns[-1].name in ("epochs", "seconds"):
             # These are empty while it runs: its curve takes their place.
             columns = [each for each in columns if each.name not in ("epochs", "seconds")]
-            room = width - _width(columns, gap) - gap
-            columns.append(replace(self.columns[-1], width=min(self.columns[-1].width, room)))
+            curve = self.columns[-1]
+            room = max(0, width - _width(columns, gap) - gap)
+            columns.append(replace(curve, width=min(curve.width, room)))
         cells = []
         for place, column in enumerate(columns):
             text = self._text(row, column)
             text = text.rjust(column.width) if column.is_right else text.ljust(column.width)
             text = f"{column.label} {text}" if column.label else text
             cells.append(Cell(name=column.name, text=" " * gap * (place > 0) + text))
-        note = Cell(name="note", text=f"  {printable(row.note)}")
         if row.note and (width is None or width - _width(columns, gap) >= wanted):
             return [[*cells, note]]
         return [cells, [note]] if row.note and row.outcome == "failed" else [cells]

@@ -69,8 +69,8 @@ class Terminal:
                 self.console.print(Text(note(event)))
         if row is not None:
             options = self.console.options
-            for cells in self.rows.lines(row, options.max_width):
-                self.console.print(_line(cells, options, row))
+            lines = self.rows.lines(row, options.max_width)
+            self.console.print(*(_line(cells, options, row) for cells in lines), sep="\n")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the live lines: a line for each running trial, and at the bottom all of them."""
