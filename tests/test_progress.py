@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from experiments.study.output import Output
 from experiments.study.progress import SweepProgress, sparkline
 from experiments.study.settings import Settings
 from experiments.study.terminal import STYLES, Terminal
+from tracking.progress import asking_the_terminal
 
 WIDTHS = (200, 146, 100, 80, 60, 40)
 LONG = "RuntimeError: the size of tensor a (32) must match the size of tensor b (64) at dimension 1"
@@ -218,6 +220,13 @@ def test_the_width_is_that_of_the_moment() -> None:
     console.width = 40
     lines = console.render_lines(display, pad=False)
     assert max(sum(cell_len(segment.text) for segment in line) for line in lines) <= 40
+
+
+def test_an_old_width_in_the_environment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "999")
+    with asking_the_terminal():
+        assert Console(file=io.StringIO()).width != 999
+    assert os.environ["COLUMNS"] == "999"
 
 
 def outcomes() -> list[SweepEvent]:

@@ -18,10 +18,10 @@ PLANNED = Planned(trainings={"mse": 12, "l1": 12}, others=2, epochs=5, images=10
 def test_the_work_is_said_loss_by_loss_and_in_all() -> None:
     lines = list(Workload(PLANNED).lines(None))
     assert [re.sub(" +", " ", line) for line in lines] == [
-        "mse 12 trainings, 60 epochs",
-        "l1 12 trainings, 60 epochs",
-        "to use 2 trainings, 10 epochs",
-        "in all 26 trainings, 130 epochs",
+        "mse 12 trainings 60 epochs",
+        "l1 12 trainings 60 epochs",
+        "to use 2 trainings 10 epochs",
+        "in all 26 trainings 130 epochs",
     ]
 
 

@@ -30,6 +30,17 @@ def can_change_lines(stream: object) -> bool:
     return is_terminal and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
+@contextmanager
+def asking_the_terminal() -> Iterator[None]:
+    """Let rich ask the terminal for its size: the environment may have that of an earlier one."""
+    names = ("COLUMNS", "LINES")  # readline exports them
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= before
+
+
 def say_start(text: str) -> None:
     """Say on a terminal what is done first: imports take seconds."""
     if can_change_lines(sys.stderr):
@@ -59,6 +70,7 @@ def progress(
             bar.done += count
             if not bar.is_shown and bar.seconds > QUICK_SECONDS:
                 bar.is_shown = True
+                stack.enter_context(asking_the_terminal())
                 stack.enter_context(bar.live())
 
         yield advance

@@ -9,13 +9,13 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from datetime import UTC, datetime
 from enum import Enum
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from tracking.progress import can_change_lines
+from tracking.progress import asking_the_terminal, can_change_lines
 
 if TYPE_CHECKING:
     from experiments.study.events import SweepEvent
@@ -51,7 +51,7 @@ class Output(AbstractContextManager["Output"]):
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self._out = sys.stdout
-        self._redirection: AbstractContextManager[Any] | None = None
+        self._stack = ExitStack()
         if as_json:
             self.mode = Mode.JSON
         elif quiet:
@@ -61,13 +61,13 @@ class Output(AbstractContextManager["Output"]):
 
     def __enter__(self) -> Self:
         if self.mode == Mode.JSON:
-            self._redirection = redirect_stdout(sys.stderr)
-            self._redirection.__enter__()
+            self._stack.enter_context(redirect_stdout(sys.stderr))
+        elif sys.stdout.isatty():
+            self._stack.enter_context(asking_the_terminal())
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._redirection is not None:
-            self._redirection.__exit__(None, None, None)
+        self._stack.close()
 
     def step(self, text: str) -> None:
         """Say what is done before the first event."""
