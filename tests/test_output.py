@@ -106,6 +106,12 @@ def test_a_comparison_as_json_has_its_stages(capsys: pytest.CaptureFixture[str])
     assert events.count("model_tested") == 4
     assert "mse" in found[-1]["answer"]
     assert Path(found[-1]["report"]).exists()
+    assert compare.main([*COMPARED, "--json"]) == 0
+    again = records(capsys.readouterr().out)
+    assert_documented(again)
+    assert "trial_started" not in {record["event"] for record in again}
+    assert again[-1]["answer"] == found[-1]["answer"]
+    assert all(record["study"] for record in again if record["event"] == "sweep_ended")
 
 
 @pytest.mark.parametrize("argv", [SMALL, COMPARED])

@@ -56,7 +56,7 @@ class ComparisonDisplay(AbstractContextManager["ComparisonDisplay"]):
             case ComparisonEnded():
                 self._stage.close()
                 self.output.record("comparison_ended", outcome=event.outcome, reason=event.reason)
-            case SweepStarted() if event.num_before >= self._trials:
+            case SweepStarted() if self._is_silent(event):
                 assert self._workload is not None
                 self._workload.begin(event.num_before)
             case _:
@@ -65,6 +65,10 @@ class ComparisonDisplay(AbstractContextManager["ComparisonDisplay"]):
                 if isinstance(event, SweepStarted):
                     self._say(f"\n{self._title} · {self._workload.place()}")
                 self._sweep.show(event)
+
+    def _is_silent(self, event: SweepStarted) -> bool:
+        """Return whether a stage has nothing left to do, of which people need not hear."""
+        return event.num_before >= self._trials and self.output.mode != Mode.JSON
 
     def _show_work(self, planned: Planned) -> None:
         """Say how much work the comparison is."""
