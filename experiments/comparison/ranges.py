@@ -130,8 +130,8 @@ def _is_limit(results: Results, end: str, size: float) -> bool:
     """Return whether the rule of a search goes no further than this batch size."""
     sizes = results.plan["batch_sizes"]
     if end == "lower":
-        return size // 2 < min(sizes) / BEYOND
-    return 2 * size > max(sizes) * BEYOND
+        return bool(size // 2 < min(sizes) / BEYOND)
+    return bool(2 * size > max(sizes) * BEYOND)
 
 
 def _can_go_on(results: Results, parameter: str, end: str, value: float) -> bool:
