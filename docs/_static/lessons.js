@@ -67,12 +67,11 @@ function alikeFigure(figure) {
   const data = JSON.parse(figure.querySelector("script").textContent);
   const slider = figure.querySelector("input[type=range]");
   slider.addEventListener("input", () => {
-    figure.querySelector("label output").textContent = `${(Number(slider.value) + 1) * 5}%`;
+    figure.querySelector("label output").textContent = `${(Number(slider.value) + 1) * 5} %`;
     for (const panel of figure.querySelectorAll("[data-loss]")) {
       const state = data[panel.dataset.loss][slider.value];
-      const [x1, x2, y] = state.best;
-      set(panel.querySelector(".curve"), { points: state.points });
-      set(panel.querySelector(".best"), { x1, x2, y1: y, y2: y });
+      set(panel.querySelector(".curve"), { d: state.curve });
+      set(panel.querySelector(".best"), { d: state.best });
       panel.querySelector("output").textContent = state.text;
     }
   });

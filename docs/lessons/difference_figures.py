@@ -32,62 +32,53 @@ def alike_figure() -> str:
     drawings, data = [], {}
     for name in TAUGHT:
         curves = [alike(name, share) for share in SHARES]
-        panel = _alike_panel(name, curves)
-        states = [_state(panel, name, curve) for curve in curves]
+        y_ticks = ticks(0, min(HIGHEST, max(max(curve.means) for curve in curves)), 4)
+        x = (0.0, 1.0) if name == "cross_entropy" else (-0.2, 1.2)
+        panel = _panel(x, (0, y_ticks[-1]))
+        states = [_state(panel, curve) for curve in curves]
         now = states[SHARES.index(SHARE)]
         parts = [
-            *panel.axes([0, 0.25, 0.5, 0.75, 1], ticks(*panel.y)),
-            f'<polyline points="{now["points"]}" class="curve value"/>',
-            f'<line {_places(now["best"])} class="best"/>',
+            *panel.axes([0, 0.25, 0.5, 0.75, 1], y_ticks),
+            f'<path d="{now["curve"]}" class="curve value"/>',
+            f'<path d="{now["best"]}" class="best"/>',
         ]
         label = f"Mean {name} of images that look alike, by the answer"
         drawings.append(
             f'<div data-loss="{name}"><div class="title"><code>{name}</code>: '
-            f'best <output>{now["text"]}</output></div>{svg(WIDTH, HEIGHT, label, parts)}</div>'
+            f"best <output>{now['text']}</output></div>{svg(WIDTH, HEIGHT, label, parts)}</div>"
         )
         data[name] = states
     chosen = SHARES.index(SHARE)
     return f"""<figure class="lesson alike">
 <div class="controls" hidden>
-<label>Share of class 0: <output>{SHARE:.0%}</output>
+<label>Share of class 0: <output>{SHARE * 100:g} %</output>
 <input type="range" min="0" max="{len(SHARES) - 1}" value="{chosen}"></label>
 </div>
 <div class="panels">{"".join(drawings)}</div>
 <script type="application/json">{json.dumps(data, separators=(",", ":"))}</script>
 <figcaption>Mean loss of 20 images that look alike. Across: output 0, and for
-<code>cross_entropy</code> the probability of class 0. The thick mark is the best answer.</figcaption>
+<code>cross_entropy</code> the probability of class 0. The mark shows the best answer.</figcaption>
 </figure>"""
 
 
-def _alike_panel(name: str, curves: list[Curve]) -> Panel:
-    highest = min(HIGHEST, max(max(curve.means) for curve in curves))
-    x = (0.0, 1.0) if name == "cross_entropy" else (-0.2, 1.2)
-    y_ticks = ticks(0, highest, 4)
-    return Panel(left=46, top=12, width=WIDTH - 60, height=HEIGHT - 40, x=x, y=(0, y_ticks[-1]))
+def _panel(x: tuple[float, float], y: tuple[float, float]) -> Panel:
+    return Panel(left=46, top=12, width=WIDTH - 60, height=HEIGHT - 40, x=x, y=y)
 
 
-def _state(panel: Panel, name: str, curve: Curve) -> dict[str, object]:
-    """Return how a panel looks for a share: its curve, its mark, and the answer in words."""
-    kept = [
-        (panel.across(answer), panel.up(mean))
+def _state(panel: Panel, curve: Curve) -> dict[str, str]:
+    """Return how a panel looks for a share: its curve, its mark, and the best answer."""
+    points = [
+        panel.at(answer, mean)
         for answer, mean in zip(curve.answers, curve.means, strict=True)
         if mean <= panel.y[1]
     ]
     low, high = curve.best
-    y = panel.up(min(curve.means))
-    wide = 0 if high > low else 5
-    words = number(low) if high == low else f"{number(low)} to {number(high)}"
-    kind = "probability" if name == "cross_entropy" else "output"
+    start = panel.at(low, min(curve.means))
     return {
-        "points": " ".join(f"{x:g},{y:g}" for x, y in kept),
-        "best": [panel.across(low) - wide, panel.across(high) + wide, y],
-        "text": f"{kind} {words}",
+        "curve": f"M{'L'.join(points)}",
+        "best": f"M{start}H{panel.across(high) + 0.1:g}",
+        "text": number(low) if high == low else f"{number(low)} to {number(high)}",
     }
-
-
-def _places(best: object) -> str:
-    x1, x2, y = best  # type: ignore[misc]
-    return f'x1="{x1:g}" x2="{x2:g}" y1="{y:g}" y2="{y:g}"'
 
 
 def descent_figure() -> str:
@@ -95,8 +86,8 @@ def descent_figure() -> str:
     drawings = []
     for name in TAUGHT:
         points = descent(name, learning_rate=LEARNING_RATE, steps=STEPS)
-        panel = Panel(left=46, top=12, width=WIDTH - 60, height=HEIGHT - 40, x=(0, STEPS), y=(-1, 2))
-        parts = [*panel.axes(range(0, STEPS + 1, 5), [-1, 0, 1, 2])]
+        panel = _panel((0, STEPS), (-1, 3))
+        parts = [*panel.axes(range(0, STEPS + 1, 5), range(-1, 4))]
         for k in range(len(points[0].outputs)):
             css = "value" if k == LABEL else "gradient"
             outputs = [each.outputs[k] for each in points]
@@ -110,6 +101,6 @@ def descent_figure() -> str:
 <div class="legend"><span class="key value">class 1, right</span>
 <span class="key gradient">classes 0 and 2, wrong</span></div>
 <div class="panels">{"".join(drawings)}</div>
-<figcaption>The three outputs during {STEPS} steps with learning rate {LEARNING_RATE}, if the outputs
+<figcaption>The three outputs during {STEPS} steps with learning rate {LEARNING_RATE}, if they
 themselves were the weights.</figcaption>
 </figure>"""

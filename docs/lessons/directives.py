@@ -1,6 +1,6 @@
 """Sphinx's extension of the pages that teach: their tables, their figures, and MathML.
 
-`{lesson} example`, `{lesson} loss cross_entropy`: what comes from the code, where the page names it.
+A page names what it wants: `{lesson} example`, `{lesson} loss cross_entropy`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ def number(value: float, digits: int = 4) -> str:
     return "0" if text in ("-0", "0") else text.replace("-", "−")
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 7) -> list[float]:
     """Return round numbers that reach from `low` to `high`."""
     return [float(tick) for tick in MaxNLocator(count).tick_values(low, high)]
 
@@ -52,12 +53,22 @@ class Panel:
         low, high = self.y
         return round(self.top + (high - y) / (high - low) * self.height, 1)
 
-    def curve(self, x: Sequence[float], y: Sequence[float], css: str) -> str:
-        """Return a line through points."""
-        points = " ".join(
-            f"{self.across(a):g},{self.up(b):g}" for a, b in zip(x, y, strict=True)
-        )
-        return f'<polyline points="{points}" class="curve {css}"/>'
+    def curve(
+        self, x: Sequence[float], y: Sequence[float], css: str, *, jump: float = math.inf
+    ) -> str:
+        """Return a line through points: in pieces, where it jumps or leaves the panel."""
+        pieces, last = [], math.inf
+        for a, b in zip(x, y, strict=True):
+            is_inside = self.y[0] <= b <= self.y[1]
+            if is_inside:
+                is_new = math.isinf(last) or abs(b - last) > jump
+                pieces.append(f"{'M' if is_new else 'L'}{self.at(a, b)}")
+            last = b if is_inside else math.inf
+        return f'<path d="{"".join(pieces)}" class="curve {css}"/>'
+
+    def at(self, x: float, y: float) -> str:
+        """Return where a point is, as paths have it."""
+        return f"{self.across(x):g} {self.up(y):g}"
 
     def line(self, start: tuple[float, float], end: tuple[float, float], css: str) -> str:
         """Return a straight line."""

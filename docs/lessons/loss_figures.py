@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from cnn.losses import LOSSES
 from lessons.curves import LABEL, MOVED, OUTPUTS, STEPS, Point, point, slices
 from lessons.drawing import Panel, number, svg, text, ticks
 
@@ -27,10 +26,12 @@ def loss_figure(name: str) -> str:
     """Return the figure of a loss: its value and gradient along one output, and all three pulls."""
     along = slices(name)
     beside = BESIDE.get(name, "")
-    panel = _panel(along)
+    y_ticks = ticks(*_range(along))
+    y = (y_ticks[0], y_ticks[-1])
+    panel = Panel(left=70, top=10, width=WIDTH - 90, height=220, x=(-4, 4), y=y)
     start = point(name)
     parts = [
-        *panel.axes(range(-4, 5), ticks(*panel.y)),
+        *panel.axes(range(-4, 5), y_ticks),
         *_curves(panel, along, beside),
         *_markers(panel, start),
         *_pulls(panel, name, start),
@@ -45,18 +46,14 @@ def loss_figure(name: str) -> str:
 {drawing}</div>
 <div class="reading">{_controls(name)}{_table(start)}</div>
 <script type="application/json">{_data(panel, along)}</script>
-<figcaption>Source: {LOSSES[name].source}.</figcaption>
 </figure>"""
 
 
-def _panel(along: dict[str, list[Point]]) -> Panel:
-    low, high = 0.0, 0.0
-    for key, points in along.items():
-        numbers = [each.gradient[MOVED[key]] for each in points] + [each.value for each in points]
-        low, high = min(low, *numbers), max(high, *numbers)
-    y_ticks = ticks(low, high)
-    y = (y_ticks[0], y_ticks[-1])
-    return Panel(left=70, top=10, width=WIDTH - 90, height=220, x=(-4, 4), y=y)
+def _range(along: dict[str, list[Point]]) -> tuple[float, float]:
+    """Return the lowest and the highest number of all curves."""
+    numbers = [each.value for points in along.values() for each in points]
+    numbers += [each.gradient[MOVED[key]] for key, points in along.items() for each in points]
+    return min(0.0, *numbers), max(numbers)
 
 
 def _curves(panel: Panel, along: dict[str, list[Point]], beside: str) -> Iterator[str]:
@@ -64,9 +61,10 @@ def _curves(panel: Panel, along: dict[str, list[Point]], beside: str) -> Iterato
     for key, points in along.items():
         yield f'<g class="along {key}">'
         if beside:
-            others = [min(each.value, panel.y[1]) for each in slices(beside)[key]]
-            yield panel.curve(STEPS, others, "beside")
-        yield panel.curve(STEPS, [each.gradient[MOVED[key]] for each in points], "gradient")
+            yield panel.curve(STEPS, [each.value for each in slices(beside)[key]], "beside")
+        slopes = [each.gradient[MOVED[key]] for each in points]
+        jump = (max(slopes) - min(slopes)) / 5
+        yield panel.curve(STEPS, slopes, "gradient", jump=jump)
         yield panel.curve(STEPS, [each.value for each in points], "value")
         yield "</g>"
 
@@ -87,7 +85,8 @@ def _pulls(panel: Panel, name: str, start: Point) -> Iterator[str]:
         css = "right" if k == LABEL else "wrong"
         yield f'<g class="pull {css}">'
         yield text(0, y + 5, f"class {k}")
-        yield f'<line x1="{panel.left}" x2="{panel.left + panel.width}" y1="{y}" y2="{y}" class="grid"/>'
+        ends = f'x1="{panel.left}" x2="{panel.left + panel.width}"'
+        yield f'<line {ends} y1="{y}" y2="{y}" class="grid"/>'
         if name in HAS_TARGETS:
             target = panel.across(float(k == LABEL))
             yield f'<line x1="{target}" x2="{target}" y1="{y - 9}" y2="{y + 9}" class="target"/>'
@@ -109,9 +108,11 @@ def _controls(name: str) -> str:
         f"{' checked' if key == 'right' else ''}> class {moved}, {key}</label>"
         for key, moved in MOVED.items()
     )
+    places = f'min="0" max="{len(STEPS) - 1}" value="{STEPS.index(OUTPUTS[LABEL])}"'
     return f"""<div class="controls" hidden>
-<div>Move the output of {choices}</div>
-<input type="range" min="0" max="{len(STEPS) - 1}" value="{STEPS.index(OUTPUTS[LABEL])}" aria-label="output">
+<div>Move the output of</div>
+<div>{choices}</div>
+<input type="range" {places} aria-label="output">
 </div>"""
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cnn.networks import CNN
 
@@ -40,12 +40,8 @@ def layers() -> list[Layer]:
 
     for name in names:
         note(name)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with torch.inference_mode():
         network(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))
-    operations = {
-        name.partition(".")[2]: sum(counts.values())
-        for name, counts in counter.get_flop_counts().items()
-    }
     found, field, step = [], 1, 1
     for name in names:
         module = network.get_submodule(name)
@@ -56,11 +52,17 @@ def layers() -> list[Layer]:
                 what=described(module),
                 shape=shapes[name],
                 parameters=sum(weight.numel() for weight in module.parameters()),
-                multiply_adds=operations.get(name, 0) // 2,
+                multiply_adds=multiply_adds(module, shapes[name]),
                 field=field if len(shapes[name]) == 3 else None,
             )
         )
     return found
+
+
+def multiply_adds(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the products of a layer: each of its weights, at each place of what it returns."""
+    weights = [weight for weight in module.parameters() if weight.ndim > 1]  # biases are added only
+    return sum(weight.numel() for weight in weights) * math.prod(shape[1:])
 
 
 def widened(module: nn.Conv2d | nn.MaxPool2d, field: int, step: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from lessons.network import SIZE, layers
 
 SCORES = Path(__file__).parent / "scores.json"
 ROW_HEIGHT = 19
+TIMES = "\xa0×\xa0"
 
 
 def layers_table() -> Iterator[str]:
@@ -23,12 +24,14 @@ def layers_table() -> Iterator[str]:
     cost = sum(layer.multiply_adds for layer in found)
     yield "| Layer | Shape of its output | Parameters | Multiply-adds | Share | Receptive field |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
-    yield f"| image | 3 × {SIZE} × {SIZE} | | | | 1 × 1 |"
+    yield f"| image | {TIMES.join(('3', str(SIZE), str(SIZE)))} | | | | 1{TIMES}1 |"
     for layer in found:
-        shape = " × ".join(map(str, layer.shape))
-        field = f"{layer.field} × {layer.field}" if layer.field else "whole image"
-        share = f"{layer.multiply_adds / cost:.1%}".replace("%", " %") if layer.multiply_adds else ""
-        counts = [f"{count:,}" if count else "" for count in (layer.parameters, layer.multiply_adds)]
+        shape = TIMES.join(f"{size:,}" for size in layer.shape)
+        field = f"{layer.field}{TIMES}{layer.field}" if layer.field else "whole\xa0image"
+        share = f"{layer.multiply_adds / cost * 100:.2g}\xa0%" if layer.multiply_adds else ""
+        counts = [
+            f"{count:,}" if count else "" for count in (layer.parameters, layer.multiply_adds)
+        ]
         yield f"| {layer.what} | {shape} | {' | '.join(counts)} | {share} | {field} |"
     parameters = sum(layer.parameters for layer in found)
     yield f"| **all** | | **{parameters:,}** | **{cost:,}** | | |"
@@ -41,26 +44,26 @@ def three_images() -> list[dict[str, Any]]:
 
 
 def field_figure() -> str:
-    """Return an image with the squares that single numbers of the first layers see."""
-    image = three_images()[0]["png"]
-    zoom, left = 8, 20
+    """Return an image with the squares that a number sees after each convolution."""
+    zoom, top = 8, 8
     edge = SIZE * zoom
     parts = [
-        f'<image href="data:image/png;base64,{image}" x="{left}" y="{left}" '
+        f'<image href="data:image/png;base64,{three_images()[0]["png"]}" x="2" y="{top}" '
         f'width="{edge}" height="{edge}" class="pixels"/>'
     ]
-    fields = sorted({layer.field for layer in layers() if layer.field and layer.field <= SIZE})
-    for field in fields:
+    convolutions = [layer for layer in layers() if layer.what.startswith("convolution")]
+    for name, layer in zip(("first", "second", "third"), convolutions, strict=True):
+        field = layer.field or SIZE
         side = field * zoom
-        place = left + (SIZE // 2 - field / 2) * zoom
-        parts.append(
-            f'<rect x="{place:g}" y="{place:g}" width="{side}" height="{side}" class="field"/>'
-        )
-        parts.append(text(place + 3, place + side - 4, f"{field}", "field-name"))
-    size = edge + 2 * left
-    label = "Squares on an image: what a number of each of the first layers sees"
-    return f"""<figure class="lesson field">{svg(size, size, label, parts)}
-<figcaption>The squares of pixels that one number in the middle of a layer sees.
+        x, y = (2 + (SIZE - field) / 2 * zoom, top + (SIZE - field) / 2 * zoom)
+        size = f'width="{side}" height="{side}"'
+        parts.append(f'<rect x="{x:g}" y="{y:g}" {size} class="field"/>')
+        ends = f'x1="{x + side:g}" x2="{edge + 14}" y1="{y:g}" y2="{y:g}"'
+        parts.append(f'<line {ends} class="field"/>')
+        parts.append(text(edge + 20, y + 5, f"{name} convolution: {field}{TIMES}{field}"))
+    label = "Squares on an image: what a number sees after each convolution"
+    return f"""<figure class="lesson field">{svg(480, edge + top + 4, label, parts)}
+<figcaption>The pixels that one number in the middle sees, after each of the three convolutions.
 </figcaption></figure>"""
 
 
@@ -99,8 +102,10 @@ def _scores(image: dict[str, Any]) -> str:
         )
         parts.append(text(panel.left + panel.width + 50, y + 11, number(output, 1), "tick end"))
     drawing = svg(280, panel.height + 20, f"Scores of {image['what']}", parts)
-    return f"""<div><div class="title">{image["what"]}</div>
-<img class="pixels" alt="a digit {label}" src="data:image/png;base64,{image["png"]}">
-<div class="numbers">class {label}, predicted {probabilities.index(max(probabilities))}<br>
-probability of its class {number(probabilities[label])}<br>cross-entropy {number(loss)}</div>
+    return f"""<div><div class="title">{image["what"].capitalize()}</div>
+<div class="image">
+<img class="pixels dark-light" alt="a digit {label}" src="data:image/png;base64,{image["png"]}">
+<div>class {label}, predicted {probabilities.index(max(probabilities))}<br>
+probability of its class: {probabilities[label]:.4f}<br>cross-entropy: {loss:.4f}</div>
+</div>
 {drawing}</div>"""

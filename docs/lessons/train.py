@@ -52,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as a worker does
     digits = load("digits", data_dir=options.data_dir, seed=DIGITS.seed)
     scores = three_images(trained(DIGITS, digits), digits)
-    SCORES.write_text(json.dumps(scores, indent=1) + "\n")
+    SCORES.write_text("[\n" + ",\n".join(map(json.dumps, scores)) + "\n]\n")
     data = load(options.dataset, data_dir=options.data_dir, seed=FILTERS.seed)
     before = first_filters(build_network(len(data.classes), seed=FILTERS.seed))
     after = first_filters(trained(FILTERS, data))
