@@ -17,7 +17,7 @@ def number(value: float, digits: int = 4) -> str:
 
 def ticks(low: float, high: float, count: int = 7) -> list[float]:
     """Return round numbers that reach from `low` to `high`."""
-    return [float(tick) for tick in MaxNLocator(count).tick_values(low, high)]
+    return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)]
 
 
 def text(x: float, y: float, content: str, css: str = "") -> str:

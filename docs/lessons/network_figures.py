@@ -60,7 +60,7 @@ def field_figure() -> str:
         parts.append(f'<rect x="{x:g}" y="{y:g}" {size} class="field"/>')
         ends = f'x1="{x + side:g}" x2="{edge + 14}" y1="{y:g}" y2="{y:g}"'
         parts.append(f'<line {ends} class="field"/>')
-        parts.append(text(edge + 20, y + 5, f"{name} convolution: {field}{TIMES}{field}"))
+        parts.append(text(edge + 20, y + 5, f"{name}: {field}{TIMES}{field}"))
     label = "Squares on an image: what a number sees after each convolution"
     return f"""<figure class="lesson field">{svg(480, edge + top + 4, label, parts)}
 <figcaption>The pixels that one number in the middle sees, after each of the three convolutions.
