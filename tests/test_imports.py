@@ -46,10 +46,12 @@ LAYERS = """
     experiments.interrupts experiments.accounts experiments.supervision
     experiments.engine
     experiments.study
+    experiments.inventory
     experiments.comparison
     experiments.reporting
     experiments.config_file experiments.cli
     experiments.sweep experiments.compare experiments.report experiments.servers experiments.rerun
+    experiments.clean experiments.__main__
     experiments.from_python
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
