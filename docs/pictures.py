@@ -98,7 +98,7 @@ def run(shown: Shown) -> str:
             bool(re.match(r" *\d+ +(complete|pruned|diverged|failed) ", row)) for row in rows
         )
         running = [row for row in rows if re.match(r" *\d+ +(epoch )?[1-9]\d*/\d", row)]
-        if len(ended) <= shown.ended and len(running) == 2:
+        if ended <= shown.ended and len(running) == 2:
             picture = screen
         time.sleep(0.2)
     return picture.rstrip()

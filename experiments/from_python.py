@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         shown = self.trials.drop(columns=["run_id"]).head(SHOWN_ROWS)
+        formats: dict[str, Callable[[Any], str]]
         formats = {"val_accuracy": percent, "learning_rate": "{:.3g}".format}
         table = shown.to_html(
             index=False,

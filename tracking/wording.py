@@ -8,7 +8,7 @@ import textwrap
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which gets an s: 1 epoch, 2 epochs."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def percent(share: float | None) -> str:
