@@ -114,7 +114,7 @@ def test_a_comparison_as_json_has_its_stages(capsys: pytest.CaptureFixture[str])
     assert all(record["study"] for record in again if record["event"] == "sweep_ended")
 
 
-@pytest.mark.parametrize("argv", [SMALL, COMPARED])
+@pytest.mark.parametrize("argv", [SMALL, pytest.param(COMPARED, marks=pytest.mark.slow)])
 def test_quiet_is_the_end_of_what_is_printed_otherwise(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
