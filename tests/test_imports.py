@@ -33,7 +33,8 @@ LAYERS = """
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
-    tracking.text tracking.files tracking.cli tracking.store tracking.retries
+    tracking.text tracking.plotting tracking.files tracking.cli tracking.store tracking.retries
+    tracking.examples
     tracking.prediction.pixels
     tracking.models
     tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
