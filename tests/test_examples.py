@@ -15,7 +15,16 @@ from test_outputs import images, predictor_of
 from test_report import desk, read_report
 
 from tracking import predict
-from tracking.examples import RIGHT, SURE, UNSURE, WRONG, Example, ExamplePicker, draw_examples
+from tracking.examples import (
+    RIGHT,
+    SURE,
+    UNSURE,
+    WRONG,
+    Example,
+    ExamplePicker,
+    Examples,
+    draw_examples,
+)
 from tracking.models import predictions
 from tracking.models.predictions import Predictions
 
@@ -92,6 +101,45 @@ def test_odd_names_and_many_classes_are_drawn(channels: int) -> None:
     pixels = np.zeros((9, 7, channels), np.uint8)
     draw_examples({RIGHT: [example], WRONG: []}, {2: pixels}, classes, file)
     assert width(file) > 400
+
+
+def examples(side: int, channels: int) -> Examples:
+    example = Example(row=5, name="x", label=1, probabilities=np.array([0.2, 0.8], np.float32))
+    image = np.random.default_rng(0).integers(0, 256, (side, side + 1, channels)).astype(np.uint8)
+    return Examples(classes=("ant", "bee"), groups={RIGHT: [example]}, images={5: image})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_examples_are_recorded_as_json(channels: int) -> None:
+    before = examples(9, channels)
+    after = Examples.from_dict(json.loads(json.dumps(before.as_dict())))
+    assert after.classes == before.classes
+    np.testing.assert_array_equal(after.images[5], before.images[5])
+    (one,), (other,) = before.groups[RIGHT], after.groups[RIGHT]
+    assert (other.row, other.name, other.label) == (one.row, one.name, one.label)
+    np.testing.assert_array_equal(other.probabilities, one.probabilities)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_large_image_is_reduced(channels: int) -> None:
+    after = Examples.from_dict(examples(300, channels).as_dict())
+    assert after.images[5].shape == (96, 96, channels)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": None},
+        {"classes": ["ant"]},
+        {"groups": []},
+        {"groups": {RIGHT: [{"row": 5, "name": "x", "label": 2, "probabilities": [0, 1]}]}},
+        {"images": {"5": {"shape": [10**6, 10**6, 3], "pixels": ""}}},
+        {"images": {"5": {"shape": [2, 2, 3], "pixels": "AAAA"}}},
+    ],
+)
+def test_what_is_no_record_of_examples_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="these are no examples"):
+        Examples.from_dict(examples(9, 3).as_dict() | change)
 
 
 # In a report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,89 @@ def as_records(
         ]
         for title, group in groups.items()
     }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """Examples with their images."""
+
+    classes: tuple[str, ...]
+    groups: Mapping[str, Sequence[Example]]
+    """By the title of the group."""
+    images: Mapping[int, npt.NDArray[np.uint8]]
+    """(H, W, C) by row."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return them in JSON's types, for `from_dict`; images are reduced to `LARGEST` pixels."""
+        return {
+            "classes": list(self.classes),
+            "groups": {
+                title: [
+                    {
+                        "row": each.row,
+                        "name": each.name,
+                        "label": each.label,
+                        "probabilities": each.probabilities.tolist(),
+                    }
+                    for each in group
+                ]
+                for title, group in self.groups.items()
+            },
+            "images": {str(row): _packed(image) for row, image in self.images.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Examples:
+        """Return the examples of `as_dict`. Bad content is a ValueError."""
+        import numpy as np
+
+        try:
+            classes = tuple(map(str, told["classes"]))
+            groups = {
+                str(title): [
+                    Example(
+                        row=int(each["row"]),
+                        name=str(each["name"]),
+                        label=int(each["label"]),
+                        probabilities=np.array(each["probabilities"], np.float32),
+                    )
+                    for each in group
+                ]
+                for title, group in told["groups"].items()
+            }
+            images = {int(row): _unpacked(packed) for row, packed in told["images"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"these are no examples: {error!r}") from error
+        for each in (each for group in groups.values() for each in group):
+            if each.probabilities.shape != (len(classes),) or not -1 <= each.label < len(classes):
+                raise ValueError(f"these are no examples of {len(classes)} classes")
+        return cls(classes=classes, groups=groups, images=images)
+
+
+LARGEST = 96
+"""Height and width of an image that is recorded with its example."""
+
+
+def _packed(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    from PIL import Image
+
+    if max(image.shape[:2]) > LARGEST:
+        import numpy as np
+
+        small = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+        small.thumbnail((LARGEST, LARGEST))
+        image = np.asarray(small).reshape(small.height, small.width, -1)
+    return {"shape": list(image.shape), "pixels": base64.b64encode(image.tobytes()).decode()}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    import numpy as np
+
+    height, width, channels = map(int, packed["shape"])
+    if not (0 < height <= LARGEST and 0 < width <= LARGEST and channels in (1, 3)):
+        raise ValueError(f"an image of {height}×{width} with {channels} channels")
+    pixels = np.frombuffer(base64.b64decode(packed["pixels"]), np.uint8)
+    return pixels.reshape(height, width, channels)
 
 
 def draw_examples(
