@@ -14,6 +14,7 @@ from tracking.cli import Parser, leave, run_command
 from tracking.errors import without_passwords
 from tracking.store import reading, sqlite_file, tracking_uri
 from tracking.text import printable
+from tracking.wording import counted
 
 # Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
@@ -195,7 +196,6 @@ def _checkpoint_rows(inventory: Inventory) -> Iterator[Row]:
 
 def _show_removal(removal: Removal) -> None:
     """Print what is to be removed, and what stays."""
-    from experiments.inventory.removal import counted
     from experiments.inventory.runs import file_size, size_of
 
     for study in removal.studies:

@@ -16,6 +16,8 @@ from tracking.cli import Parser
 from tracking.errors import without_passwords
 
 _OWN = ("help", "config", "print_config")
+_NOT_OF_THE_STUDY = ("quiet", "json")
+"""Options that a file may have, but that are not written to one."""
 
 
 class ConfigParser(Parser):
@@ -76,7 +78,7 @@ class ConfigParser(Parser):
         lines = [f"# {self.prog}"]
         for action in self._actions:
             value = getattr(options, action.dest, None)
-            if action.dest in (*_OWN, "vary") or value is None:
+            if action.dest in (*_OWN, *_NOT_OF_THE_STUDY, "vary") or value is None:
                 continue
             lines.append(f"{action.dest.replace('_', '-')} = {_toml(value)}")
         if getattr(options, "vary", None):

@@ -307,6 +307,14 @@ def _is_healthy(address: str) -> bool:
     return False
 
 
+def say_what_starts(addresses: ServerAddresses) -> None:
+    """Print which servers are started, and where their logs are."""
+    ports = {"PostgreSQL": addresses.postgresql_port, "MLflow": addresses.mlflow_port}
+    for name, (log, _) in addresses.logs.items():
+        print(f"starting {name} at {addresses.local}:{ports[name]}, log: {log}")
+    print("this takes some seconds; Ctrl-C stops it", flush=True)
+
+
 def what_to_type(addresses: ServerAddresses) -> str:
     """Return what each user types, and which files hold the passwords."""
     address = f"http://{addresses.public}:{addresses.mlflow_port}"
@@ -396,6 +404,7 @@ def _run(options: argparse.Namespace) -> None:
         check_ports(addresses)
         for user in options.user:
             addresses.passwords.read(f"users/{user}")
+        say_what_starts(addresses)
         serve(addresses)
 
 

@@ -33,7 +33,8 @@ LAYERS = """
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
-    tracking.text tracking.plotting tracking.files tracking.cli tracking.store tracking.retries
+    tracking.wording tracking.text tracking.plotting tracking.progress tracking.files tracking.cli
+    tracking.store tracking.retries
     tracking.examples
     tracking.prediction.pixels
     tracking.models

@@ -29,6 +29,7 @@ from tracking.prediction.pipeline import (
 )
 from tracking.prediction.sources import check, open_source
 from tracking.prediction.splits import dataset_of
+from tracking.progress import say_start
 from tracking.run_search import described, model_uri
 from tracking.selection import choose
 from tracking.selection import load_best as load_best
@@ -160,6 +161,7 @@ def _run(options: argparse.Namespace) -> int:
     out, target = _check_output(options.out, options.source)
     if options.report:
         _check_folder(options, target)
+    say_start(f"opening the model, then {options.source!r}")
     predictor, why = _choose_model(options)
     use_available_cores()
     source = open_source(

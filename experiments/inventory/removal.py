@@ -32,6 +32,7 @@ from experiments.inventory.studies import (
 )
 from experiments.study.trial_cache import TrialCache
 from tracking.text import listed
+from tracking.wording import counted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -191,11 +192,6 @@ def _files(
         for entry in inventory.cache
         if entry.name in cache or (unused and not entry.is_used)
     ]
-
-
-def counted(number: int, what: str) -> str:
-    """Return a number with its noun: 1 run, 2 runs."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def remove(removal: Removal, client: MlflowClient, storage: TrialCache | None, url: str) -> bool:

@@ -140,10 +140,13 @@ class _Sweep:
 
         Orphaned trials wait for MLflow, which knows their outcomes.
         """
-        if not self.reuse and not self.dispatcher.heartbeat.orphaned():
-            self.dispatcher.dispatch()
+        trials = self.dispatcher
+        if not self.reuse and not trials.heartbeat.orphaned():
+            trials.dispatch()
         notes = self._connect(under)
         recorder = self.recorder
+        if not trials.pending_runs:
+            trials.reconcile(recorder)
         return SweepStarted(
             study=self.study.study_name,
             experiment=recorder.tracker.experiment,
@@ -151,6 +154,7 @@ class _Sweep:
             parent_run_id=recorder.parent.run_id,
             num_before=num_finished(self.study),
             best_before=best_trial(self.study),
+            unfinished=trials.recorded_epochs(),
             notes=notes,
         )
 
@@ -183,8 +187,6 @@ class _Sweep:
     def events(self) -> Iterator[SweepEvent]:
         """Train the trials, and yield events."""
         trials = self.dispatcher
-        if not trials.pending_runs:
-            trials.reconcile(self.recorder)
         while (
             self.running
             or trials.pending_runs
@@ -292,9 +294,10 @@ class _Sweep:
             self.dispatcher.run_requested.add(trial.number)
             open_run = self.recorder.open_run if is_new else self.recorder.reopen_run
             run = open_run(trial, config)
-            self.running[trial.number] = RunningTrial(trial, config, run, is_new=is_new)
+            running = RunningTrial(trial, config, run, is_new=is_new)
+            self.running[trial.number] = running
             pending.pop(0)
-            yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
+            yield running.started()
 
     def _link_reused(self) -> Iterator[TrialReused]:
         """Give trials the results of finished trainings; a late start does what is left of it."""

@@ -16,7 +16,7 @@ from cnn.data import Dataset
 from cnn.images import IMAGE_SIZE
 from experiments.engine.base import EpochEnded, JobEnded
 from experiments.interrupts import Interrupts
-from experiments.study.events import TrialEnded
+from experiments.study.events import TrialEnded, TrialStarted
 from experiments.study.identity import digest_of_network, training_digest
 from experiments.study.models import Models
 from experiments.study.parameters import run_name
@@ -184,6 +184,16 @@ class RunningTrial:
         # bit for bit, so they are not recorded again.
         self.recorded = 0 if is_new else run.last_step(OBJECTIVE)
         self.reported = 0 if is_new else last_reported_epoch(trial)
+        self.resumed_after = None if is_new else self.reported
+
+    def started(self) -> TrialStarted:
+        """Return the event of the trial's start."""
+        return TrialStarted(
+            trial=self.trial.number,
+            run_id=self.run.run_id,
+            config=self.config,
+            resumed_after=self.resumed_after,
+        )
 
     def record(self, event: EpochEnded) -> None:
         """Record an epoch in MLflow and Optuna, unless an earlier process did."""

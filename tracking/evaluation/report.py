@@ -21,6 +21,7 @@ from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
 from tracking.examples import Example, ExamplePicker, as_records, draw_examples
 from tracking.files import open_folder, writing
 from tracking.prediction.formats import format_of, to_csv
+from tracking.progress import progress
 from tracking.run_search import described
 from tracking.store import reading
 from tracking.text import escape_formulas, escaped
@@ -134,19 +135,30 @@ def count(file: Path, picker: ExamplePicker | None = None) -> MetricsAccumulator
         [(head, pa.string()) for head in texts] + [(head, pa.float32()) for head in columns]
     )
     start = 0
-    for batch in _batches(file, schema):
-        read = np.array(batch["error"].is_null()) if "error" in texts else np.ones(len(batch), bool)
-        probabilities = np.column_stack([batch[head] for head in columns])
-        counts.unreadable += int((~read).sum())
-        labels = _positions(batch["label"], counts.classes)
-        counts.add(labels[read], probabilities[read])
-        if picker is not None:
-            rows = np.flatnonzero(read)
-            sources = batch["source"].take(pa.array(rows)).to_pylist() if "source" in texts else []
-            names = [str(name) for name in sources] or [str(start + row) for row in rows]
-            picker.add(start + rows, names, labels[read], probabilities[read])
-        start += len(batch)
+    with progress("rows") as advance:
+        for batch in _batches(file, schema):
+            has_error = "error" in texts
+            read = np.array(batch["error"].is_null()) if has_error else np.ones(len(batch), bool)
+            probabilities = np.column_stack([batch[head] for head in columns])
+            counts.unreadable += int((~read).sum())
+            labels = _positions(batch["label"], counts.classes)
+            counts.add(labels[read], probabilities[read])
+            if picker is not None:
+                rows = np.flatnonzero(read)
+                names = _names(batch, rows, start)
+                picker.add(start + rows, names, labels[read], probabilities[read])
+            start += len(batch)
+            advance(len(batch))
     return counts
+
+
+def _names(batch: pa.RecordBatch, rows: npt.NDArray[np.int64], start: int) -> list[str]:
+    """Return the names of a part's images; without a column of them, their positions."""
+    import pyarrow as pa
+
+    if "source" not in batch.schema.names:
+        return [str(start + row) for row in rows]
+    return [str(name) for name in batch["source"].take(pa.array(rows)).to_pylist()]
 
 
 def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
