@@ -260,7 +260,7 @@ def workers_and_data(
     `make_settings` returns the settings, checked, for a number of workers.
     """
     where = " on Ray" if options.engine == "ray" else ""
-    output.step(f"starting workers{where}, opening data set {printable(options.dataset)}")
+    output.step(f"starting workers{where}, opening {printable(options.dataset)}")
     open_workers = on_ray if options.engine == "ray" else on_this_machine
     own = references(options)
     data = None

@@ -166,8 +166,8 @@ runpy.run_module(name, run_name="__main__")
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("experiments.sweep", "starting workers, opening data set digits []"),
-        ("experiments.compare", "starting workers, opening data set digits []"),
+        ("experiments.sweep", "starting workers, opening digits []"),
+        ("experiments.compare", "starting workers, opening digits []"),
         ("experiments.rerun 0123", "reading run 0123, opening its data set []"),
     ],
 )

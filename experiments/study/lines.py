@@ -47,7 +47,7 @@ class PlainLines(_Lines):
         row = self.progress.follow(event)
         match event:
             case SweepStarted():
-                for line in introduction(self.settings, event):
+                for line in introduction(self.settings, event, self.progress.whole):
                     print(line, flush=True)
             case TrialNote():
                 print(note(event), flush=True)
@@ -175,13 +175,15 @@ def _line(arranged: Rows, row: Row) -> str:
     return "".join(cell.text for cell in cells).rstrip()
 
 
-def introduction(settings: Settings, event: SweepStarted) -> list[str]:
-    """Return what is said of a sweep at its start, a line each."""
+def introduction(settings: Settings, event: SweepStarted, whole: WholeWork | None) -> list[str]:
+    """Return what is said of a sweep at its start, a line each; a part of a whole says less."""
     already = f", {event.num_before} already finished" if event.num_before else ""
+    of_this_process = (
+        f"; {counted(settings.workers, 'worker')}; MLflow experiment {printable(event.experiment)}"
+    )
     lines = [
         f"study {printable(event.study)}: {counted(settings.trials, 'trial')} of "
-        f"{counted(settings.epochs, 'epoch')}{already}; {counted(settings.workers, 'worker')}; "
-        f"MLflow experiment {printable(event.experiment)}"
+        f"{counted(settings.epochs, 'epoch')}{already}{of_this_process if whole is None else ''}"
     ]
     if event.unfinished:
         lines.append(how_they_resume(event.unfinished))

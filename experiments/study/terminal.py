@@ -62,7 +62,7 @@ class Terminal:
             row = self.progress.follow(event)
         match event:
             case SweepStarted():
-                for line in introduction(self.settings, event):
+                for line in introduction(self.settings, event, self.progress.whole):
                     self.console.print(Text(line))
                 self.is_shown = event.num_before < self.settings.trials
             case TrialNote():
