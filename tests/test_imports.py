@@ -44,6 +44,7 @@ LAYERS = """
     tracking.evaluation
     tracking.best tracking.predict tracking.promote tracking.report
     experiments.interrupts experiments.accounts experiments.supervision
+    experiments.server_addresses
     experiments.engine
     experiments.study
     experiments.inventory

@@ -228,4 +228,5 @@ def test_no_line_of_200_trials_wraps_in_a_terminal_of_60_columns(tmp_path: Path)
     assert [line.rstrip() for line in joined] == lines  # -J joins what the terminal has wrapped
     rows = [line for line in lines if re.match(r" *\d+ +(complete|diverged) ", line)]
     assert len(rows) == 200 + 10
+    assert not [line for line in lines if "━" in line or "epoch 1/" in line]  # no live line stays
     assert "the best 10 of 200 trials, the best first:" in lines

@@ -29,7 +29,7 @@ from experiments.study.lines import JsonLines, PlainLines, ProblemLines
 from experiments.study.output import Output
 from experiments.study.progress import SweepProgress, sparkline
 from experiments.study.settings import Settings
-from experiments.study.terminal import STYLES, Terminal
+from experiments.study.terminal import STYLES, LockedConsole, Terminal
 from tracking.progress import asking_the_terminal
 
 WIDTHS = (200, 146, 100, 80, 60, 40)
@@ -107,9 +107,8 @@ def shown(
     """Return the lines that stay on a terminal, and those that are live after the last event."""
     file = io.StringIO()
     given = {"force_terminal": True, "highlight": False, "legacy_windows": False}
-    console = Console(file=file, width=width, height=height, **given | options)
+    console = LockedConsole(file=file, width=width, height=height, **given | options)
     display = Terminal(of or settings(), None, console)
-    display.live.auto_refresh = False
     with display:
         for event in events:
             display.show(event)
@@ -213,7 +212,7 @@ def test_more_running_trials_than_lines_are_counted() -> None:
 
 
 def test_the_width_is_that_of_the_moment() -> None:
-    console = Console(file=io.StringIO(), width=100, height=24, force_terminal=True)
+    console = LockedConsole(file=io.StringIO(), width=100, height=24, force_terminal=True)
     display = Terminal(settings(), None, console)
     for event in (begun(), started(1), progressed(1, 1, 0.5)):
         display.show(event)
@@ -236,8 +235,8 @@ def outcomes() -> list[SweepEvent]:
     return events
 
 
-def printed(*, no_color: bool) -> Console:
-    console = Console(
+def printed(*, no_color: bool) -> LockedConsole:
+    console = LockedConsole(
         file=io.StringIO(),
         width=100,
         force_terminal=True,

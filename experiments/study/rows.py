@@ -92,28 +92,31 @@ class Rows:
         curve.
         """
         columns, gap = self._fitting(width)
-        note = Cell(name="note", text=f"  {printable(row.note)}")
-        wanted = min(_NOTE, len(note.text))
         if width is None:
             columns = [each for each in columns if each.name != "curve"]
-        elif row.note:
-            while len(columns) > self.num_main and width - _width(columns, gap) < wanted:
+            return [[*self._cells(row, columns, gap), *_note(row)]]
+        wanted = min(_NOTE, sum(len(cell.text) for cell in _note(row)))
+        if row.note and width - _width(columns[: self.num_main], gap) >= wanted:
+            while width - _width(columns, gap) < wanted:
                 columns.pop()
-        elif not row.outcome and columns[-1].name in ("epochs", "seconds"):
+            return [[*self._cells(row, columns, gap), *_note(row)]]
+        if not row.outcome and columns[-1].name in ("epochs", "seconds"):
             # These are empty while it runs: its curve takes their place.
             columns = [each for each in columns if each.name not in ("epochs", "seconds")]
             curve = self.columns[-1]
             room = max(0, width - _width(columns, gap) - gap)
             columns.append(replace(curve, width=min(curve.width, room)))
+        cells = self._cells(row, columns, gap)
+        return [cells, _note(row)] if row.note and row.outcome == "failed" else [cells]
+
+    def _cells(self, row: Row, columns: Sequence[Column], gap: int) -> list[Cell]:
         cells = []
         for place, column in enumerate(columns):
             text = self._text(row, column)
             text = text.rjust(column.width) if column.is_right else text.ljust(column.width)
             text = f"{column.label} {text}" if column.label else text
             cells.append(Cell(name=column.name, text=" " * gap * (place > 0) + text))
-        if row.note and (width is None or width - _width(columns, gap) >= wanted):
-            return [[*cells, note]]
-        return [cells, [note]] if row.note and row.outcome == "failed" else [cells]
+        return cells
 
     def _fitting(self, width: int | None) -> tuple[list[Column], int]:
         """Return as many columns as fit into a width, and the gap between them.
@@ -157,6 +160,11 @@ class Rows:
         parameter = self.searched[column.name]
         text = printable(parameter.text(row.values.get(column.name)))
         return shortened(text, column.width) if parameter.kind is str else text
+
+
+def _note(row: Row) -> list[Cell]:
+    """Return the note of a row as its last cell, if there is one."""
+    return [Cell(name="note", text=f"  {printable(row.note)}")] if row.note else []
 
 
 def _column(parameter: Parameter, domain: Domain, given: Sequence[Any]) -> Column:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Self
+from contextlib import suppress
+from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -15,6 +16,7 @@ from experiments.study.lines import introduction, note, rows_of
 from experiments.study.progress import Row, SweepProgress, WholeWork
 from experiments.study.rows import Cell
 from experiments.study.settings import Settings
+from tracking.cli import OutputError
 from tracking.progress import COLOUR, REFRESHES, bar_line
 from tracking.wording import clock, percent
 
@@ -28,37 +30,63 @@ STYLES = {
 """The colours of outcomes. Colour-blind people can tell them apart (Okabe and Ito 2008)."""
 
 
+class LockedConsole(Console):
+    """A console that prints for one thread at a time.
+
+    Rich takes no lock over erasing live lines and drawing them: it would erase a row with them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.lock = threading.RLock()
+        super().__init__(**{"highlight": False, **options})
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does."""
+        with self.lock:
+            super().print(*objects, **options)
+
+
 class Terminal:
     """Shows a sweep's events on a console; the width is that of the moment."""
 
     def __init__(
-        self, settings: Settings, whole: WholeWork | None = None, console: Console | None = None
+        self,
+        settings: Settings,
+        whole: WholeWork | None = None,
+        console: LockedConsole | None = None,
     ) -> None:
         self.settings = settings
         self.progress = SweepProgress(settings, whole)
         self.rows = rows_of(settings)
-        self.console = console or Console(highlight=False)
-        self.lock = threading.Lock()  # the live lines are drawn in a thread of their own
+        self.console = console or LockedConsole()
         self.live = Live(
-            self,
-            console=self.console,
-            transient=True,
-            refresh_per_second=REFRESHES,
-            vertical_overflow="crop",
+            self, console=self.console, transient=True, auto_refresh=False, vertical_overflow="crop"
         )
         self.is_shown = False
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, daemon=True)
 
     def __enter__(self) -> Self:
         self.live.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
         self.is_shown = False
         self.live.stop()
 
+    def _refresh(self) -> None:
+        """Draw the live lines again, as time goes on and the terminal may have another size."""
+        with suppress(OutputError):  # the next row that is printed raises it as well
+            while not self._is_over.wait(1 / REFRESHES):
+                with self.console.lock:
+                    self.live.refresh()
+
     def show(self, event: SweepEvent) -> None:
         """Show an event."""
-        with self.lock:
+        with self.console.lock:
             row = self.progress.follow(event)
         match event:
             case SweepStarted():
@@ -77,7 +105,7 @@ class Terminal:
         if not self.is_shown:
             return
         width = options.max_width
-        with self.lock:
+        with self.console.lock:
             running = list(self.progress.running.values())
             room = max(1, options.size.height - 2)  # for these and what else is in the last lines
             shown = running if len(running) <= room else running[: room - 1]
