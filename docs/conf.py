@@ -193,7 +193,15 @@ def notebook(file: Path) -> Iterator[str]:
         yield from ("```python", source, "```", "")
         for output in cell["outputs"]:
             data = output.get("data", {"text/plain": output.get("text")})
-            if "text/html" in data:
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).strip()
+                yield from (
+                    "```{raw} html",
+                    f'<img src="data:image/png;base64,{picture}">',
+                    "```",
+                    "",
+                )
+            elif "text/html" in data:
                 yield from ("```{raw} html", "".join(data["text/html"]), "```", "")
             else:
                 yield from ("```text", "".join(data["text/plain"]).rstrip("\n"), "```", "")

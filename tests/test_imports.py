@@ -33,8 +33,8 @@ LAYERS = """
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
-    tracking.wording tracking.text tracking.progress tracking.files tracking.cli tracking.store
-    tracking.retries
+    tracking.wording tracking.text tracking.plotting tracking.progress
+    tracking.examples tracking.files tracking.cli tracking.store tracking.retries
     tracking.prediction.pixels
     tracking.models
     tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
