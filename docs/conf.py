@@ -23,16 +23,16 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 project = "cnn-loss-sweep"
 author = ""
 copyright = ""  # noqa: A001 (Sphinx reads this name)
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "lessons.directives"]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["colon_fence", "deflist", "attrs_block"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_block"]
 myst_heading_anchors = 4
 default_role = "code"  # docstrings have names in single backticks
 
@@ -47,7 +47,9 @@ napoleon_numpy_docstring = False
 html_theme = "pydata_sphinx_theme"
 html_title = "cnn-loss-sweep"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "lessons.css"]
+html_js_files = [("lessons.js", {"defer": "defer"})]
+html_math_renderer = "mathml"  # drawn by the browser, without the network
 html_show_sourcelink = False
 html_copy_source = False
 html_show_copyright = False
@@ -191,7 +193,15 @@ def notebook(file: Path) -> Iterator[str]:
         yield from ("```python", source, "```", "")
         for output in cell["outputs"]:
             data = output.get("data", {"text/plain": output.get("text")})
-            if "text/html" in data:
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).strip()
+                yield from (
+                    "```{raw} html",
+                    f'<img src="data:image/png;base64,{picture}">',
+                    "```",
+                    "",
+                )
+            elif "text/html" in data:
                 yield from ("```{raw} html", "".join(data["text/html"]), "```", "")
             else:
                 yield from ("```text", "".join(data["text/plain"]).rstrip("\n"), "```", "")

@@ -1,12 +1,13 @@
 """Execute the notebooks of these pages, and store what they print: `python docs/notebooks.py`.
 
 It needs no Jupyter. A cell is executed as Python, with one magic: `%%writefile FILE`. What its last
-expression is, is shown as HTML if it can be, else as text.
+expression is, is shown as a picture or as HTML if it can be, else as text.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import json
 import os
@@ -55,7 +56,9 @@ def _outputs(printed: str, value: Any, number: int) -> Any:
         yield {"output_type": "stream", "name": "stdout", "text": printed.splitlines(True)}
     if value is not None:
         data = {"text/plain": repr(value).splitlines(True)}
-        if hasattr(value, "_repr_html_"):
+        if hasattr(value, "_repr_png_"):
+            data["image/png"] = [base64.b64encode(value._repr_png_()).decode()]
+        elif hasattr(value, "_repr_html_"):
             data["text/html"] = value._repr_html_().splitlines(True)
         yield {
             "output_type": "execute_result",

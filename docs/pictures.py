@@ -1,19 +1,22 @@
-"""The README's pictures of the terminal and of MLflow: `python docs/pictures.py`.
+"""The pictures of terminals and of MLflow: `python docs/pictures.py`, or with the names of some.
 
-Runs a sweep in a new folder, in a terminal of tmux; renders this terminal while trials run, and
-MLflow's page of its runs, in Chromium. Both come from Debian: `apt install tmux chromium`.
+Runs sweeps and a comparison in a new folder, in terminals of tmux of several widths; renders what
+they show while trials run, and MLflow's page of the runs, in Chromium. Both come from Debian:
+`apt install tmux chromium`.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +30,30 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "docs" / "images"
-COMMAND = "python -m experiments.sweep"
-WIDTH, HEIGHT = 146, 26
-ENDED_IN_PICTURE = 14
-"""How many trials have ended, at most, when the picture is taken: two others run then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A command in a terminal, and when to take the picture."""
+
+    command: str
+    width: int
+    ended: int
+    """How many trials have ended in the picture, at most: two others run then."""
+    height: int = 26
+
+
+SWEEP = "python -m experiments.sweep"
+SMALL = f"{SWEEP} --trials 12 --epochs 6"
+COMPARISON = "python -m experiments.compare --losses mse l1 --searches 1 --trials 6 --epochs 4"
+TERMINALS = {
+    "terminal": Shown(command=SWEEP, width=100, ended=14),
+    "terminal-146": Shown(command=SMALL, width=146, ended=8, height=18),
+    "terminal-60": Shown(command=SMALL, width=60, ended=8, height=18),
+    "terminal-40": Shown(command=SMALL, width=40, ended=8, height=18),
+    "terminal-compare": Shown(command=COMPARISON, width=100, ended=10),
+}
+"""The first is the one that the README shows, and MLflow's page is that of its runs."""
 
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #292929; display: inline-block }}
@@ -38,15 +61,18 @@ pre {{ margin: 0; padding: 14px 18px; color: #c5c8c6; font: 13px/1.4 "DejaVu San
 </style><pre>$ {command}\n{code}</pre>"""
 
 
-def main() -> None:
-    """Take all pictures."""
+def main(names: Sequence[str]) -> None:
+    """Take the pictures of these names, or all."""
     OUT.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        screen = sweep()
-        with browser() as page:
-            page.set_content(TERMINAL.format(command=COMMAND, code=as_html(screen)))
-            page.locator("body").screenshot(path=OUT / "terminal.png")
-        show_runs()
+    for name, shown in TERMINALS.items():
+        if names and name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder, chdir(folder), browser() as page:
+            screen = run(shown)
+            page.set_content(TERMINAL.format(command=shown.command, code=as_html(screen, shown)))
+            page.locator("body").screenshot(path=OUT / f"{name}.png")
+            if shown.command == SWEEP:
+                show_runs()
 
 
 def tmux(*arguments: str) -> str:
@@ -55,28 +81,31 @@ def tmux(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def sweep() -> str:
-    """Run a sweep in a terminal to its end, and return what that showed while trials ran."""
-    size = ("-x", str(WIDTH), "-y", str(HEIGHT))
-    command = f"PYTHONPATH={ROOT} {sys.executable} -m experiments.sweep; sleep 1; touch done"
-    tmux("new-session", "-d", "-s", "sweep", *size, command)
+def run(shown: Shown) -> str:
+    """Run a command in a terminal to its end, and return what that showed while trials ran."""
+    size = ("-x", str(shown.width), "-y", str(shown.height))
+    command = shown.command.replace("python", f"PYTHONPATH={ROOT} {sys.executable}", 1)
+    tmux("new-session", "-d", "-s", "shown", *size, f"{command}; sleep 1; touch done")
     picture = ""
     while not Path("done").exists():
         try:
-            screen = tmux("capture-pane", "-p", "-e", "-t", "sweep")
+            screen = tmux("capture-pane", "-p", "-e", "-t", "shown")
         except subprocess.CalledProcessError:  # it is over
             break
-        ended = sum(" epochs " in line for line in screen.splitlines())
-        running = sum("━" in line and " epoch " in line for line in screen.splitlines())
-        if ended <= ENDED_IN_PICTURE and running == 2:
+        rows = re.sub(r"\x1b\[[\d;]*m", "", screen).splitlines()
+        ended = sum(
+            bool(re.match(r" *\d+ +(complete|pruned|diverged|failed) ", row)) for row in rows
+        )
+        running = [row for row in rows if re.match(r" *\d+ +(epoch )?[1-9]\d*/\d", row)]
+        if ended <= shown.ended and len(running) == 2:
             picture = screen
         time.sleep(0.2)
     return picture.rstrip()
 
 
-def as_html(screen: str) -> str:
+def as_html(screen: str, shown: Shown) -> str:
     """Return what a terminal shows as HTML."""
-    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    console = Console(record=True, width=shown.width, file=io.StringIO())
     console.print(Text.from_ansi(screen))
     html = console.export_html(theme=SVG_EXPORT_THEME, inline_styles=True, code_format="{code}")
     return html.rstrip()
@@ -109,4 +138,4 @@ def show_runs() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config_file import ConfigParser
 from experiments.engine.launch import RAY_DEFAULTS, on_ray, on_this_machine
+from experiments.study.output import Output
 from experiments.study.parameters import PARAMETERS, networks, parse_vary, references
 from tracking.cli import INTERRUPTED, Parser, run_command
 from tracking.errors import without_passwords
@@ -204,6 +205,15 @@ def add_record_flags(parser: Parser, study: str) -> argparse._ArgumentGroup:
     return record
 
 
+def add_output_flags(parser: Parser) -> None:
+    """Add the flags that say how to show what happens."""
+    output = parser.add_argument_group("output").add_mutually_exclusive_group()
+    text = "print the result only, and problems on standard error"
+    output.add_argument("--quiet", action="store_true", help=text)
+    text = "print a JSON object for each event, one a line; all else is on standard error"
+    output.add_argument("--json", action="store_true", help=text)
+
+
 def add_storage_flag(group: argparse._ActionsContainer) -> None:
     """Add the flag that names Optuna's database."""
     text = "the database of the studies; not MLflow's"
@@ -243,12 +253,14 @@ def report_stop(outcome: str, reason: str) -> int:
 
 @contextmanager
 def workers_and_data(
-    options: argparse.Namespace, make_settings: Callable[[int], Settings]
+    options: argparse.Namespace, make_settings: Callable[[int], Settings], output: Output
 ) -> Iterator[tuple[Settings, Dataset, WorkerPool]]:
     """Open the workers of a command line, and the data in all of them.
 
     `make_settings` returns the settings, checked, for a number of workers.
     """
+    where = " on Ray" if options.engine == "ray" else ""
+    output.step(f"starting workers{where}, opening {printable(options.dataset)}")
     open_workers = on_ray if options.engine == "ray" else on_this_machine
     own = references(options)
     data = None
@@ -262,6 +274,7 @@ def workers_and_data(
         settings = replace(make_settings(num_workers), worker_device=device)
         data = data or _checked_data(options, settings)
         pool.open(data, options.data_dir)
+        output.step("opening study and MLflow")
         yield settings, data, pool
 
 

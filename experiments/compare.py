@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.study.output import Output
 from experiments.study.parameters import BY_NAME, parse_vary
 from tracking.cli import Parser, leave
 from tracking.text import printable
@@ -88,6 +89,7 @@ def build_parser() -> Parser:
     record = cli.add_record_flags(parser, "the comparison")
     text = "write the report to a folder in this one, which has the comparison's name"
     cli.add_flag(record, "--out", Path("reports"), text, metavar="DIR")
+    cli.add_output_flags(parser)
     return parser
 
 
@@ -121,18 +123,21 @@ def _run(options: argparse.Namespace) -> int:
         make_plan(settings)  # checks it, before the data is loaded
         return settings
 
-    with cli.workers_and_data(options, make_settings) as (settings, data, pool):
-        return _compare(options, make_plan(settings), data, pool)
+    with (
+        Output(quiet=options.quiet, as_json=options.json) as output,
+        cli.workers_and_data(options, make_settings, output) as (settings, data, pool),
+    ):
+        return _compare(options, make_plan(settings), data, pool, output)
 
 
-def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool) -> int:
+def _compare(
+    options: argparse.Namespace, plan: Plan, data: Dataset, pool: WorkerPool, output: Output
+) -> int:
     from cnn.data import open_cached
-    from experiments.comparison.plan import ComparisonEnded, ModelTested, Planned, StageStarted
+    from experiments.comparison.display import ComparisonDisplay
+    from experiments.comparison.plan import ComparisonEnded
     from experiments.comparison.stages import compare
-    from experiments.comparison.workload import Workload, measure_rate
     from experiments.interrupts import Interrupts
-    from experiments.study.events import SweepStarted
-    from experiments.study.progress import Display
 
     def open_data(seed: int) -> Dataset:
         return open_cached(data.digest, options.data_dir, seed, checked=data.checked)
@@ -141,12 +146,9 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
         _publish(results, assessment, run, cli.report_folder(options.out, results.name))
 
     ended: ComparisonEnded | None = None
-    with ExitStack() as whole:
-        interrupts = whole.enter_context(Interrupts())
-        stage = whole.enter_context(ExitStack())
-        display: Any = None
-        workload: Any = None
-        title = ""
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        display = stack.enter_context(ComparisonDisplay(output, plan, data))
         comparison = compare(
             plan,
             data,
@@ -156,32 +158,12 @@ def _compare(options: argparse.Namespace, plan: Plan, data: Dataset, pool: Worke
             retest=options.retest,
             publish=publish,
         )
-        for event in whole.enter_context(closing(comparison)):
-            match event:
-                case Planned():
-                    workload = Workload(event)
-                    rate = plan.settings.workers * measure_rate(plan.settings, data)
-                    print("\n".join(workload.lines(rate)))
-                case StageStarted():
-                    stage.close()
-                    title = event.title
-                    if event.settings is None:
-                        print(f"\n{title}")
-                    else:
-                        display = stage.enter_context(Display(event.settings, workload=workload))
-                case SweepStarted() if event.num_before >= display.settings.trials:
-                    workload.begin(event.num_before)
-                case SweepStarted():
-                    print(f"\n{title} · {workload.place()}")
-                    display.show(event)
-                case ModelTested():
-                    print(f"  {event.loss}, seed {event.seed}: {event.accuracy:.2%}")
-                case ComparisonEnded():
-                    ended = event
-                case _:
-                    display.show(event)
+        for event in stack.enter_context(closing(comparison)):
+            display.show(event)
+            if isinstance(event, ComparisonEnded):
+                ended = event
     assert ended is not None
-    return _report(ended, options.out, data.name)
+    return _report(ended, options.out, data.name, output)
 
 
 def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -> None:
@@ -202,22 +184,44 @@ def _publish(results: Results, assessment: Assessment, run: Run, folder: Path) -
     )
 
 
-def _report(ended: ComparisonEnded, out: Path, data_name: str) -> int:
+def _report(ended: ComparisonEnded, out: Path, data_name: str, output: Output) -> int:
     """Print the answer and what to type next, and return the exit code."""
+    from tracking.wording import labelled, narrowed, wrapped
+
     assessment = ended.assessment
     if assessment is None:
         return cli.report_stop(ended.outcome, ended.reason)
     for note in ended.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
+    report = cli.report_folder(out, ended.name) / "report.html"
+    output.result(f"\n{wrapped(assessment.answer, output.width)}\n")
+    for caveat in assessment.warnings:
+        output.result(wrapped(f"- {caveat.text}", output.width))
+        if caveat.command:
+            output.result(f"  {caveat.command}")  # in one line, to be copied
+    output.result("")
+    output.result(labelled("report", str(report), output.width))
     answer = runs_link(ended.experiment_id, ended.parent_run_id)
-    print(
-        f"\n{assessment.answer}\n{assessment.caveat_list}\n"
-        f"  report:            {cli.report_folder(out, ended.name) / 'report.html'}\n"
-        f"{cli.how_to_compare(ended.runs_page, answer)}"
-    )
+    compare_runs = cli.how_to_compare(ended.runs_page, answer)
+    output.result(narrowed(compare_runs, output.width))
     if assessment.to_use and (run_id := assessment.to_use["run_id"]):
-        source = shlex.quote(f"{data_name}:test")
-        print(f"  predict:           python -m tracking.predict {source} --run-id {run_id}")
+        command = f"python -m tracking.predict {shlex.quote(f'{data_name}:test')} --run-id {run_id}"
+        output.result(labelled("predict", command, output.width))
+    output.record(
+        "comparison_result",
+        comparison=ended.name,
+        answer=assessment.answer,
+        warnings=[
+            {"text": caveat.text, "command": caveat.command} for caveat in assessment.warnings
+        ],
+        winner=assessment.winner,
+        losses=assessment.table.to_dict("records"),
+        pairs=assessment.pairs.to_dict("records"),
+        to_use=assessment.to_use,
+        report=report,
+        experiment_id=ended.experiment_id,
+        run_id=ended.parent_run_id,
+    )
     return 0
 
 

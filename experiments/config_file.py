@@ -18,6 +18,8 @@ from tracking.errors import without_passwords
 from tracking.text import printable
 
 _OWN = ("help", "config", "print_config")
+_NOT_OF_THE_STUDY = ("quiet", "json")
+"""Options that a file may have, but that are not written to one."""
 
 
 class ConfigParser(Parser):
@@ -78,7 +80,7 @@ class ConfigParser(Parser):
         lines = [f"# {self._command(options)}"]
         for action in self._actions:
             value = getattr(options, action.dest, None)
-            if action.dest in (*_OWN, "vary") or value is None:
+            if action.dest in (*_OWN, *_NOT_OF_THE_STUDY, "vary") or value is None:
                 continue
             lines.append(f"{action.dest.replace('_', '-')} = {_toml(value)}")
         if getattr(options, "vary", None):

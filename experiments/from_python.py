@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn.references import reference_to, stop_loading
 from experiments import cli
+from experiments.study.output import Output
 from experiments.study.parameter_types import ChoiceParameter
 from experiments.study.parameters import PARAMETERS
 from experiments.sweep import build_parser, conduct
 from tracking.errors import TransientError, without_passwords
 from tracking.store import default_store, environment
+from tracking.wording import percent
 
 # PyTorch, Optuna and MLflow are slow to import: each function imports what it needs.
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         shown = self.trials.drop(columns=["run_id"]).head(SHOWN_ROWS)
-        formats = {"val_accuracy": "{:.2%}".format, "learning_rate": "{:.3g}".format}
+        formats: dict[str, Callable[[Any], str]]
+        formats = {"val_accuracy": percent, "learning_rate": "{:.3g}".format}
         table = shown.to_html(
             index=False,
             na_rep="–",
@@ -130,7 +133,9 @@ def run_sweep(**options: Any) -> SweepResult:
     cli.set_up_mlflow()
     with environment(default_store()):
         parsed = parser.parse_args(words)
-        started, ended, registered = conduct(parsed)
+        with Output(quiet=parsed.quiet, as_json=parsed.json) as output:
+            conducted = conduct(parsed, output)
+        started, ended = conducted.started, conducted.ended
         if ended.outcome != "complete":
             if not ended.reason:
                 raise KeyboardInterrupt(f"interrupted: {AGAIN}")
@@ -143,7 +148,7 @@ def run_sweep(**options: Any) -> SweepResult:
         experiment=started.experiment,
         storage=parsed.storage,
         trials=ended.trials,
-        registered=registered,
+        registered=conducted.registered,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
+from experiments.study.output import Output
 from experiments.study.parameters import PARAMETERS
 from tracking.cli import INTERRUPTED, Parser, leave
 from tracking.text import printable
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if not 0 <= options.tracking_timeout < float("inf"):
         raise ValueError(f"--tracking-timeout must be seconds ≥ 0, not {options.tracking_timeout}")
+    output = Output()
+    output.step(f"reading run {printable(options.run_id)}, opening its data set")
     from cnn.training import check_batch_size
     from experiments.engine.processes import ProcessPool, visible_gpus
     from experiments.interrupts import Interrupts
@@ -103,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         )
         pool.open(data, data_dir)
         interrupts = stack.enter_context(Interrupts())
-        rerun = _Rerun(trial, config, data, pool, interrupts)
+        rerun = _Rerun(trial, config, data, pool, interrupts, output)
         rerun.introduce()
         return rerun.run(options.tracking_timeout)
 
@@ -164,6 +167,7 @@ class _Rerun:
     data: Dataset
     pool: ProcessPool
     interrupts: Interrupts
+    output: Output
     curve: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -278,6 +282,9 @@ class _Rerun:
         for name, form in (("val/accuracy", ".2%"), ("val/loss", ".4g")):
             recorded = f" (recorded {old[name]:{form}})" if name in old else ""
             texts.append(f"{name} {new[name]:{form}}{recorded}")
+        width = self.output.width
+        while width is not None and len("  ".join(texts)) > width and len(texts) > 2:
+            texts.pop()
         print("  ".join(texts), flush=True)
 
     def _report(self, run: Run, outcome: str, reason: str) -> int:

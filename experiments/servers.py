@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import ipaddress
 import os
 import pwd
-import shlex
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -19,7 +16,6 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +34,12 @@ from experiments.accounts import (
 )
 from experiments.cli import add_flag
 from experiments.interrupts import InterruptionError, Interrupts
+from experiments.server_addresses import (
+    EVERYWHERE,
+    ServerAddresses,
+    say_what_starts,
+    what_to_type,
+)
 from experiments.supervision import LOOK_SECONDS, Server, check_port, running, stop_orphaned
 from tracking.cli import Parser, run_command
 from tracking.errors import TransientError, one_line
@@ -46,45 +48,6 @@ from tracking.store import environment
 
 START_SECONDS = 180
 """MLflow makes its tables meanwhile, on a machine that may be busy."""
-EVERYWHERE = "0.0.0.0"  # noqa: S104
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerAddresses:
-    """Where the servers keep their data, and the addresses where they answer."""
-
-    folder: Path
-    host: str
-    postgresql_port: int
-    mlflow_port: int
-
-    @property
-    def local(self) -> str:
-        """The address for this machine."""
-        return "127.0.0.1" if self.host == EVERYWHERE else self.host
-
-    @property
-    def public(self) -> str:
-        """The name or address for other machines."""
-        return socket.gethostname() if self.host == EVERYWHERE else self.host
-
-    def database(self, user: str, name: str, host: str) -> str:
-        """Return the URL of a database, without a password."""
-        return f"postgresql+psycopg://{user}@{host}:{self.postgresql_port}/{name}"
-
-    @property
-    def passwords(self) -> Passwords:
-        """The passwords of users and servers."""
-        return Passwords(self.folder)
-
-    @property
-    def logs(self) -> dict[str, tuple[Path, signal.Signals]]:
-        """Each server's log, and the signal for its shutdown."""
-        # SIGINT is PostgreSQL's fast shutdown, which doesn't wait for clients to disconnect.
-        return {
-            "PostgreSQL": (self.folder / "postgresql.log", signal.SIGINT),
-            "MLflow": (self.folder / "mlflow.log", signal.SIGTERM),
-        }
 
 
 def find_programs(version: str = "*") -> Path | None:
@@ -307,26 +270,6 @@ def _is_healthy(address: str) -> bool:
     return False
 
 
-def what_to_type(addresses: ServerAddresses) -> str:
-    """Return what each user types, and which files hold the passwords."""
-    address = f"http://{addresses.public}:{addresses.mlflow_port}"
-    lines = [f"MLflow answers at {address}, PostgreSQL at port {addresses.postgresql_port}"]
-    for user in addresses.passwords.users():
-        file = shlex.quote(str(addresses.folder / "users" / user))
-        lines += [
-            f"\n{user} types the following; the file, or a copy of it, holds the password:\n",
-            f"    export MLFLOW_TRACKING_URI={address} MLFLOW_TRACKING_USERNAME={user}",
-            f"    export MLFLOW_TRACKING_PASSWORD=$(cat {file})",
-            "    export PGPASSWORD=$MLFLOW_TRACKING_PASSWORD",
-            "    python -m experiments.sweep --storage "
-            + addresses.database(user, "optuna", addresses.public),
-        ]
-    lines.append(f"\nMLflow's user admin: password in {addresses.folder / 'passwords' / 'admin'}")
-    if ipaddress.ip_address(socket.gethostbyname(addresses.host)).is_loopback:
-        lines.append(f"only this machine reaches {addresses.host}: change it with --host")
-    return "\n".join([*lines, "Ctrl-C stops both"])
-
-
 def serve(addresses: ServerAddresses) -> None:
     """Run both servers until a signal arrives.
 
@@ -396,6 +339,7 @@ def _run(options: argparse.Namespace) -> None:
         check_ports(addresses)
         for user in options.user:
             addresses.passwords.read(f"users/{user}")
+        say_what_starts(addresses)
         serve(addresses)
 
 

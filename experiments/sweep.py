@@ -7,12 +7,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from experiments.config_file import ConfigParser
+from experiments.study.output import Output
 from tracking.cli import leave
 from tracking.text import printable
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
     from experiments.study.events import SweepEnded, SweepStarted
     from experiments.study.settings import Settings
+
+SHOWN_TRIALS = 10
+"""Trials that are printed at the end."""
 
 EPILOG = """\
 The same command continues its study: --trials is the total. Runs and models are recorded in MLflow
@@ -77,6 +82,7 @@ def build_parser() -> ConfigParser:
     )
     text = "write TensorBoard event files as well, a folder for each trial"
     cli.add_flag(record, "--tensorboard", None, text, type=Path, metavar="DIR")
+    cli.add_output_flags(parser)
     return parser
 
 
@@ -86,13 +92,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    started, ended, registered = conduct(options)
-    registered = f"  registered:        {registered}\n" if registered else ""
-    return _report(started, ended, data_name=options.dataset, registered=registered)
+    with Output(quiet=options.quiet, as_json=options.json) as output:
+        conducted = conduct(options, output)
+        _show_best_trials(conducted, output)
+        if conducted.ended.outcome != "complete":
+            return cli.report_stop(conducted.ended.outcome, conducted.ended.reason)
+        return _report(conducted, output, data_name=options.dataset)
 
 
-def conduct(options: argparse.Namespace) -> tuple[SweepStarted, SweepEnded, str]:
-    """Run a sweep and show its progress; return its first and last event, and what was registered.
+@dataclass(frozen=True, kw_only=True)
+class Conducted:
+    """What became of a sweep."""
+
+    settings: Settings
+    started: SweepStarted
+    ended: SweepEnded
+    registered: str
+    """What was registered, in a line; empty if nothing was."""
+
+
+def conduct(options: argparse.Namespace, output: Output) -> Conducted:
+    """Run a sweep and show its progress.
 
     Raises:
         ValueError: an option is bad, or a database, a server or the data can't be used.
@@ -106,24 +126,23 @@ def conduct(options: argparse.Namespace) -> tuple[SweepStarted, SweepEnded, str]
             cli.check_out(options.tensorboard, "--tensorboard")
         return cli.settings_from_args(options, num_workers)
 
-    with cli.workers_and_data(options, make_settings) as (settings, data, pool):
-        return _sweep(options, settings, data, pool)
+    with cli.workers_and_data(options, make_settings, output) as (settings, data, pool):
+        return _sweep(options, settings, data, pool, output)
 
 
 def _sweep(
-    options: argparse.Namespace, settings: Settings, data: Any, pool: Any
-) -> tuple[SweepStarted, SweepEnded, str]:
+    options: argparse.Namespace, settings: Settings, data: Any, pool: Any, output: Output
+) -> Conducted:
     from experiments.interrupts import Interrupts
     from experiments.study.controller import sweep
     from experiments.study.events import BestRegistered, SweepEnded, SweepStarted
-    from experiments.study.progress import Display
 
     started: SweepStarted | None = None
     ended: SweepEnded | None = None
     registered = ""
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        observers: list[Any] = [stack.enter_context(Display(settings))]
+        observers: list[Any] = [stack.enter_context(output.display(settings))]
         if options.tensorboard is not None:
             from experiments.study.tensorboard import EventFiles
 
@@ -143,7 +162,7 @@ def _sweep(
     assert ended is not None
     for note in ended.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
-    return started, ended, registered
+    return Conducted(settings=settings, started=started, ended=ended, registered=registered)
 
 
 def _write_report(study: Study, folder: Path) -> None:
@@ -153,21 +172,41 @@ def _write_report(study: Study, folder: Path) -> None:
     write(make(study), folder)
 
 
-def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registered: str) -> int:
-    """Print the trials, the best one, and what to type next; return the exit code."""
-    from experiments.study.parameters import PARAMETERS
+def _show_best_trials(conducted: Conducted, output: Output) -> None:
+    """Print the best trials."""
+    from experiments.study.progress import Row
 
-    table = ended.trials
-    if table is not None and len(table):
-        searched = [each for each in PARAMETERS if each.name in table]
-        texts = {each.name: table[each.name].map(each.text) for each in searched}
-        texts["val_accuracy"] = table["val_accuracy"].map("{:.2%}".format, na_action="ignore")
-        shown = table.drop(columns=["val_loss", "run_id"]).assign(**texts)
-        print(f"\n{shown.to_string(index=False, na_rep='–')}\n")
-    if ended.outcome != "complete":
-        return cli.report_stop(ended.outcome, ended.reason)
+    table = conducted.ended.trials
+    if table is None or not len(table):
+        return
+    num_shown = min(len(table), SHOWN_TRIALS)
+    is_all = num_shown == len(table)
+    title = "all trials" if is_all else f"the best {num_shown} of {len(table)} trials"
+    output.result(f"\n{title}, the best first:")
+    rows = [
+        Row(
+            trial=row["trial"],
+            values={str(name): value for name, value in row.items()},
+            epochs_planned=conducted.settings.epochs,
+            outcome=row["outcome"],
+            accuracy=row["val_accuracy"],
+            epochs=row["epochs"],
+        )
+        for row in table.head(num_shown).to_dict("records")
+    ]
+    output.rows(conducted.settings, rows)
+    output.result("")
+
+
+def _report(conducted: Conducted, output: Output, *, data_name: str) -> int:
+    """Print the best trial, and what to type next; return the exit code."""
+    from experiments.study.parameters import PARAMETERS
+    from tracking.wording import labelled, narrowed, percent, wrapped
+
+    started, ended = conducted.started, conducted.ended
     if ended.reason:
-        print(f"ended early: {ended.reason}")
+        output.result(wrapped(f"ended early: {ended.reason}", output.width))
+    table = ended.trials
     complete = None if table is None else table[table["outcome"] == "complete"]
     if complete is None or not len(complete):
         print(f"no trial of study {started.study} is complete", file=sys.stderr)
@@ -184,12 +223,25 @@ def _report(started: SweepStarted, ended: SweepEnded, *, data_name: str, registe
     if len(present):
         source = shlex.quote(f"{data_name}:test")
         predict = f"python -m tracking.predict {source} --run-id {best['run_id']}"
+    searched = [each for each in PARAMETERS if each.name in best]
     values = ", ".join(f"{each.label} {each.text(best[each.name])}" for each in searched)
-    print(
-        f"best: trial {best['trial']}, {values}: validation accuracy {best['val_accuracy']:.2%}\n"
-        f"{registered}"
-        f"{cli.how_to_compare(started.runs_page)}\n"
-        f"  predict:           {predict}"
+    accuracy = percent(best["val_accuracy"])
+    line = f"best: trial {best['trial']}, {values}: validation accuracy {accuracy}"
+    output.result(wrapped(line, output.width))
+    if conducted.registered:
+        output.result(labelled("registered", conducted.registered, output.width))
+    output.result(narrowed(cli.how_to_compare(started.runs_page), output.width))
+    output.result(labelled("predict", predict, output.width))
+    output.record(
+        "result",
+        study=started.study,
+        experiment=started.experiment,
+        trial=best["trial"],
+        val_accuracy=best["val_accuracy"],
+        config={each.name: best[each.name] for each in searched},
+        run_id=best["run_id"] if len(present) else None,
+        registered=conducted.registered,
+        skipped=list(deleted["trial"]),
     )
     return 0
 

@@ -200,6 +200,23 @@ def test_batch_sizes_of_searches(sizes: list[int], chosen: int, expected: str | 
     assert [f"open at its {expected} end" in text for text in found] == ([True] if expected else [])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "which", "sizes"),
+    [(256, "largest", "64 256"), (16, "smallest", "16 64")],
+)
+def test_at_the_last_batch_size_of_the_rule_a_longer_search_is_not_advised(
+    chosen: int, which: str, sizes: str
+) -> None:
+    made = searched([0.03] * 4, batch_size=[32, 64, 64, 64, chosen] * 4)
+    made.repeats.loc[made.repeats["loss"] == "mse", "batch_size"] = chosen
+    found = [each for each in caveats(made, "edge") if "batch size is" in each.text]
+    assert [each.text for each in found] == [
+        f"The best batch size is the {which} that a search may try, {chosen}, of `mse` in 4 of 4 "
+        "searches: a better one may lie beyond it."
+    ]
+    assert [each.command for each in found] == [f"{ANEW} --batch-sizes {sizes}"]
+
+
 # Repeats
 
 
@@ -230,7 +247,7 @@ def test_an_outlying_repeat_is_named_with_the_median() -> None:
 def test_few_repeats(
     accuracies: dict[str, list[float]], text: str | None, flag: int | None
 ) -> None:
-    expected = [f"{text}: the result hangs on each single one."] if text else []
+    expected = [f"{text}: each one alone can change the result."] if text else []
     for search, name in (("random", "repeats"), ("staged", "searches")):
         made = results(accuracies, search=search)
         assert texts(made, "few repeats") == expected

@@ -13,20 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import experiments.__main__
 from tracking.cli import SIGNALS, OutputError, Parser, run_command
 from tracking.errors import TransientError, without_passwords
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = [
-    "experiments.compare",
-    "experiments.report",
-    "experiments.servers",
-    "experiments.sweep",
-    "tracking.best",
-    "tracking.predict",
-    "tracking.promote",
-    "tracking.report",
-]
+COMMANDS = sorted(experiments.__main__.COMMANDS)
 AGAIN = "the same command continues the study"
 
 # A command of its own, which does what its first argument says.
@@ -99,6 +91,14 @@ def test_a_long_line_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_raised_by_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(Parser(prog="tool"), raises(ZeroDivisionError()), [])
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert experiments.__main__.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[2] for line in lines if line.startswith("python -m")} == set(COMMANDS)
+    assert experiments.__main__.main(["sweep"]) == 2
+    assert capsys.readouterr().err.endswith("say python -m experiments.sweep\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,16 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import experiments.__main__
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GUIDES = [page for page in PAGES if page.name == "README.md" or "how-to" in page.parts]
 GUIDES += [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "contributing.md"]
 GUIDES += sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
-COMMANDS = {
-    *("experiments.sweep", "experiments.compare", "experiments.report", "experiments.servers"),
-    "experiments.rerun",
-    *("tracking.predict", "tracking.best", "tracking.promote", "tracking.report"),
-}
+COMMANDS = set(experiments.__main__.COMMANDS)
 OF_OTHERS = {"pytest", "sphinx", "venv"}
 SMALL = {
     "experiments.sweep": "--trials 3 --epochs 2",

@@ -33,7 +33,9 @@ LAYERS = """
     cnn.data cnn.stepper
     cnn.training
     tracking.errors
-    tracking.text tracking.files tracking.cli tracking.store tracking.retries tracking.views
+    tracking.wording tracking.text tracking.plotting tracking.progress
+    tracking.examples tracking.files tracking.cli tracking.store tracking.retries
+    tracking.views
     tracking.prediction.pixels
     tracking.models
     tracking.ranking tracking.runs tracking.tracker tracking.system_metrics tracking.run_search
@@ -45,12 +47,15 @@ LAYERS = """
     tracking.evaluation
     tracking.best tracking.predict tracking.promote tracking.report
     experiments.interrupts experiments.accounts experiments.supervision
+    experiments.server_addresses
     experiments.engine
     experiments.study
+    experiments.inventory
     experiments.comparison
     experiments.reporting
     experiments.config_file experiments.cli
     experiments.sweep experiments.compare experiments.report experiments.servers experiments.rerun
+    experiments.clean experiments.__main__
     experiments.from_python
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}

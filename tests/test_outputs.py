@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tracking_helpers import COLOURS, ColourModel
 
-from tracking import predict
+from tracking import predict, progress
 from tracking.models.predictor import Predictor
 from tracking.predict import main
 from tracking.prediction import drafts, formats, pipeline
@@ -518,21 +519,23 @@ def test_the_output_never_replaces_an_input(
 # Progress
 
 
-def test_on_a_terminal_progress_tells_images_a_second_and_the_time_left(
-    desk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    monkeypatch.setenv("COLUMNS", "120")
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_on_a_terminal_progress_of_long_work_is_shown_with_its_rate_and_the_time_left(
+    seconds: float, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(pipeline, "CHUNK", 1)
+    monkeypatch.setattr(progress, "QUICK_SECONDS", 600 * seconds)
     monkeypatch.setattr(sys, "stderr", Terminal())
     np.save("a.npy", images(4))
     assert main(["a.npy", "--batch-size", "1"]) == 0
     assert isinstance(sys.stderr, Terminal)
     shown = sys.stderr.getvalue()
-    assert "4/4" in shown
-    assert "images, " in shown
-    assert " a second, left:" in shown
+    assert shown.startswith("opening the model, then 'a.npy'\n")
+    is_shown = bool(re.search(r"4/4 images  [\d,.]+/s  0:00 left", shown))
+    assert is_shown == (seconds == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def test_a_sweep_searches_names_shows_and_records_it(
     argv += ["--vary", "optimizer=sgd,adamw", "--vary", "momentum=0.8..0.99"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "learning_rate batch_size optimizer momentum" in out
+    assert re.search(r" lr [\d.]+ +bs \d+ +sgd +m 0\.\d+ +1 epoch", out)
+    assert re.search(r" lr [\d.]+ +bs \d+ +adamw +m – +1 epoch", out)
     runs = MlflowClient().search_runs(["1"], "tags.role = 'trial'")
     assert {run.data.params["augment"] for run in runs} == {"flip"}
     assert {run.data.params["optimizer"] for run in runs} == {"sgd", "adamw"}

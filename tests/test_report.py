@@ -78,8 +78,11 @@ def files_in(folder: str = ".") -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+OF_ORIGIN = ("source", "model", "run_id", "examples")
+
+
 def without_origin(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: content[key] for key in content if key not in ("source", "model", "run_id")}
+    return {key: content[key] for key in content if key not in OF_ORIGIN}
 
 
 # What is counted

@@ -82,13 +82,13 @@ def test_the_description_has_the_answer_first_then_all_else(
     text, best = run.data.tags[NOTE], run.data.tags["best.run_id"]
     link = f"#/experiments/1/runs/{best}"
     assert text.startswith(f"**Best: trial [1]({link}), loss ")
-    assert ": validation accuracy 75.00%.**\n\n3 of 3 trials have ended (3 complete)" in text
+    assert ": validation accuracy 75.00%.**\n\n3 of 3 trials ended (3 complete)" in text
     assert "The sweep is complete." in text
     for line in (
         "- loss: mse, l1",
         "- learning rate: 0.001 to 1, log-uniform",
         "- batch size: 2, 4",
-        "- trials: 3 of 1 epochs; sampler random, pruner none, seed 0",
+        "- trials: 3 of 1 epoch; sampler random, pruner none, seed 0",
         f"python -m tracking.predict 'some photos:test' --run-id {best}",
         f"python -m experiments.rerun {best}",
         "python -m experiments.sweep --trials 3",
@@ -188,7 +188,7 @@ def test_an_interrupted_sweep_says_so(settings: Settings, coloured_noise: Datase
     next(event for event in events if isinstance(event, TrialEnded))
     events.close()
     assert (
-        "1 of 3 trials have ended (1 complete). The sweep was interrupted: the same command"
+        "1 of 3 trials ended (1 complete). The sweep was interrupted: the same command"
         in (page().data.tags[NOTE])
     )
 
@@ -198,7 +198,7 @@ def test_a_sweep_without_a_complete_trial_has_no_answer(
 ) -> None:
     list(sweep(replace(settings, trials=1), coloured_noise, FakePool(diverges)))
     text = page().data.tags[NOTE]
-    assert text.startswith("**No trial is complete.**\n\n1 of 1 trials have ended (1 diverged)")
+    assert text.startswith("**No trial is complete.**\n\n1 of 1 trial ended (1 diverged)")
     assert not curve()
 
 

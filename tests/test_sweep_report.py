@@ -91,7 +91,7 @@ def test_the_best_complete_trial_is_the_answer() -> None:
     first, second = made.answer
     assert first.startswith("The best trial is number 2, with loss l1, learning rate ")
     assert first.endswith("batch size 32: its validation accuracy is 50.00%.")
-    assert second == "5 trials have ended: 2 complete, 1 diverged, 1 pruned, 1 failed."
+    assert second == "5 trials ended: 2 complete, 1 diverged, 1 pruned, 1 failed."
     ten, losses, *_ = tables(made)
     assert [row[0] for row in ten.rows] == ["2", "0"]
     assert [row[:3] for row in losses.rows] == [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,28 @@ PLANNED = Planned(trainings={"mse": 12, "l1": 12}, others=2, epochs=5, images=10
 
 
 def test_the_work_is_said_loss_by_loss_and_in_all() -> None:
-    lines = list(Workload(PLANNED).lines(rate=0))
+    lines = list(Workload(PLANNED).lines(None))
     assert [re.sub(" +", " ", line) for line in lines] == [
-        "mse 12 trainings, 60 epochs",
-        "l1 12 trainings, 60 epochs",
-        "to use 2 trainings, 10 epochs",
-        "in all 26 trainings, 130 epochs",
+        "mse 12 trainings 60 epochs",
+        "l1 12 trainings 60 epochs",
+        "to use 2 trainings 10 epochs",
+        "in all 26 trainings 130 epochs",
     ]
 
 
 def test_the_time_is_said_where_the_rate_is_known() -> None:
-    assert list(Workload(PLANNED).lines(rate=1300))[-1].endswith(
-        "130 epochs: about 1:40, if none is known already"
-    )
+    work = Workload(PLANNED)
+    seconds = work.expected_seconds(1300)
+    assert list(work.lines(seconds))[-1] == "takes about 1:40, if no training is known already"
+    assert work.expected_seconds(0) is None
+
+
+def test_one_training_is_no_plural() -> None:
+    small = replace(PLANNED, trainings={"mse": 1}, others=0, epochs=1)
+    assert list(Workload(small).lines(None)) == [
+        "mse     1 training  1 epoch",
+        "in all  1 training  1 epoch",
+    ]
 
 
 def test_the_time_left_is_that_of_trainings_that_were_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tracking.cli import FILTERS, Parser, add_choice_flags, choice_filters, run_command
@@ -17,7 +18,7 @@ from tracking.errors import one_line
 from tracking.evaluation.report import FILES, SPLIT_NOTES, Subject, check_run, data_name, make
 from tracking.files import check_folder, is_writable, resolved
 from tracking.models.predictor import BATCH_SIZE, Predictor, load_model
-from tracking.prediction.chunks import Chunk, Source
+from tracking.prediction.chunks import Chunk, Source, image_at
 from tracking.prediction.drafts import check_drafts, draft_files, open_draft
 from tracking.prediction.formats import FORMATS, Format, format_of, table
 from tracking.prediction.pipeline import (
@@ -28,6 +29,7 @@ from tracking.prediction.pipeline import (
 )
 from tracking.prediction.sources import check, open_source
 from tracking.prediction.splits import dataset_of
+from tracking.progress import say_start
 from tracking.run_search import described, model_uri
 from tracking.selection import choose
 from tracking.selection import load_best as load_best
@@ -122,7 +124,8 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="write a report to this folder, if true classes are known: accuracy, precision and "
-        f"recall with 95 %% intervals, confusion matrix, calibration ({', '.join(FILES)})",
+        f"recall with 95 %% intervals, confusion matrix, calibration, some images with their "
+        f"probabilities ({', '.join(FILES)})",
     )
     parser.add_argument(
         "--log",
@@ -158,6 +161,7 @@ def _run(options: argparse.Namespace) -> int:
     out, target = _check_output(options.out, options.source)
     if options.report:
         _check_folder(options, target)
+    say_start(f"opening the model, then {options.source!r}")
     predictor, why = _choose_model(options)
     use_available_cores()
     source = open_source(
@@ -184,7 +188,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"note: {line}", file=sys.stderr)
     if options.report:
         subject = _subject(predictor, source, options)
-        make(target, subject, options.report, is_logged=options.log)
+        read_image = partial(image_at, source)
+        make(target, subject, options.report, is_logged=options.log, read_image=read_image)
     return SOME_FAILED if counts.failed else 0
 
 

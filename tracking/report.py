@@ -12,6 +12,7 @@ from tracking.cli import Parser, run_command
 from tracking.evaluation.report import FILES, NAME_LENGTH, Subject, check_run, data_name, make
 from tracking.files import check_folder
 from tracking.prediction.formats import format_of
+from tracking.progress import say_start
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +64,7 @@ def _run(options: argparse.Namespace) -> None:
     check_folder(options.out, option="--out")
     if options.log:
         check_run(options.run_id)
+    say_start(f"reading {str(options.file)!r}")
     name = options.name or data_name(str(options.file))
     subject = Subject(name=name, source=str(options.file), run_id=options.run_id or None)
     make(options.file, subject, options.out, is_logged=options.log)

@@ -35,8 +35,8 @@ _WIDTHS = {_RUN_NAME: 280, "tags.`best`": 70}
 class View:
     """Runs of an experiment in a flat list, those with the highest value of a metric first."""
 
-    key: str
-    """In the link."""
+    study_id: str
+    """Of the study or comparison that it shows."""
     name: str
     """In the menu of views."""
     condition: str
@@ -49,11 +49,11 @@ class View:
     @property
     def tag(self) -> str:
         """The name of the experiment's tag that keeps it."""
-        return f"{PREFIX}{self.key}"
+        return view_tag(self.study_id)
 
     def link(self, experiment_id: str) -> str:
         """Return the address of the view, after that of the server."""
-        return f"{runs_link(experiment_id)}?viewStateShareKey={self.key}"
+        return f"{runs_link(experiment_id)}?viewStateShareKey={self.tag.removeprefix(PREFIX)}"
 
     def value(self, before: str) -> str:
         """Return the value of the tag: the one that it has, if that keeps this view."""
@@ -103,24 +103,31 @@ class View:
         }
 
 
+def view_tag(study_id: str) -> str:
+    """Return the name of an experiment's tag that keeps the view of a study or comparison."""
+    return f"{PREFIX}{study_id[:8]}"
+
+
 def runs_link(experiment_id: str, run_id: str = "", page: str = "") -> str:
     """Return the address of an experiment's runs, or of a page of one of them."""
     parts = ("#", "experiments", experiment_id, "runs", run_id, page)
     return "/".join(part for part in parts if part)
 
 
-def experiment_note(latest: View, experiment_id: str, before: str) -> str:
-    """Return the description of an experiment, in Markdown, with its latest view.
+def experiment_note(latest: View | None, experiment_id: str, before: str) -> str:
+    """Return the description of an experiment, in Markdown, with its latest view, if it has one.
 
     A description that a user wrote stays as it is. MLflow's pages show the first line, and fold the
     others.
     """
     if before and not before.startswith(ABOUT):
         return before
-    name = escaped_in_notes(shortened(latest.name, _LONGEST_NAME))
+    first = ABOUT
+    if latest is not None:
+        name = escaped_in_notes(shortened(latest.name, _LONGEST_NAME))
+        first += f" The latest: [{name}]({latest.link(experiment_id)})."
     return (
-        f"{ABOUT} The latest: [{name}]({latest.link(experiment_id)}).\n\n"
-        "Each sweep and each comparison is a run, and its trials are the runs below it. Its "
-        "description has the answer. The menu *Views* lists the trials of each, those with the "
+        f"{first}\n\nEach sweep and each comparison is a run, and its trials are the runs below it. "
+        "Its description has the answer. The menu *Views* lists the trials of each, those with the "
         "highest accuracy first."
     )

@@ -23,7 +23,7 @@ FEW_TRIALS = 8
 ENOUGH_TRIALS = 11
 """So many are advised then, for a search: see `search_rule`."""
 FEW_REPEATS = 3
-"""So few repeats, or fewer, hang on each single one."""
+"""With so few repeats, or fewer, each one alone can change the result."""
 ENOUGH_REPEATS = 5
 """So many are advised then."""
 
@@ -85,6 +85,12 @@ def _edges(results: Results, still_open: Sequence[Open]) -> Iterator[Caveat]:
 def _of_searches(results: Results, found: Sequence[Open]) -> tuple[str, str]:
     at, trials = found[0], results.plan["trials"]
     where = listed([f"of `{each.loss}` in {each.count} of {each.searches}" for each in found])
+    if at.is_limit:
+        end = "smallest" if at.end == "lower" else "largest"
+        text = f"The best batch size is the {end} that a search may try, {at.best:g}, {where} "
+        text += "searches: a better one may lie beyond it."
+        sizes = sorted({*results.plan["batch_sizes"], round(at.best)})
+        return text, made_anew(results, "--batch-sizes", *sizes)
     return (
         f"The range of {at.name} is still open at its {at.end} end: the best is the most extreme "
         f"that was tried, {where} searches. A better one may lie beyond it, which a longer search "
@@ -148,7 +154,7 @@ def _few_repeats(results: Results, table: pd.DataFrame) -> Iterator[Caveat]:
     count = "only 1 tested repeat" if most == 1 else f"only {most} tested repeats"
     if most != found["n"].min():
         count = f"at most {most} tested repeats"
-    text = f"{who} {verb} {count}: the result hangs on each single one."
+    text = f"{who} {verb} {count}: each one alone can change the result."
     yield Caveat(
         kind="few repeats", loss=loss, text=text, command=continued(results, f"--{flag}", more)
     )

@@ -14,7 +14,7 @@ import pandas as pd
 
 from experiments.comparison.intervals import Floats
 from experiments.comparison.results import Results
-from experiments.comparison.search_rule import COMPARABLE, RATE_PER_SIZE
+from experiments.comparison.search_rule import BEYOND, COMPARABLE, RATE_PER_SIZE
 
 EDGE = 0.05
 """The share of the log range of learning rates that counts as its edge, at each end."""
@@ -38,7 +38,7 @@ class Open:
     searches: int = 1
     """… of how many."""
     is_limit: bool = False
-    """Whether it is open because the plan's range ends there."""
+    """Whether it is open because no search of this plan goes further."""
 
     @property
     def name(self) -> str:
@@ -122,7 +122,16 @@ def _of_searches(results: Results, loss: str) -> Iterator[Open]:
                 best=bests[0],
                 count=len(bests),
                 searches=len(repeats),
+                is_limit=parameter == "batch_size" and _is_limit(results, end, bests[0]),
             )
+
+
+def _is_limit(results: Results, end: str, size: float) -> bool:
+    """Return whether the rule of a search goes no further than this batch size."""
+    sizes = results.plan["batch_sizes"]
+    if end == "lower":
+        return bool(size // 2 < min(sizes) / BEYOND)
+    return bool(2 * size > max(sizes) * BEYOND)
 
 
 def _can_go_on(results: Results, parameter: str, end: str, value: float) -> bool:

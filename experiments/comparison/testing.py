@@ -6,10 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from cnn.data import Dataset
+from cnn.data import Dataset, Split
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from tracking.examples import Examples
     from tracking.runs import Run
 
 
@@ -18,6 +22,9 @@ LEAST_PROBABILITY = 1e-6
 
 CONFUSION_FILE = "test/confusion.json"
 """The artifact with the confusion matrix, and the true and predicted class of each test image."""
+
+EXAMPLES_FILE = "test/examples.json"
+"""The artifact with some test images and their probabilities: see `tracking.examples`."""
 
 ROUND_TAG = "test_round"
 """The round in which a confirmed run's model last saw the test split."""
@@ -48,6 +55,8 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
         "predicted": probabilities.argmax(axis=1).tolist(),
     }
     run.log_text(json.dumps(confusion), CONFUSION_FILE)
+    examples = _examples(data.test, model.classes, probabilities)
+    run.log_text(json.dumps(examples.as_dict()), EXAMPLES_FILE)
     # Last and in one call: a run with metrics also has the file and the round.
     run.log_metrics(
         metrics,
@@ -57,6 +66,21 @@ def test_model(run: Run, data: Dataset, *, test_round: int) -> float:
         data=(data.name, data.digest),
     )
     return metrics["test/accuracy"]
+
+
+def _examples(
+    split: Split, classes: tuple[str, ...], probabilities: npt.NDArray[np.float32]
+) -> Examples:
+    """Return images of the split to look at, chosen by these predictions of them."""
+    from tracking.examples import ExamplePicker, Examples
+
+    picker, rows = ExamplePicker(), np.arange(len(split))
+    picker.add(rows, [f"test[{row}]" for row in rows], split.labels.numpy(), probabilities)
+    groups = picker.groups()
+    shown = sorted({each.row for group in groups.values() for each in group})
+    pixels, _ = split.batch(torch.tensor(shown))
+    images = dict(zip(shown, pixels.numpy(), strict=True))
+    return Examples(classes=classes, groups=groups, images=images)
 
 
 def last_round(run: Run) -> int:

@@ -11,8 +11,9 @@ import torch
 from cnn.data import Dataset
 from cnn.training import train
 from experiments.comparison.plan import Planned
-from experiments.study.progress import clock
 from experiments.study.settings import Settings
+from tracking.text import shortened
+from tracking.wording import clock, counted
 
 _PROBES = (32, 256)
 """Images of the trainings that are timed before anything starts."""
@@ -56,19 +57,32 @@ class Workload:
         self._counted = 0  # trainings that this process made, over which the time went
         self._start = time.monotonic()
 
-    def lines(self, rate: float) -> Iterator[str]:
-        """Yield what the work is, given the images a second of all workers; 0: unknown."""
+    @property
+    def total(self) -> int:
+        """All trainings."""
+        return self.planned.total
+
+    def lines(self, seconds: float | None) -> Iterator[str]:
+        """Yield what the work is, and how long it takes at most; None: unknown."""
         planned = self.planned
-        for loss, trainings in planned.trainings.items():
-            yield f"{loss:16s} {trainings:5,d} trainings, {trainings * planned.epochs:7,d} epochs"
+        rows = dict(planned.trainings)
         if planned.others:
-            epochs = planned.others * planned.epochs
-            yield f"{'to use':16s} {planned.others:5,d} trainings, {epochs:7,d} epochs"
-        epochs = planned.total * planned.epochs
-        text = f"{'in all':16s} {planned.total:5,d} trainings, {epochs:7,d} epochs"
-        if rate:
-            text += f": about {clock(epochs * planned.images / rate)}, if none is known already"
-        yield text
+            rows["to use"] = planned.others
+        rows["in all"] = planned.total
+        cells = [
+            (shortened(name), counted(each, "training"), counted(each * planned.epochs, "epoch"))
+            for name, each in rows.items()
+        ]
+        names, trainings, epochs = (max(map(len, column)) for column in zip(*cells, strict=True))
+        for name, training, epoch in cells:
+            yield f"{name:{names}s}  {training:>{trainings}s}  {epoch:>{epochs}s}"
+        if seconds is not None:
+            yield f"takes about {clock(seconds)}, if no training is known already"
+
+    def expected_seconds(self, rate: float) -> float | None:
+        """Return how long all takes at so many images a second; None if the rate is 0: unknown."""
+        images = self.total * self.planned.epochs * self.planned.images
+        return images / rate if rate else None
 
     def begin(self, num_before: int) -> None:
         """Note that a stage begins, some of whose trials ended before."""
@@ -79,10 +93,15 @@ class Workload:
         self.done += 1
         self._counted += not reused
 
+    def seconds_left(self) -> float | None:
+        """Return the time left; None if this process has made no training yet."""
+        if not self._counted:
+            return None
+        each = (time.monotonic() - self._start) / self._counted
+        return each * max(0, self.total - self.done)
+
     def place(self) -> str:
         """Return how much of the work is done, and the time left, as text."""
-        text = f"{self.done} of {self.planned.total}"
-        if self._counted:
-            left = (time.monotonic() - self._start) / self._counted
-            text += f", {clock(left * max(0, self.planned.total - self.done))} left"
-        return text
+        seconds = self.seconds_left()
+        left = "" if seconds is None else f", {clock(seconds)} left"
+        return f"{self.done} of {self.total}{left}"

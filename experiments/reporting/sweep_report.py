@@ -37,6 +37,7 @@ from experiments.study.trials import trials_table
 from tracking.errors import without_passwords
 from tracking.store import sqlite_file
 from tracking.text import listed, printable
+from tracking.wording import counted, percent
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -110,14 +111,14 @@ class _Sweep:
         """Return the answer in at most two sentences."""
         counts = self.trials["outcome"].value_counts()
         ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        how_many = f"{len(self.trials)} trials have ended: {ended}." if ended else ""
+        how_many = f"{counted(len(self.trials), 'trial')} ended: {ended}." if ended else ""
         if not len(self.complete):
             return [how_many] if how_many else []
         best = self.complete.iloc[0].to_dict()
         values = ", ".join(f"{each.label} {_shown(each, best)}" for each in self.parameters)
         return [
             f"The best trial is number {best['trial']}, with {values}: its {OBJECTIVE_TITLE} is "
-            f"{best['val_accuracy']:.2%}.",
+            f"{percent(best['val_accuracy'])}.",
             how_many,
         ]
 
@@ -296,7 +297,7 @@ def _legend(name: str, color: str, symbol: str = SYMBOLS[0]) -> dict[str, Any]:
 
 def _hover(row: Mapping[Any, Any], parameters: Sequence[Parameter]) -> str:
     values = [f"{each.label} {_shown(each, row)}" for each in parameters]
-    lines = [f"trial {row['trial']}: {row['val_accuracy']:.2%}", *values, row["outcome"]]
+    lines = [f"trial {row['trial']}: {percent(row['val_accuracy'])}", *values, row["outcome"]]
     return "<br>".join(html.escape(printable(line)) for line in lines)
 
 

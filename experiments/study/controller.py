@@ -36,7 +36,7 @@ from experiments.study.events import (
     TrialReused,
     TrialStarted,
 )
-from experiments.study.identity import differences, provenance
+from experiments.study.identity import provenance
 from experiments.study.opening import open_study
 from experiments.study.parent import WriteReport
 from experiments.study.recorder import Recorder, RunningTrial, open_tracker
@@ -46,7 +46,6 @@ from experiments.study.storage import (
     outcome_of,
     recording_errors,
     set_attributes,
-    set_once,
     start_errors,
     study_lock,
 )
@@ -145,9 +144,12 @@ class _Sweep:
 
         Orphaned trials wait for MLflow, which knows their outcomes.
         """
-        if not self.reuse and not self.dispatcher.heartbeat.orphaned():
-            self.dispatcher.dispatch()
+        trials = self.dispatcher
+        if not self.reuse and not trials.heartbeat.orphaned():
+            trials.dispatch()
         notes = self._connect(under)
+        if not trials.pending_runs:
+            trials.reconcile(self.recorder)
         return SweepStarted(
             study=self.study.study_name,
             experiment=self.recorder.tracker.experiment,
@@ -156,6 +158,7 @@ class _Sweep:
             runs_page=self.recorder.runs_page,
             num_before=num_finished(self.study),
             best_before=best_trial(self.study),
+            unfinished=trials.recorded_epochs(),
             notes=notes,
         )
 
@@ -181,16 +184,11 @@ class _Sweep:
         if self.reuse:
             self.dispatcher.find_finished = self.recorder.find_finished
         self.system_metrics = SystemMetrics(self.recorder.open_parent(under))
-        set_once(self.study, "made_with", made_with)
-        changes = differences(set_once(self.study, "environment", now), now)
-        notes = (f"this study was begun with another environment: {changes}",) if changes else ()
-        return (*notes, *self.recorder.notes)
+        return self.recorder.notes
 
     def events(self) -> Iterator[SweepEvent]:
         """Train the trials, and yield events."""
         trials = self.dispatcher
-        if not trials.pending_runs:
-            trials.reconcile(self.recorder)
         while (
             self.running
             or trials.pending_runs
@@ -300,9 +298,10 @@ class _Sweep:
             self.dispatcher.run_requested.add(trial.number)
             open_run = self.recorder.open_run if is_new else self.recorder.reopen_run
             run = open_run(trial, config)
-            self.running[trial.number] = RunningTrial(trial, config, run, is_new=is_new)
+            running = RunningTrial(trial, config, run, is_new=is_new)
+            self.running[trial.number] = running
             pending.pop(0)
-            yield TrialStarted(trial=trial.number, run_id=run.run_id, config=config)
+            yield running.started()
 
     def _link_reused(self) -> Iterator[TrialReused]:
         """Give trials the results of finished trainings; a late start does what is left of it."""

@@ -116,6 +116,10 @@ class Dispatcher:
                 accuracy, val_loss = run.last_value(OBJECTIVE), run.last_value("val/loss")
                 tell(self.study, trial, outcome, accuracy, val_loss)
 
+    def recorded_epochs(self) -> dict[int, int]:
+        """Return how many epochs of each trial to resume are recorded, by its number."""
+        return {each.number: max(each.intermediate_values, default=0) for each in self.orphaned}
+
     def keep_alive(self, running: Iterable[Trial]) -> None:
         """Write the heartbeats of running and pending trials, if they are due."""
         if not self.heartbeat.is_due():

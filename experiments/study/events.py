@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -20,6 +21,8 @@ class SweepStarted:
     runs_page: str  # the address of the list of its runs in MLflow, after that of the server
     num_before: int  # trials of the study that had ended before
     best_before: tuple[float, int] | None  # accuracy and number of the best complete one of them
+    unfinished: Mapping[int, int] = field(default_factory=dict)
+    """Trials that resume, by their numbers: the epochs that an earlier process recorded."""
     notes: tuple[str, ...] = ()  # notes for the user, a line each
 
 
@@ -30,6 +33,7 @@ class TrialStarted:
     trial: int
     run_id: str
     config: TrainConfig
+    resumed_after: int | None = None  # the recorded epochs of a resumed trial; None: it is new
 
 
 @dataclass(frozen=True, kw_only=True)

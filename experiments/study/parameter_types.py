@@ -21,7 +21,6 @@ class Parameter:
     name: str  # the field
     short: str = ""  # its name in run names and progress; empty if the value needs none
     form: str = ""  # the format specification of a value
-    width: int = 8  # width of its values in progress
     kind: type = str
     help: str  # what the flag of one value says
     metavar: str = "NAME"

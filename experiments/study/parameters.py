@@ -23,7 +23,6 @@ from experiments.study.parameter_types import (
 PARAMETERS: tuple[Parameter, ...] = (
     ChoiceParameter(
         name="loss",
-        width=15,
         help="loss functions, or all; they are listed below; or package.module:loss, file.py:loss",
         metavar="LOSS",
         plural="losses",
@@ -42,7 +41,6 @@ PARAMETERS: tuple[Parameter, ...] = (
         name="batch_size",
         short="bs",
         form=".0f",  # of a column with a missing value, pandas makes floats
-        width=4,
         help="batch sizes, in images a step",
         metavar="IMAGES",
         plural="batch_sizes",
@@ -51,7 +49,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         name="network",
-        width=12,
         help="the network: cnn, cnn_relu, resnet (ResNet-20), torchvision:MODEL, "
         "package.module:factory or file.py:factory; a factory takes num_classes, and image_size if "
         "it needs it",
@@ -59,7 +56,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         name="optimizer",
-        width=5,
         help="sgd has Nesterov momentum",
         choices=("sgd", "adam", "adamw"),
         default="sgd",
@@ -85,7 +81,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         name="schedule",
-        width=9,
         help="how the learning rate changes during a trial",
         choices=("one_cycle", "cosine", "constant"),
         default="one_cycle",
@@ -94,7 +89,6 @@ PARAMETERS: tuple[Parameter, ...] = (
         name="warmup",
         short="warmup",
         form=".2g",
-        width=5,
         kind=float,
         metavar="SHARE",
         help="share of the steps in which the learning rate rises (default: 0.3 for one_cycle, "
@@ -104,7 +98,6 @@ PARAMETERS: tuple[Parameter, ...] = (
         name="label_smoothing",
         short="ls",
         form=".2g",
-        width=5,
         kind=float,
         metavar="SHARE",
         help="share of each label that is spread over all classes",
@@ -112,14 +105,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         name="augment",
-        width=9,
         help="random changes of the training images: mirrored; and shifted by up to an eighth",
         choices=("none", "flip", "flip_crop"),
         default="none",
     ),
     Parameter(
         name="precision",
-        width=8,
         help="of the network's arithmetic; auto is bfloat16 where the processor is fast at it",
         choices=("auto", "float32", "bfloat16"),
         default="auto",

@@ -1,174 +1,50 @@
-"""The progress of a sweep: a line for each trial that ended, and live lines for running trials."""
+"""What is known of a running sweep: its running trials, how many ended, the best, the time left."""
 
 from __future__ import annotations
 
+import math
 import time
-from contextlib import AbstractContextManager
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-
-from cnn.config import TrainConfig
 from experiments.study.events import (
     SweepEvent,
     SweepStarted,
     TrialEnded,
-    TrialNote,
     TrialProgressed,
     TrialReused,
     TrialStarted,
 )
-from experiments.study.parameters import BY_NAME
 from experiments.study.settings import Settings
 
 
-class Display(AbstractContextManager["Display"]):
-    """Show a sweep's events: on a terminal with a live line for each running trial."""
+@dataclass(kw_only=True)
+class Row:
+    """What is shown of a trial."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        console: Console | None = None,
-        *,
-        workload: WholeWork | None = None,
-    ) -> None:
-        self.settings = settings
-        self.workload = workload
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[accuracy]}"),
-            console=self.console,
-            transient=True,
-            disable=not _is_live(self.console),
-        )
-        self.space = settings.space()
-        self.tasks: dict[int, TaskID] = {}
-        self.configs: dict[int, TrainConfig] = {}
-        self.best: tuple[float, int] | None = None
-        self.num_ended = 0
-        self.num_epochs = 0
-        self.num_before = 0
-        self.start = time.monotonic()
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, event: SweepEvent) -> None:
-        """Show an event."""
-        match event:
-            case SweepStarted():
-                if self.workload is not None:
-                    self.workload.begin(event.num_before)
-                self._show_start(event)
-            case TrialStarted():
-                self.configs[event.trial] = event.config
-                self.tasks[event.trial] = self.progress.add_task(
-                    self._description(event.trial, event.config),
-                    total=event.config.epochs,
-                    accuracy="",
-                )
-            case TrialProgressed():
-                self.num_epochs += 1
-                accuracy = f"epoch {event.number}  {event.metrics['val/accuracy']:7.2%}"
-                self.progress.update(
-                    self.tasks[event.trial],
-                    completed=event.number,
-                    accuracy=f"{accuracy}   {self._outlook()}",
-                )
-            case TrialNote():
-                description = self._description(event.trial, self.configs[event.trial])
-                self.console.print(f"{description}  {event.text}", markup=False)
-            case TrialReused():
-                self._count(event.outcome, event.accuracy, event.trial, reused=True)
-                self.console.print(
-                    f"{self._description(event.trial, event.config)}  {event.outcome:11s} "
-                    f"{event.accuracy:7.2%} reused, not trained again",
-                    markup=False,
-                )
-            case TrialEnded():
-                self._show_end(event)
-
-    def _show_start(self, event: SweepStarted) -> None:
-        self.num_before, self.best = event.num_before, event.best_before
-        already = f", {event.num_before} already finished" if event.num_before else ""
-        workers = f"{self.settings.workers} worker{'s' * (self.settings.workers > 1)}"
-        self.console.print(
-            f"study {event.study}: {self.settings.trials} trials of {self.settings.epochs} "
-            f"epochs{already}; {workers}; MLflow experiment {event.experiment}",
-            markup=False,
-        )
-        if self.settings.patience:
-            self.console.print(
-                f"ends early if the best accuracy gains no more than "
-                f"{100 * self.settings.min_delta:g} points in {self.settings.patience} trials",
-                markup=False,
-            )
-        for note in event.notes:
-            self.console.print(f"note: {note}", markup=False)
-        if event.num_before >= self.settings.trials:
-            self.console.print("nothing is left to do: --trials is the total")
-
-    def _show_end(self, event: TrialEnded) -> None:
-        self.progress.remove_task(self.tasks.pop(event.trial))
-        config = self.configs.pop(event.trial)
-        self._count(event.outcome, event.accuracy, event.trial)
-        accuracy = "      –" if event.accuracy is None else f"{event.accuracy:7.2%}"
-        reason = f"   {event.reason}" if event.reason else ""
-        self.console.print(
-            f"{self._description(event.trial, config)}  {event.outcome:11s} {accuracy} "
-            f"{event.epochs:3d} epochs {event.seconds:6.1f} s   {self._outlook()}{reason}",
-            markup=False,
-        )
-
-    def _count(
-        self, outcome: str, accuracy: float | None, trial: int, *, reused: bool = False
-    ) -> None:
-        self.num_ended += 1
-        if self.workload is not None:
-            self.workload.count(reused=reused)
-        if outcome == "complete" and accuracy is not None:
-            best = (accuracy, trial)
-            self.best = max(self.best or best, best, key=itemgetter(0))
-
-    def _description(self, trial: int, config: TrainConfig) -> str:
-        parts = [f"{trial:4d} "]
-        values = self.space.varied(config)
-        for parameter in (BY_NAME[name] for name in self.settings.search):
-            label = f"{parameter.short} " if parameter.short else ""
-            value = parameter.text(values.get(parameter.name))
-            parts.append(f"{label}{value:{parameter.width}s}")
-        return " ".join(parts)
-
-    def _outlook(self) -> str:
-        if self.workload is not None:
-            return self.workload.place()
-        best = "" if self.best is None else f"best {self.best[0]:.2%} (trial {self.best[1]})"
-        left = self._seconds_left()
-        time_left = "" if left is None else f"  {clock(left)} left"
-        return f"{best}{time_left}"
-
-    def _seconds_left(self) -> float | None:
-        """Estimate the time left from the trials that ended, or else from the epochs."""
-        elapsed = time.monotonic() - self.start
-        wanted = self.settings.trials - self.num_before
-        if self.num_ended:
-            return elapsed / self.num_ended * (wanted - self.num_ended)
-        if self.num_epochs:
-            return elapsed / self.num_epochs * (wanted * self.settings.epochs - self.num_epochs)
-        return None
+    trial: int
+    values: Mapping[str, Any]  # what is searched, by the names of parameters; and the seed
+    epochs_planned: int
+    outcome: str = ""  # empty while it runs
+    accuracies: dict[int, float] = field(default_factory=dict)  # by epoch
+    accuracy: float | None = None  # the last one, if there is one
+    epochs: int = 0  # how many have ended
+    seconds: float | None = None  # how long it took, once it has ended
+    note: str = ""
+    is_best: bool = False  # whether it has the best accuracy of all complete trials so far
 
 
 class WholeWork(Protocol):
     """The work that a sweep is a part of."""
+
+    done: int
+    """Its trainings that have ended."""
+
+    @property
+    def total(self) -> int:
+        """All of its trainings."""
 
     def begin(self, num_before: int) -> None:
         """Note that a part begins, some of whose trials ended before."""
@@ -176,19 +52,123 @@ class WholeWork(Protocol):
     def count(self, *, reused: bool = False) -> None:
         """Count a trial that ended."""
 
-    def place(self) -> str:
-        """Return how much of the work is done, and the time left, as text."""
+    def seconds_left(self) -> float | None:
+        """Return the time left, None if it is unknown."""
 
 
-def _is_live(console: Console) -> bool:
-    """Return whether lines can change: on a terminal, or in a notebook that has widgets."""
-    if console.is_jupyter:
-        return find_spec("ipywidgets") is not None  # without it, rich warns
-    return console.is_terminal
+class SweepProgress:
+    """Follows the events of a sweep.
+
+    If the sweep is a part of a `whole`, all counts and the time left are those of the whole.
+    """
+
+    def __init__(self, settings: Settings, whole: WholeWork | None = None) -> None:
+        self.settings, self.whole = settings, whole
+        self.space = settings.space()
+        self.running: dict[int, Row] = {}
+        self.best: tuple[float, int] | None = None  # accuracy and number of the best trial
+        self._num_before = 0
+        self._ended: list[int] = []  # the epochs of each trial that ended
+        self._num_epochs = 0  # epochs that were trained since the start
+        self._resumed_after: dict[int, int] = {}
+        self._start = time.monotonic()
+
+    def follow(self, event: SweepEvent) -> Row | None:
+        """Take note of an event, and return the row of a trial that ended."""
+        match event:
+            case SweepStarted():
+                self._num_before, self.best = event.num_before, event.best_before
+                if self.whole is not None:
+                    self.whole.begin(event.num_before)
+            case TrialStarted():
+                self.running[event.trial] = self._begun(event)
+            case TrialProgressed():
+                row, accuracy = self.running[event.trial], event.metrics["val/accuracy"]
+                row.epochs, row.accuracy = event.number, accuracy
+                if math.isfinite(accuracy):
+                    row.accuracies[event.number] = accuracy
+                # The epochs before a resumption come again, in no time.
+                self._num_epochs += event.number > self._resumed_after.get(event.trial, 0)
+            case TrialReused():
+                row = Row(
+                    trial=event.trial,
+                    values=self.space.varied(event.config),
+                    epochs_planned=event.config.epochs,
+                    accuracy=event.accuracy,
+                    epochs=event.config.epochs,
+                    note="reused, not trained again",
+                )
+                return self._ended_as(row, event.outcome, reused=True)
+            case TrialEnded():
+                row = self.running.pop(event.trial)
+                row.accuracy, row.epochs = event.accuracy, event.epochs
+                row.seconds = event.seconds
+                row.note = ", ".join(filter(None, (event.reason, row.note)))
+                return self._ended_as(row, event.outcome)
+        return None
+
+    @property
+    def done(self) -> int:
+        """How many trials have ended, in earlier processes as well."""
+        return self._num_before + len(self._ended) if self.whole is None else self.whole.done
+
+    @property
+    def total(self) -> int:
+        """How many trials there are in all."""
+        if self.whole is not None:
+            return self.whole.total
+        return max(self.settings.trials, self.done)
+
+    def seconds_left(self) -> float | None:
+        """Estimate the time left from the epochs that were trained; None if there are none."""
+        if self.whole is not None:
+            return self.whole.seconds_left()
+        if not self._num_epochs:
+            return None
+        elapsed = time.monotonic() - self._start
+        # A pruned trial has fewer epochs: those to come are taken as those that ended.
+        mean = sum(self._ended) / len(self._ended) if self._ended else self.settings.epochs
+        to_come = self.total - self.done - len(self.running)
+        left = to_come * mean + sum(max(0, mean - row.epochs) for row in self.running.values())
+        return elapsed / self._num_epochs * left
+
+    def _begun(self, event: TrialStarted) -> Row:
+        note, before = "", event.resumed_after
+        if before is not None:
+            self._resumed_after[event.trial] = before
+            note = f"resumed after epoch {before}" if before else "started again"
+        return Row(
+            trial=event.trial,
+            values=self.space.varied(event.config),
+            epochs_planned=event.config.epochs,
+            note=note,
+        )
+
+    def _ended_as(self, row: Row, outcome: str, *, reused: bool = False) -> Row:
+        row.outcome = outcome
+        if outcome != "interrupted":
+            self._ended.append(row.epochs)
+            if self.whole is not None:
+                self.whole.count(reused=reused)
+        if outcome == "complete" and row.accuracy is not None:
+            found = (row.accuracy, row.trial)
+            self.best = max(self.best or found, found, key=itemgetter(0))
+            row.is_best = self.best == found
+        return row
 
 
-def clock(seconds: float) -> str:
-    """Return a time as minutes and seconds, with hours if there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def how_they_resume(unfinished: Mapping[int, int]) -> str:
+    """Return in words how trials resume: see `SweepStarted.unfinished`."""
+    return "; ".join(
+        f"trial {trial} resumes after epoch {epochs}" if epochs else f"trial {trial} starts again"
+        for trial, epochs in unfinished.items()
+    )
+
+
+def sparkline(accuracies: Sequence[float], width: int) -> str:
+    """Return accuracies as bars, from 0 to 100 %; of more than `width`, evenly spread ones."""
+    blocks = "▁▂▃▄▅▆▇█"
+    if len(accuracies) > width:
+        step = (len(accuracies) - 1) / max(1, width - 1)
+        accuracies = [accuracies[round(-1 - i * step)] for i in reversed(range(width))]
+    return "".join(blocks[min(7, int(8 * each))] for each in accuracies)

@@ -16,8 +16,8 @@ from cnn.data import Dataset
 from cnn.images import IMAGE_SIZE
 from experiments.engine.base import EpochEnded, JobEnded
 from experiments.interrupts import Interrupts
-from experiments.study.events import TrialEnded
-from experiments.study.identity import digest_of_network, training_digest
+from experiments.study.events import TrialEnded, TrialStarted
+from experiments.study.identity import differences, digest_of_network, training_digest
 from experiments.study.models import Models
 from experiments.study.parameters import run_name
 from experiments.study.parent import ENDED, Parent, WriteReport
@@ -125,6 +125,9 @@ class Recorder:
             parent.log_text(self.settings.options, OPTIONS_FILE)
         # An artifact store that refuses files is noticed now, not at the first model.
         parent.log_text(json.dumps({**fingerprint, **self.made_with}, indent=2), "settings.json")
+        set_once(study, "made_with", self.made_with)
+        if changes := differences(set_once(study, "environment", self.provenance), self.provenance):
+            self.notes += (f"this study was begun with another environment: {changes}",)
         self.runs_page = runs_link(self.tracker.experiment_id)
         if whole is None:  # else the comparison has the answer
             self._open_page(parent)
@@ -132,7 +135,8 @@ class Recorder:
 
     def _open_page(self, parent: Run) -> None:
         view = study_view(self.study.study_name, self.study.user_attrs["id"], self.settings)
-        self.runs_page, self.notes = show(self.tracker, view)
+        self.runs_page, notes = show(self.tracker, view)
+        self.notes += notes
         summary = Summary(
             study=self.study.study_name,
             settings=self.settings,
@@ -240,6 +244,16 @@ class RunningTrial:
         # bit for bit, so they are not recorded again.
         self.recorded = 0 if is_new else run.last_step(OBJECTIVE)
         self.reported = 0 if is_new else last_reported_epoch(trial)
+        self.resumed_after = None if is_new else self.reported
+
+    def started(self) -> TrialStarted:
+        """Return the event of the trial's start."""
+        return TrialStarted(
+            trial=self.trial.number,
+            run_id=self.run.run_id,
+            config=self.config,
+            resumed_after=self.resumed_after,
+        )
 
     def record(self, event: EpochEnded) -> None:
         """Record an epoch in MLflow and Optuna, unless an earlier process did."""

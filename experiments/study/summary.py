@@ -18,6 +18,7 @@ from tracking.errors import without_passwords
 from tracking.store import quoted
 from tracking.text import escaped_in_notes, printable, shortened
 from tracking.views import View, runs_link
+from tracking.wording import counted, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +41,7 @@ _LONGEST_TEXT, _LONGEST_COMMAND = 120, 1000
 def study_view(study: str, study_id: str, settings: Settings) -> View:
     """Return the view of a study's trials in MLflow's list of runs."""
     return View(
-        key=study_id[:8],
+        study_id=study_id,
         name=f"sweep {study}, the best first",
         condition=f"tags.study_id = '{study_id}' and tags.role = 'trial'",
         metric="val/accuracy",
@@ -52,7 +53,7 @@ def study_view(study: str, study_id: str, settings: Settings) -> View:
 def comparison_view(name: str, comparison_id: str, settings: Settings) -> View:
     """Return the view of a comparison's trainings in MLflow's list of runs."""
     return View(
-        key=comparison_id[:8],
+        study_id=comparison_id,
         name=f"comparison {name}, the best first",
         condition=f"tags.comparison = {quoted(name)} and tags.role = 'trial'",
         metric="val/accuracy",
@@ -108,13 +109,13 @@ class Summary:
             values = ", ".join(f"{each.label} {_value(each, best)}" for each in self._parameters)
             answer = (
                 f"**Best: trial {self._trial(best)}, {values}: validation accuracy "
-                f"{best['val_accuracy']:.2%}.**"
+                f"{percent(best['val_accuracy'])}.**"
             )
-        counts = ", ".join(
-            f"{count} {outcome}" for outcome, count in trials["outcome"].value_counts().items()
-        )
+        outcomes = trials["outcome"].value_counts().items()
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes)
+        counts = f" ({counts})" if counts else ""
         total = max(self.settings.trials, len(trials))
-        ended = f"{len(trials)} of {total} trials have ended" + (f" ({counts})" if counts else "")
+        ended = f"{len(trials)} of {counted(total, 'trial')} ended" + counts
         links = [f"[All trials, the best first]({self.all_trials})"]
         if has_report:
             page = runs_link(self.experiment_id, self.run_id, REPORT_PAGE)
@@ -135,7 +136,7 @@ class Summary:
             "data": f"{data.name}, {len(data.classes)} classes; images: {sizes}",
             **{BY_NAME[name].label: _domain(each) for name, each in settings.search.items()},
             **{BY_NAME[name].label: str(value) for name, value in settings.training.items()},
-            "trials": f"{settings.trials} of {settings.epochs} epochs; sampler "
+            "trials": f"{settings.trials} of {counted(settings.epochs, 'epoch')}; sampler "
             f"{settings.sampler}, pruner {settings.pruner}, seed {settings.seed}",
         }
         items = (f"- {_text(name)}: {_text(value)}" for name, value in lines.items())
@@ -149,7 +150,7 @@ class Summary:
         lines = [
             [
                 self._trial(row),
-                f"{row['val_accuracy']:.2%}",
+                percent(row["val_accuracy"]),
                 *(_value(each, row) for each in self._parameters),
             ]
             for row in rows

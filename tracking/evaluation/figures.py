@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tracking.plotting import BLUE, GREY, plain_style, save
 from tracking.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from tracking.evaluation.metrics import Measures
-
-DOTS_PER_INCH = 120
 
 # With up to so many classes, the cells of the confusion matrix have numbers, and all classes names.
 _MOST_NUMBERS, _MOST_NAMES = 30, 120
 _LARGEST_INCHES = 20.0
-
-_BLUE, _GREY = "#0072B2", "#666666"
 
 
 def draw_confusion(measures: Measures, file: Path) -> None:
@@ -34,7 +28,7 @@ def draw_confusion(measures: Measures, file: Path) -> None:
 
     size = len(measures.classes)
     inches = min(2 + size * (0.4 if size <= _MOST_NUMBERS else 0.18), _LARGEST_INCHES)
-    with _plain_style():
+    with plain_style():
         figure = Figure(figsize=(inches, inches))
         axes = figure.add_axes((0, 0, 1, 1))
         with np.errstate(invalid="ignore"):
@@ -52,7 +46,7 @@ def draw_confusion(measures: Measures, file: Path) -> None:
         figure.colorbar(
             shown, cax=bar, label="share of the true class", ticks=(0, 0.01, 0.05, 0.2, 0.5, 1)
         )
-        _save(figure, file)
+        save(figure, file)
 
 
 def _write_numbers(axes: Axes, measures: Measures, is_dark: object) -> None:
@@ -94,21 +88,21 @@ def draw_reliability(measures: Measures, file: Path) -> None:
     bins = measures.per_bin()
     bins = bins[bins["images"] > 0]
     width = 1 / len(measures.bin_images)
-    with _plain_style():
+    with plain_style():
         figure = Figure(figsize=(5.5, 7), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.bar(
-            bins["above"], bins["accuracy"], width, align="edge", color=_BLUE, alpha=0.35,
-            edgecolor=_BLUE, label="accuracy of the bin",
+            bins["above"], bins["accuracy"], width, align="edge", color=BLUE, alpha=0.35,
+            edgecolor=BLUE, label="accuracy of the bin",
         )  # fmt: skip
         upper.errorbar(
             bins["confidence"],
             bins["accuracy"],
             (bins["accuracy"] - bins["accuracy_low"], bins["accuracy_high"] - bins["accuracy"]),
-            fmt="o", color=_BLUE, markersize=4, capsize=2,
+            fmt="o", color=BLUE, markersize=4, capsize=2,
             label="at its mean confidence, 95 % interval",
         )  # fmt: skip
-        upper.plot((0, 1), (0, 1), "--", color=_GREY, label="calibrated: accuracy = confidence")
+        upper.plot((0, 1), (0, 1), "--", color=GREY, label="calibrated: accuracy = confidence")
         upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
         figure.legend(loc="outside lower center", frameon=False, fontsize=9)
         upper.set_title(
@@ -116,29 +110,13 @@ def draw_reliability(measures: Measures, file: Path) -> None:
             f"{measures.labelled:,} images"
         )
         lower.bar(
-            bins["above"], bins["images"] / measures.labelled, width, align="edge", color=_BLUE,
+            bins["above"], bins["images"] / measures.labelled, width, align="edge", color=BLUE,
             edgecolor="white",
         )  # fmt: skip
         lower.set(xlabel="confidence: probability of the predicted class", ylabel="images")
         for axis in (upper.yaxis, lower.yaxis, lower.xaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _save(figure, file)
-
-
-@contextmanager
-def _plain_style() -> Iterator[None]:
-    """Use Matplotlib's own defaults: a user's matplotlibrc may require TeX."""
-    from matplotlib import style
-
-    with style.context("default"):
-        yield
-
-
-def _save(figure: Figure, file: Path) -> None:
-    with warnings.catch_warnings():
-        # A character that the font lacks is drawn as a box; the tables have the names.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
+        save(figure, file)
 
 
 FIGURES: dict[str, Callable[[Measures, Path], None]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +18,26 @@ from typing import TYPE_CHECKING, Any
 from tracking.errors import TransientError, one_line
 from tracking.evaluation.figures import FIGURES
 from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
+from tracking.examples import Example, ExamplePicker, as_records, draw_examples
 from tracking.files import open_folder, writing
 from tracking.prediction.formats import format_of, to_csv
+from tracking.progress import progress
 from tracking.run_search import described
 from tracking.store import reading
 from tracking.text import escape_formulas, escaped
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
     import pyarrow as pa
     from mlflow.entities import Run
 
 
-FILES = ("report.md", "report.json", "per_class.csv", "confusion.csv", *FIGURES)
+EXAMPLES_FILE = "examples.png"
+
+FILES = ("report.md", "report.json", "per_class.csv", "confusion.csv", *FIGURES, EXAMPLES_FILE)
+"""The last one only where the images are at hand."""
 
 SPLIT_NOTES = {
     "train": "this is the split that the model was trained on: it looks better here than it is",
@@ -69,24 +76,44 @@ def data_name(source: str, split: str | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:NAME_LENGTH].strip("-.") or "images"
 
 
-def make(file: Path, subject: Subject, folder: Path, *, is_logged: bool) -> None:
+ImageReader = Callable[[int], "npt.NDArray[np.uint8] | None"]
+"""Returns the image (H, W, C) at a position of a source, None if it can't be read."""
+
+
+def make(
+    file: Path,
+    subject: Subject,
+    folder: Path,
+    *,
+    is_logged: bool,
+    read_image: ImageReader | None = None,
+) -> None:
     """Write the report on a file of predictions, print its summary, and log it if asked.
 
-    The folder must pass `check_folder`. Raises ValueError if the file can't be read, or if no image
-    in it is labelled.
+    The folder must pass `check_folder`. With `read_image`, there is a sheet of images.
+
+    Raises:
+        ValueError: the file can't be read, or no image in it is labelled.
     """
+    picker = ExamplePicker() if read_image is not None else None
     try:
-        measures = count(file).measures()
+        measures = count(file, picker).measures()
     except ValueError as error:
         raise ValueError(f"no report: {error}") from error
-    write(measures, subject, folder)
+    images = {}
+    if picker is not None and read_image is not None:
+        rows = {each.row for group in picker.groups().values() for each in group}
+        read = {row: read_image(row) for row in sorted(rows)}
+        images = {row: image for row, image in read.items() if image is not None}
+    groups = picker.groups() if picker is not None else {}
+    write(measures, subject, folder, groups if images else {}, images)
     print(f"report {str(folder)!r}: {summary(measures)}")
     if is_logged:
         print(log(measures, subject, folder))
 
 
-def count(file: Path) -> MetricsAccumulator:
-    """Count the predictions of a file, part by part, or raise ValueError.
+def count(file: Path, picker: ExamplePicker | None = None) -> MetricsAccumulator:
+    """Count the predictions of a file, part by part, or raise ValueError; pick examples as well.
 
     The columns `p(<class>)` name the classes. Any other `label` counts as unlabelled.
     """
@@ -102,16 +129,36 @@ def count(file: Path) -> MetricsAccumulator:
             "as tracking.predict writes them"
         )
     counts = MetricsAccumulator([head[2:-1] for head in columns])
-    texts = [head for head in ("label", "error") if head in heads]
+    wanted = ["label", "error", *(["source"] if picker is not None else [])]
+    texts = [head for head in wanted if head in heads]
     schema = pa.schema(
         [(head, pa.string()) for head in texts] + [(head, pa.float32()) for head in columns]
     )
-    for batch in _batches(file, schema):
-        read = np.array(batch["error"].is_null()) if "error" in texts else np.ones(len(batch), bool)
-        probabilities = np.column_stack([batch[head] for head in columns])
-        counts.unreadable += int((~read).sum())
-        counts.add(_positions(batch["label"], counts.classes)[read], probabilities[read])
+    start = 0
+    with progress("rows") as advance:
+        for batch in _batches(file, schema):
+            has_error = "error" in texts
+            read = np.array(batch["error"].is_null()) if has_error else np.ones(len(batch), bool)
+            probabilities = np.column_stack([batch[head] for head in columns])
+            counts.unreadable += int((~read).sum())
+            labels = _positions(batch["label"], counts.classes)
+            counts.add(labels[read], probabilities[read])
+            if picker is not None:
+                rows = np.flatnonzero(read)
+                names = _names(batch, rows, start)
+                picker.add(start + rows, names, labels[read], probabilities[read])
+            start += len(batch)
+            advance(len(batch))
     return counts
+
+
+def _names(batch: pa.RecordBatch, rows: npt.NDArray[np.int64], start: int) -> list[str]:
+    """Return the names of a part's images; without a column of them, their positions."""
+    import pyarrow as pa
+
+    if "source" not in batch.schema.names:
+        return [str(start + row) for row in rows]
+    return [str(name) for name in batch["source"].take(pa.array(rows)).to_pylist()]
 
 
 def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -148,23 +195,39 @@ def summary(measures: Measures) -> str:
     )
 
 
-def write(measures: Measures, subject: Subject, folder: Path) -> None:
+Groups = Mapping[str, Sequence[Example]]
+
+
+def write(
+    measures: Measures,
+    subject: Subject,
+    folder: Path,
+    examples: Groups,
+    images: Mapping[int, npt.NDArray[np.uint8]],
+) -> None:
     """Write a report to a folder, which is created: each file appears as a whole or not at all.
 
     Files of the same names are replaced; others stay.
     """
     with writing("the report"), open_folder(folder, FILES) as draft:
-        for name, content in _contents(measures, subject):
+        for name, content in _contents(measures, subject, examples):
             (draft / name).write_bytes(content)
         for name, draw in FIGURES.items():
             draw(measures, draft / name)
+        if examples:
+            draw_examples(examples, images, measures.classes, draft / EXAMPLES_FILE)
 
 
-def _contents(measures: Measures, subject: Subject) -> Iterator[tuple[str, bytes]]:
+def _contents(
+    measures: Measures, subject: Subject, examples: Groups
+) -> Iterator[tuple[str, bytes]]:
     import pyarrow as pa
 
-    yield "report.md", _markdown(measures, subject).encode()
-    numbers = json.dumps(as_dict(measures, subject), indent=1, allow_nan=False, ensure_ascii=False)
+    yield "report.md", _markdown(measures, subject, has_examples=bool(examples)).encode()
+    told = as_dict(measures, subject) | (
+        {"examples": as_records(examples, measures.classes)} if examples else {}
+    )
+    numbers = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
     yield "report.json", numbers.encode()
     yield "per_class.csv", to_csv(pa.Table.from_pandas(measures.per_class(), preserve_index=False))
     classes = pa.array(measures.classes, pa.string())
@@ -200,7 +263,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in rows]
 
 
-def _markdown(measures: Measures, subject: Subject) -> str:
+def _markdown(measures: Measures, subject: Subject, *, has_examples: bool) -> str:
     overview = {
         "images": escaped(subject.source),
         "labelled": f"{measures.labelled:,}, {measures.correct:,} of them right",
@@ -233,6 +296,7 @@ def _markdown(measures: Measures, subject: Subject) -> str:
         ),
         "![Confusion matrix](confusion.png)",
         "![Reliability diagram](reliability.png)",
+        *(["## Some of the images", _EXAMPLES_TEXT] if has_examples else []),
         "Intervals are Wilson's (1927). *Precision* is the share of the images predicted as a class"
         " that are of it, *recall* the share of the images of a class that are predicted as it, *F1"
         "* their harmonic mean; – is 0 / 0. The *expected calibration error* (Guo et al. 2017) is "
@@ -268,6 +332,14 @@ def _interval(shares: Sequence[float]) -> str:
     return f"{100 * low:.2f} to {100 * high:.2f} %"
 
 
+_EXAMPLES_TEXT = f"""\
+The surest right ones, the surest wrong ones, and the least sure of all. Bars are the probabilities
+of the most probable classes, with that of the true class. The outline is the target: 1 for the true
+class.
+
+![Predicted images with their probabilities]({EXAMPLES_FILE})"""
+
+
 def check_run(run_id: str | None) -> None:
     """Raise ValueError unless the run exists, so that the report can be logged into it."""
     if run_id is None:
@@ -291,6 +363,8 @@ def log(measures: Measures, subject: Subject, folder: Path) -> str:
             run = client.get_run(subject.run_id)
             # Files first: so metrics in a run imply the files.
             for name in FILES:
+                if not (folder / name).exists():  # EXAMPLES_FILE
+                    continue
                 client.log_artifact(subject.run_id, str(folder / name), files)
             values = {f"{prefix}/{key}": value for key, value in _metrics(measures).items()}
             if {key: run.data.metrics.get(key) for key in values} != values:

@@ -18,10 +18,10 @@ from tracking.text import listed, printable
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import pandas as pd
     from torch import Tensor
 
     from tracking.models.labels import Labels
+    from tracking.models.predictions import Predictions
     from tracking.prediction.pixels import Images
 
 
@@ -54,7 +54,7 @@ class Predictor:
         sources: Sequence[object] | None = None,
         labels: Labels | None = None,
         batch_size: int = BATCH_SIZE,
-    ) -> pd.DataFrame:
+    ) -> Predictions:
         """Predict the classes of images, and return a row for each image.
 
         Args:
@@ -68,6 +68,7 @@ class Predictor:
         Returns:
             Columns `source`, `prediction` (a class name), `probability` (that of the prediction),
             `p(<class>)` for each class, and `label` (a class name or missing) if labels are given.
+            `show()` shows the most telling images: see `Predictions`.
 
         Raises:
             ValueError: an image can't be read, has another type or shape, or the numbers of images,
@@ -75,6 +76,8 @@ class Predictor:
         """
         import numpy as np
         import pandas as pd
+
+        from tracking.models.predictions import Predictions
 
         if batch_size < 1:
             raise ValueError(f"the batch size must be ≥ 1, not {batch_size}")
@@ -95,7 +98,7 @@ class Predictor:
         columns |= {f"p({name})": probabilities[:, k] for k, name in enumerate(self.classes)}
         if labels is not None:
             columns["label"] = class_names(labels, self.classes, size=len(batch))
-        return pd.DataFrame(columns)
+        return Predictions.of(columns, batch)
 
     def probabilities(
         self, images: Images | Sequence[Images], *, batch_size: int = BATCH_SIZE

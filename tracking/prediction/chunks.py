@@ -57,6 +57,12 @@ class Source:
     """The split of a data set, if they are one: `train`, `validation` or `test`."""
 
 
+def image_at(source: Source, row: int) -> npt.NDArray[np.uint8] | None:
+    """Return the image (S, S, 3) at a position; None if it can't be read (any more)."""
+    chunk = next(source.read(1, row), None)
+    return None if chunk is None or not len(chunk.images) else chunk.images[0]
+
+
 def is_list(text: str) -> bool:
     """Return whether a source is a list of paths: `@FILE`, or `-` for standard input."""
     return text == "-" or text.startswith("@")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tracking.prediction.formats import table
+from tracking.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ def predict_images(
         strict: raise ValueError at the first image that can't be read.
     """
     counts = RunningCounts(predictor.classes, draft.state)
-    with _progress(source.size, done=draft.rows) as advance, _quiet_pillow():
+    with progress("images", source.size, done=draft.rows) as advance, _quiet_pillow():
         size = chunk_size(batch_size, predictor.image_shape)
         for chunk in source.read(size, draft.rows):
             if strict and chunk.errors:
@@ -121,37 +121,6 @@ def _quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
-
-
-@contextmanager
-def _progress(total: int, *, done: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on a terminal; yield the function to call with the images of each step."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, {task.fields[rate]} a second, left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done, rate="–")
-
-        def advance(count: int) -> None:
-            progress.advance(task, count)
-            progress.update(task, rate=f"{progress.tasks[0].speed or 0:,.0f}")
-
-        yield advance
 
 
 def use_available_cores() -> None:
