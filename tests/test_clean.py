@@ -131,7 +131,7 @@ def test_the_view_of_a_study_goes_with_it(data: Dataset) -> None:
     kept = {each for each in tags() if "sharedViewState" in each}
     run("one", data)
     assert "sweep one, the best first" in tags()["mlflow.note.content"]
-    assert main(["one", "--force"]) == 0
+    assert main(["one", "--yes"]) == 0
     assert {each for each in tags() if "sharedViewState" in each} == kept
     assert "viewStateShareKey" not in tags()["mlflow.note.content"]
     assert tags()["mlflow.note.content"].startswith("Trainings of a CNN")

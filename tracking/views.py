@@ -127,7 +127,8 @@ def experiment_note(latest: View | None, experiment_id: str, before: str) -> str
         name = escaped_in_notes(shortened(latest.name, _LONGEST_NAME))
         first += f" The latest: [{name}]({latest.link(experiment_id)})."
     return (
-        f"{first}\n\nEach sweep and each comparison is a run, and its trials are the runs below it. "
-        "Its description has the answer. The menu *Views* lists the trials of each, those with the "
+        f"{first}\n\n"
+        "Each sweep and each comparison is a run, and its trials are the runs below it. Its "
+        "description has the answer. The menu *Views* lists the trials of each, those with the "
         "highest accuracy first."
     )
