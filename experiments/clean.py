@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.engine.checkpoints import FOLDER
 from tracking.cli import Parser, leave, run_command
 from tracking.errors import without_passwords
 from tracking.store import reading, sqlite_file, tracking_uri
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 List what there is: studies and comparisons with their runs and models, registered models,
 checkpoints, and decoded images, with their sizes. With names, remove these, in Optuna, in MLflow
-and on the disk, after showing what goes and asking. What others need stays: a run that another
+and on the disk, after showing it and asking. What something else needs stays: a run that another
 study links to, and the run of a registered model.
 """
 
@@ -55,8 +55,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--unused",
         action="store_true",
-        help="remove checkpoints and decoded images that nothing refers to, and the runs in "
-        "MLflow's bin",
+        help="remove checkpoints and decoded images that nothing refers to, and the runs that "
+        "were deleted in MLflow",
     )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
     cli.add_storage_flag(parser)
@@ -74,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from experiments.inventory.removal import choose, read_inventory, remove
 
-    with ExitStack() as stack:
-        client = stack.enter_context(reading())
-        storage = _storage(options.storage, stack)
-        inventory = read_inventory(client, storage, options.data_dir)
+    with reading() as client:
+        storage = _storage(options.storage)
+        inventory = read_inventory(client, storage, options.storage, options.data_dir)
         if not (options.names or options.cache or options.unused):
             _show(inventory, options)
             return 0
@@ -94,20 +93,20 @@ def _run(options: argparse.Namespace) -> int:
         is_erased = remove(removal, client, storage, options.storage)
     print("removed")
     if removal.runs and not is_erased:
-        print("its runs are in the server's bin: `mlflow gc`, where the server is, frees the disk")
+        print("its runs can still be restored: `mlflow gc`, where the server is, frees the disk")
     return 0
 
 
-def _storage(url: str, stack: ExitStack) -> TrialCache | None:
-    """Open the storage for the whole command; None if its file does not exist."""
+def _storage(url: str) -> TrialCache | None:
+    """Open the storage; None if its file does not exist."""
     from experiments.study.storage import check_storage, open_storage, storage_errors
 
     check_storage(url)
     file = sqlite_file(url)
     if file is not None and not file.exists():
         return None
-    stack.enter_context(storage_errors(url))
-    return open_storage(url)
+    with storage_errors(url):
+        return open_storage(url)
 
 
 def _agreed() -> bool:
@@ -140,7 +139,7 @@ def _show(inventory: Inventory, options: argparse.Namespace) -> None:
         for each in inventory.versions
     ]
     _print_table(("registered model", "alias"), versions)
-    columns = (f"checkpoints in {options.data_dir / 'checkpoints'}", "files", "size")
+    columns = (f"checkpoints in {options.data_dir / FOLDER}", "files", "size")
     _print_table(columns, _checkpoint_rows(inventory), numbers=(1, 2))
     columns = (f"decoded images in {options.data_dir / 'cache'}", "size", "in use", "what")
     images = [
@@ -170,7 +169,7 @@ def _run_rows(inventory: Inventory) -> Iterator[Row]:
     if reruns:
         yield _row("", "reruns", "", reruns)
     if deleted := [run for run in inventory.runs if run.is_deleted]:
-        yield _row("", "deleted, in MLflow's bin", "", deleted)
+        yield _row("", "deleted in MLflow", "", deleted)
 
 
 def _row(name: str, what: str, trials: str, runs: Sequence[StoredRun], when: str = "") -> Row:
@@ -201,6 +200,8 @@ def _show_removal(removal: Removal) -> None:
     for study in removal.studies:
         trials = study.num_finished + study.num_unfinished
         print(f"{study.kind} {printable(study.name)}: {counted(trials, 'trial')}")
+    for name in removal.elsewhere:
+        print(f"study {printable(name)} is not in this storage: only its runs are removed")
     if removal.runs:
         models = sum(len(run.models) for run in removal.runs)
         size = _size(size_of(removal.runs))

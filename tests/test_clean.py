@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -211,6 +214,53 @@ def test_on_a_server_the_runs_are_marked_as_deleted(
     assert files_in("mlruns") == before
 
 
+@pytest.mark.parametrize("column", ["artifact_uri", "model"])
+def test_a_folder_that_is_not_that_of_the_run_stays(
+    column: str, data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("one", data)
+    run_id = trial_runs("one")[0].info.run_id
+    Path("photos").mkdir()
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        if column == "artifact_uri":
+            statement = "UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?"
+            place = str(Path("photos").absolute())
+        else:
+            statement = "UPDATE inputs SET destination_id = ? WHERE source_id = ?"
+            place = "../../../photos"
+        assert database.execute(statement, (place, run_id)).rowcount
+    assert main(["one", "--yes"]) == 2
+    assert f"nothing was removed: run {run_id} has its files at" in capsys.readouterr().err
+    assert Path("photos").exists()
+    assert len(runs_of("one")) == 3
+    assert studies() == {"one"}
+
+
+def test_a_file_that_cannot_be_removed_is_named(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("one", data, trials=1)
+    folder = decoded(data, "old")
+
+    def refuse(_: Path, __: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert main(["--cache", "old", "--yes"]) == 1
+    assert f"can't remove '{folder}': Read-only file system" in capsys.readouterr().err
+    assert folder.exists()
+
+
+def test_a_study_of_another_storage_is_said_to_be_one(
+    data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("one", data, trials=1)
+    assert main(["one", "--yes", "--storage", "sqlite:///other.db"]) == 0
+    assert "study one is not in this storage: only its runs are removed" in capsys.readouterr().out
+    assert runs_of("one") == []
+    assert studies() == {"one"}
+
+
 # What nothing refers to
 
 
@@ -244,7 +294,7 @@ def test_no_checkpoint_goes_while_one_may_be_that_of_a_users_network(
     assert list(files_in("data").values()) == [b"whose?"]
 
 
-def test_what_is_in_mlflows_bin_is_unused(data: Dataset) -> None:
+def test_what_was_deleted_in_mlflow_is_unused(data: Dataset) -> None:
     run("one", data)
     MlflowClient().delete_run(trial_runs("one")[0].info.run_id)
     assert main(["--unused", "--yes"]) == 0

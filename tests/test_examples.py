@@ -66,7 +66,7 @@ def picked(groups: dict[str, list[Example]]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("part", [1, 7, 60])
-def test_the_examples_are_the_most_telling_ones_however_they_come(part: int) -> None:
+def test_the_examples_are_those_of_a_slow_reader_however_they_come(part: int) -> None:
     probabilities = scores(60)
     labels = np.random.default_rng(1).integers(-1, 3, 60)
     picker = ExamplePicker()
@@ -99,7 +99,8 @@ def test_odd_names_and_many_classes_are_drawn(channels: int) -> None:
     example = Example(row=2, name="$a$/\x1b[31m" * 9, label=40, probabilities=of_classes)
     file = io.BytesIO()
     pixels = np.zeros((9, 7, channels), np.uint8)
-    draw_examples({RIGHT: [example], WRONG: []}, {2: pixels}, classes, file)
+    groups = {RIGHT: [example], WRONG: []}
+    draw_examples(Examples(classes=tuple(classes), groups=groups, images={2: pixels}), file)
     assert width(file) > 400
 
 
@@ -151,7 +152,7 @@ def test_a_report_shows_the_images_of_its_source(
     drawn: dict[int, npt.NDArray[np.uint8]] = {}
     monkeypatch.setattr(
         "tracking.evaluation.report.draw_examples",
-        lambda groups, images, classes, file: (drawn.update(images), file.touch()),
+        lambda examples, file: (drawn.update(examples.images), file.touch()),
     )
     pixels, labels = images(30), np.arange(30) % 3
     np.savez("a.npz", images=pixels, labels=labels)
@@ -200,7 +201,9 @@ def test_predictions_show_images_also_of_rows_that_were_chosen_and_sorted() -> N
 
 def test_the_images_shown_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[int, npt.NDArray[np.uint8]] = {}
-    monkeypatch.setattr(predictions, "draw_examples", lambda _, images, *__: shown.update(images))
+    monkeypatch.setattr(
+        predictions, "draw_examples", lambda examples, _: shown.update(examples.images)
+    )
     made = table(with_labels=False)
     made.iloc[[7, 3]].show(2)
     assert sorted(shown) == [3, 7]

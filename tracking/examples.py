@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ _CLASSES = 5
 """The classes of which an example shows the scores: the highest, and the target."""
 
 _NAME_LENGTH = 28
+
+
+ImageReader = Callable[[int], "npt.NDArray[np.uint8] | None"]
+"""Returns the image (H, W, C) at a position of a source, None if it can't be read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,23 +115,13 @@ class ExamplePicker:
         wanted = (RIGHT, WRONG, UNSURE) if self._has_labels else (SURE, UNSURE)
         return {group: self._picked[group] for group in wanted if self._picked[group]}
 
-
-def as_records(
-    groups: Mapping[str, Sequence[Example]], classes: Sequence[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the examples of each group in JSON's types."""
-    return {
-        title: [
-            {
-                "source": each.name,
-                "label": classes[each.label] if each.label >= 0 else None,
-                "prediction": classes[each.prediction],
-                "probability": float(each.probabilities.max()),
-            }
-            for each in group
-        ]
-        for title, group in groups.items()
-    }
+    def examples(self, classes: Sequence[str], read_image: ImageReader) -> Examples:
+        """Return the examples with their images; each image is read once."""
+        groups = self.groups()
+        rows = sorted({each.row for group in groups.values() for each in group})
+        read = {row: read_image(row) for row in rows}
+        images = {row: image for row, image in read.items() if image is not None}
+        return Examples(classes=tuple(classes), groups=groups, images=images)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,7 +132,22 @@ class Examples:
     groups: Mapping[str, Sequence[Example]]
     """By the title of the group."""
     images: Mapping[int, npt.NDArray[np.uint8]]
-    """(H, W, C) by row."""
+    """(H, W, C) by row. An example without an image is not drawn."""
+
+    def records(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the examples of each group in JSON's types, without their images."""
+        return {
+            title: [
+                {
+                    "source": each.name,
+                    "label": self.classes[each.label] if each.label >= 0 else None,
+                    "prediction": self.classes[each.prediction],
+                    "probability": float(each.probabilities.max()),
+                }
+                for each in group
+            ]
+            for title, group in self.groups.items()
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return them in JSON's types, for `from_dict`; images are reduced to `LARGEST` pixels."""
@@ -213,26 +222,14 @@ def _unpacked(packed: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     return pixels.reshape(height, width, channels)
 
 
-def draw_examples(
-    groups: Mapping[str, Sequence[Example]],
-    images: Mapping[int, npt.NDArray[np.uint8]],
-    classes: Sequence[str],
-    file: Path | BinaryIO,
-) -> None:
-    """Draw a sheet of examples as PNG: each image, and beside it its scores and its target.
-
-    Args:
-        groups: the examples by the title of their group.
-        images: (H, W, C) by row; an example without an image is left out.
-        classes: the names of the K classes.
-        file: the file to write.
-    """
+def draw_examples(examples: Examples, file: Path | BinaryIO) -> None:
+    """Draw a sheet of examples as PNG: each image, and beside it its scores and its target."""
     from matplotlib.figure import Figure
 
     shown = {
         title: kept
-        for title, group in groups.items()
-        if (kept := [each for each in group if each.row in images])
+        for title, group in examples.groups.items()
+        if (kept := [each for each in group if each.row in examples.images])
     }
     lines = sum(_num_lines(group) for group in shown.values())
     with plain_style():
@@ -245,12 +242,12 @@ def draw_examples(
             for place, example in enumerate(group):
                 row, column = line + place // EACH, 2 * (place % EACH)
                 picture = figure.add_subplot(grid[row, column])
-                _draw_image(picture, example, images[example.row], classes)
+                _draw_image(picture, example, examples.images[example.row], examples.classes)
                 if place == 0:
                     picture.text(
                         0, 1.42, title, transform=picture.transAxes, fontsize=12, fontweight="bold"
                     )
-                _draw_scores(figure.add_subplot(grid[row, column + 1]), example, classes)
+                _draw_scores(figure.add_subplot(grid[row, column + 1]), example, examples.classes)
             line += _num_lines(group)
         save(figure, file)
 

@@ -72,15 +72,15 @@ def _examples(
     split: Split, classes: tuple[str, ...], probabilities: npt.NDArray[np.float32]
 ) -> Examples:
     """Return images of the split to look at, chosen by these predictions of them."""
-    from tracking.examples import ExamplePicker, Examples
+    from tracking.examples import ExamplePicker
+
+    def read_image(row: int) -> npt.NDArray[np.uint8]:
+        images, _ = split.batch(torch.tensor([row]))
+        return images[0].numpy()
 
     picker, rows = ExamplePicker(), np.arange(len(split))
     picker.add(rows, [f"test[{row}]" for row in rows], split.labels.numpy(), probabilities)
-    groups = picker.groups()
-    shown = sorted({each.row for group in groups.values() for each in group})
-    pixels, _ = split.batch(torch.tensor(shown))
-    images = dict(zip(shown, pixels.numpy(), strict=True))
-    return Examples(classes=classes, groups=groups, images=images)
+    return picker.examples(classes, read_image)
 
 
 def last_round(run: Run) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cnn.config import TrainConfig
     from cnn.stepper import Checkpoint
 
+FOLDER = "checkpoints"  # in the data folder
 DRAFT = ".draft"  # the suffix of a checkpoint while it is written
 MAX_BYTES = 2 * 2**30  # larger files are not read as checkpoints
 
@@ -52,7 +53,7 @@ class Checkpoints:
 
     def file(self, config: TrainConfig) -> Path:
         """Return the file of a training's checkpoint."""
-        return self.data_dir / "checkpoints" / f"{key_of(self.digest, config)}.pt"
+        return self.data_dir / FOLDER / f"{key_of(self.digest, config)}.pt"
 
     def read(self, config: TrainConfig) -> bytes | None:
         """Return a training's checkpoint: None if there is none, empty if it can't be read."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnn.cache import read_meta
+from cnn.cache import look_up, read_meta
 from cnn.config import TrainConfig
-from experiments.engine.checkpoints import DRAFT, Checkpoints
+from experiments.engine.checkpoints import DRAFT, FOLDER, Checkpoints
 from experiments.inventory.runs import StoredRun, file_size
 
 _DRAFT_SECONDS = 24 * 3600
@@ -45,7 +43,7 @@ class StoredCheckpoints:
 
 def checkpoint_files(data_dir: Path) -> list[Path]:
     """Return the checkpoints of a data folder, drafts as well."""
-    folder = data_dir / "checkpoints"
+    folder = data_dir / FOLDER
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [file for file in files if file.suffix in (".pt", DRAFT)]
 
@@ -83,13 +81,7 @@ def read_cache(data_dir: Path) -> list[CacheEntry]:
     cache = data_dir / "cache"
     if not cache.is_dir():
         return []
-    used: dict[str, list[str]] = defaultdict(list)
-    for file in (cache / "index").glob("*.json"):
-        try:
-            index = json.loads(file.read_text("utf-8"))
-            used[str(index["digest"])].append(str(index.get("source", "")))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: a start reads the images again
+    used = {look_up(cache, file.stem) for file in (cache / "index").glob("*.json")}
     entries = [
         _entry(folder, is_used=folder.name in used)
         for folder in sorted(cache.iterdir())

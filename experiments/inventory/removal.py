@@ -20,6 +20,7 @@ from experiments.inventory.files import (
 from experiments.inventory.runs import (
     StoredRun,
     StoredVersion,
+    check_places,
     delete_runs,
     delete_views,
     read_runs,
@@ -31,7 +32,9 @@ from experiments.inventory.studies import (
     kept_from_running,
     read_studies,
 )
+from experiments.study.storage import storage_errors
 from experiments.study.trial_cache import TrialCache
+from tracking.errors import one_line, refusal
 from tracking.text import listed
 from tracking.wording import counted
 
@@ -70,6 +73,8 @@ class Removal:
     """What is to be removed."""
 
     studies: Sequence[StoredStudy]
+    elsewhere: Sequence[str]
+    """The names of studies that are not in this storage: only their runs are removed."""
     runs: Sequence[StoredRun]
     versions: Sequence[StoredVersion]
     files: Sequence[Path]
@@ -81,12 +86,16 @@ class Removal:
         return bool(self.studies or self.runs or self.versions or self.files)
 
 
-def read_inventory(client: MlflowClient, storage: TrialCache | None, data_dir: Path) -> Inventory:
-    """Return all that is stored; without a storage, there are no studies."""
+def read_inventory(
+    client: MlflowClient, storage: TrialCache | None, url: str, data_dir: Path
+) -> Inventory:
+    """Return all that is stored; without a storage (it has the address), there are no studies."""
     files = checkpoint_files(data_dir)  # before the runs: see there
     runs = read_runs(client)
+    with storage_errors(url):
+        studies = read_studies(storage) if storage is not None else []
     return Inventory(
-        studies=read_studies(storage) if storage is not None else [],
+        studies=studies,
         runs=runs,
         versions=read_versions(client),
         checkpoints=match_checkpoints(files, runs, data_dir),
@@ -104,7 +113,7 @@ def choose(
         names: of studies and comparisons, or models:/NAME and models:/NAME/VERSION.
         cache: names of data sets, whose decoded images are removed.
         unused: whether to remove the checkpoints and decoded images that nothing refers to, and the
-            runs in MLflow's bin.
+            runs that were deleted in MLflow.
 
     Raises:
         ValueError: there is nothing of one of these names.
@@ -112,7 +121,10 @@ def choose(
     studies = {study.name: study for study in inventory.studies}
     elsewhere = inventory.of_other_storages()
     models = {each.model for each in inventory.versions}
-    own, runs, versions = [], [], []
+    own: list[StoredStudy] = []
+    of_others: list[str] = []
+    runs: list[StoredRun] = []
+    versions: list[StoredVersion] = []
     for name in dict.fromkeys(names):
         if name.startswith(MODELS):
             versions += _versions(inventory.versions, name)
@@ -120,6 +132,7 @@ def choose(
             own.append(studies[name])
             runs += inventory.runs_of(studies[name])
         elif name in elsewhere:
+            of_others.append(name)
             runs += elsewhere[name]
         else:
             known = [*studies, *elsewhere, *(MODELS + model for model in sorted(models))]
@@ -130,6 +143,7 @@ def choose(
     runs, kept = _without_needed(inventory, own, runs, versions)
     return Removal(
         studies=own,
+        elsewhere=of_others,
         runs=runs,
         versions=versions,
         files=_files(inventory, own, cache, unused=unused),
@@ -163,8 +177,9 @@ def _without_needed(
     wanted, kept = {run.run_id for run in runs}, []
     needed: set[str] = set()
     for study in inventory.studies:
-        own = {run.run_id for run in inventory.runs_of(study)}
-        linked = wanted & study.run_ids - own if study not in studies else set()
+        if study in studies:
+            continue
+        linked = (wanted & study.run_ids) - {run.run_id for run in inventory.runs_of(study)}
         if linked:
             kept.append(f"{counted(len(linked), 'run')}, which study {study.name!r} links to")
         needed |= linked
@@ -201,12 +216,14 @@ def remove(removal: Removal, client: MlflowClient, storage: TrialCache | None, u
     Runs go first and studies last. So if it is stopped in between, the same names are still there.
 
     Raises:
-        ValueError: a study is being run; then nothing is removed.
+        ValueError: a study is being run, or files are in an odd place; then nothing is removed.
     """
+    check_places(removal.runs)
     with ExitStack() as stack:
         if storage is not None:
-            for study in removal.studies:
-                stack.enter_context(kept_from_running(study, url, storage))
+            with storage_errors(url):
+                for study in removal.studies:
+                    stack.enter_context(kept_from_running(study, url, storage))
         for version in removal.versions:
             client.delete_model_version(version.model, version.version)
         _delete_empty_models(client, {each.model for each in removal.versions})
@@ -214,8 +231,9 @@ def remove(removal: Removal, client: MlflowClient, storage: TrialCache | None, u
         delete_views(client, removal.runs)
         _delete_files(removal.files)
         if storage is not None:
-            for study in removal.studies:
-                delete_studies(study, storage)
+            with storage_errors(url):
+                for study in removal.studies:
+                    delete_studies(study, storage)
     return is_erased
 
 
@@ -227,10 +245,14 @@ def _delete_empty_models(client: MlflowClient, models: Iterable[str]) -> None:
 
 def _delete_files(files: Iterable[Path]) -> None:
     for file in files:
-        if file.is_dir() and not file.is_symlink():
-            # A cache's folder disappears at once: a start never finds a part of it.
-            aside = file.with_name(f".removing-{file.name}")
-            file.rename(aside)
-            shutil.rmtree(aside)
-        else:
-            file.unlink(missing_ok=True)
+        try:
+            if file.is_dir() and not file.is_symlink():
+                # A cache's folder disappears at once: a start never finds a part of it.
+                aside = file.with_name(f".removing-{file.name}")
+                file.rename(aside)
+                shutil.rmtree(aside)
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            line = f"can't remove {str(file)!r}: {error.strerror or one_line(error)}"
+            raise refusal(line, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from tracking.errors import without_passwords
 from tracking.store import none_if_missing
 from tracking.views import PREFIX, experiment_note, view_tag
 
@@ -31,7 +33,7 @@ class StoredRun:
     """The name of its study or comparison; empty for a rerun."""
     study_id: str
     is_deleted: bool
-    """Whether it is in MLflow's bin, from which it can be restored."""
+    """Whether it was deleted in MLflow, where it can still be restored."""
     models: tuple[str, ...]
     folders: tuple[str, ...]
     """The addresses of its artifacts, and of those of its models."""
@@ -119,6 +121,22 @@ def size_of(runs: Iterable[StoredRun]) -> int | None:
     if None in folders:
         return None
     return sum(file_size(folder) for folder in folders if folder is not None)
+
+
+def check_places(runs: Iterable[StoredRun]) -> None:
+    """Raise ValueError if files of a run are not where MLflow puts them: they may be others'.
+
+    An address in the database may name any folder, and it would be deleted as a whole.
+    """
+    for run in runs:
+        own, *_ = run.folders
+        odd_models = [each for each in run.models if not re.fullmatch(r"m-[0-9a-f]{32}", each)]
+        if run.run_id not in own.split("/") or odd_models:
+            where = odd_models[0] if odd_models else without_passwords(own)
+            raise ValueError(
+                f"nothing was removed: run {run.run_id} has its files at {where!r}, not in a "
+                "folder of its own; delete this run in MLflow's pages"
+            )
 
 
 def delete_runs(client: MlflowClient, runs: Sequence[StoredRun]) -> bool:

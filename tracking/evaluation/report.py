@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tracking.errors import TransientError, one_line
 from tracking.evaluation.figures import FIGURES
 from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
-from tracking.examples import Example, ExamplePicker, as_records, draw_examples
+from tracking.examples import ExamplePicker, Examples, ImageReader, draw_examples
 from tracking.files import open_folder, writing
 from tracking.prediction.formats import format_of, to_csv
 from tracking.progress import progress
@@ -76,10 +76,6 @@ def data_name(source: str, split: str | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:NAME_LENGTH].strip("-.") or "images"
 
 
-ImageReader = Callable[[int], "npt.NDArray[np.uint8] | None"]
-"""Returns the image (H, W, C) at a position of a source, None if it can't be read."""
-
-
 def make(
     file: Path,
     subject: Subject,
@@ -100,13 +96,10 @@ def make(
         measures = count(file, picker).measures()
     except ValueError as error:
         raise ValueError(f"no report: {error}") from error
-    images = {}
+    examples = None
     if picker is not None and read_image is not None:
-        rows = {each.row for group in picker.groups().values() for each in group}
-        read = {row: read_image(row) for row in sorted(rows)}
-        images = {row: image for row, image in read.items() if image is not None}
-    groups = picker.groups() if picker is not None else {}
-    write(measures, subject, folder, groups if images else {}, images)
+        examples = picker.examples(measures.classes, read_image)
+    write(measures, subject, folder, examples if examples and examples.images else None)
     print(f"report {str(folder)!r}: {summary(measures)}")
     if is_logged:
         print(log(measures, subject, folder))
@@ -195,16 +188,7 @@ def summary(measures: Measures) -> str:
     )
 
 
-Groups = Mapping[str, Sequence[Example]]
-
-
-def write(
-    measures: Measures,
-    subject: Subject,
-    folder: Path,
-    examples: Groups,
-    images: Mapping[int, npt.NDArray[np.uint8]],
-) -> None:
+def write(measures: Measures, subject: Subject, folder: Path, examples: Examples | None) -> None:
     """Write a report to a folder, which is created: each file appears as a whole or not at all.
 
     Files of the same names are replaced; others stay.
@@ -214,19 +198,19 @@ def write(
             (draft / name).write_bytes(content)
         for name, draw in FIGURES.items():
             draw(measures, draft / name)
-        if examples:
-            draw_examples(examples, images, measures.classes, draft / EXAMPLES_FILE)
+        if examples is not None:
+            draw_examples(examples, draft / EXAMPLES_FILE)
 
 
 def _contents(
-    measures: Measures, subject: Subject, examples: Groups
+    measures: Measures, subject: Subject, examples: Examples | None
 ) -> Iterator[tuple[str, bytes]]:
     import pyarrow as pa
 
-    yield "report.md", _markdown(measures, subject, has_examples=bool(examples)).encode()
-    told = as_dict(measures, subject) | (
-        {"examples": as_records(examples, measures.classes)} if examples else {}
-    )
+    yield "report.md", _markdown(measures, subject, has_examples=examples is not None).encode()
+    told = as_dict(measures, subject)
+    if examples is not None:
+        told["examples"] = examples.records()
     numbers = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
     yield "report.json", numbers.encode()
     yield "per_class.csv", to_csv(pa.Table.from_pandas(measures.per_class(), preserve_index=False))

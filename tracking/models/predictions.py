@@ -69,10 +69,8 @@ class Predictions(pd.DataFrame):
         picker = ExamplePicker(max(1, count // (3 if has_labels else 2)))
         probabilities = self[scores].to_numpy(np.float32)
         picker.add(rows, [str(name) for name in self["source"]], labels, probabilities)
-        groups = picker.groups()
-        drawn = {each.row for group in groups.values() for each in group}
         file = io.BytesIO()
-        draw_examples(groups, {row: images.pixels[row] for row in drawn}, classes, file)
+        draw_examples(picker.examples(classes, images.pixels.__getitem__), file)
         return Sheet(file.getvalue())
 
 

@@ -68,7 +68,7 @@ class Predictor:
         Returns:
             Columns `source`, `prediction` (a class name), `probability` (that of the prediction),
             `p(<class>)` for each class, and `label` (a class name or missing) if labels are given.
-            `show()` shows the most telling images: see `Predictions`.
+            `show()` shows some of the images: see `Predictions`.
 
         Raises:
             ValueError: an image can't be read, has another type or shape, or the numbers of images,
