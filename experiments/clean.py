@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.engine.checkpoints import FOLDER
-from tracking.cli import Parser, leave, run_command
+from tracking.cli import Parser, confirm, leave, run_command
 from tracking.errors import without_passwords
 from tracking.store import reading, sqlite_file, tracking_uri
 from tracking.text import printable
@@ -87,7 +86,9 @@ def _run(options: argparse.Namespace) -> int:
         if not removal:
             print("nothing to remove")
             return 0
-        if not (options.yes or _agreed()):
+        if not options.yes and not confirm(
+            "remove this?", otherwise="there is no terminal to ask on: --yes removes without asking"
+        ):
             print("nothing was removed")
             return 1
         is_erased = remove(removal, client, storage, options.storage)
@@ -107,20 +108,6 @@ def _storage(url: str) -> TrialCache | None:
         return None
     with storage_errors(url):
         return open_storage(url)
-
-
-def _agreed() -> bool:
-    """Ask whether to remove it."""
-    if not _is_terminal():
-        raise ValueError("there is no terminal to ask on: --yes removes without asking")
-    try:
-        return input("remove this? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
-
-
-def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 # What is shown

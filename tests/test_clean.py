@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 from small_sweep import small_settings
+from tracking_helpers import type_at_a_terminal
 
-import experiments.clean
 import experiments.inventory.runs
 from cnn.cache import DatasetSource, ImagePool, add_entry
 from cnn.config import TrainConfig
@@ -369,7 +369,6 @@ def test_it_removes_after_a_yes(
     answer: str, is_removed: bool, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("one", data, trials=1)
-    monkeypatch.setattr(experiments.clean, "_is_terminal", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda _: answer)
+    type_at_a_terminal(monkeypatch, answer)
     assert main(["one"]) == (0 if is_removed else 1)
     assert (runs_of("one") == []) == is_removed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_helpers import new_store, record
+from tracking_helpers import new_store, record, type_at_a_terminal
 
 from tracking.promote import main
 from tracking.registry import Registry
@@ -134,13 +134,14 @@ def test_where_the_best_may_be_worse_a_script_is_refused_without_force(
 
 
 @pytest.mark.usefixtures("unknown_champion")
-@pytest.mark.parametrize(("answer", "becomes"), [("y\n", 1), ("\n", 3), ("", 3)])
+@pytest.mark.parametrize(("answer", "becomes"), [("y", 1), ("", 3), (None, 3)])
 def test_where_the_best_may_be_worse_a_user_at_a_terminal_is_asked(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: str, becomes: int
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    becomes: int,
 ) -> None:
-    terminal = io.StringIO(answer)
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stdin", terminal)
+    type_at_a_terminal(monkeypatch, answer)
     out = printed(capsys)
     assert "version 1 may be worse than version 3" in out
     assert ("not promoted" in out) == (becomes == 3)

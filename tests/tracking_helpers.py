@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -107,3 +109,11 @@ def empty_database(folder: Path) -> Path:
     file = folder / "empty-mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+def type_at_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    """Make input and output a terminal where a user types an answer, or ends the input."""
+    typed = io.StringIO("" if answer is None else f"{answer}\n")
+    monkeypatch.setattr("sys.stdin", typed)
+    for stream in (typed, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)

@@ -130,6 +130,20 @@ def run_command(
         return code
 
 
+def confirm(question: str, *, otherwise: str) -> bool:
+    """Ask a yes-or-no question on the terminal; no answer means no.
+
+    Raises:
+        ValueError: there is no terminal to ask on. The message is `otherwise`.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError(otherwise)
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def _stopped(reason: str, resume: str) -> str:
     return f"stopped: {reason}; {resume}" if resume else f"stopped: {reason}"
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from tracking.cli import Parser, run_command
+from tracking.cli import Parser, confirm, run_command
 from tracking.model_texts import summary
 from tracking.registry import CHAMPION, Promotion, Registry, check_name
 from tracking.store import reading
@@ -94,19 +94,12 @@ def _promote_best(registry: Registry, *, force: bool) -> Promotion | None:
     if best == champion or is_better or force:
         return registry.promote(best, force=force)
     assert champion is not None
-    if not sys.stdin.isatty():
-        raise ValueError(
-            f"not promoted, {why}, so version {best} may be worse: --force promotes it anyway"
-        )
-    question = f"version {best} may be worse than version {champion}, {why}. Promote it? [y/N] "
-    return registry.promote(best, force=True) if _agrees(question) else None
-
-
-def _agrees(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+    agreed = confirm(
+        f"version {best} may be worse than version {champion}, {why}. Promote it?",
+        otherwise=f"not promoted, {why}, so version {best} may be worse: --force promotes it "
+        "anyway",
+    )
+    return registry.promote(best, force=True) if agreed else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

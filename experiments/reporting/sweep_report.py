@@ -314,7 +314,7 @@ def _figures(study: Study) -> dict[str, go.Figure]:
         fewer = _in_memory(name, best)
         figures |= {"parallel": study_figures(fewer, {name: fewer})["parallel"]}
     if len(complete) < ENOUGH_TRIALS:
-        pass
+        figures.pop("importances", None)
     return figures
 
 
