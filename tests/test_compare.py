@@ -98,6 +98,8 @@ def test_a_comparison_ends_with_its_answer_and_a_report(compared: str) -> None:
     assert set(run.data.metrics) == {"mse/test_accuracy", "cross_entropy/test_accuracy"}
     stored = {each.path for each in MlflowClient().list_artifacts(run.info.run_id, "report")}
     assert {"report/report.html", "report/report.md", "report/data"} <= stored
+    assert Path("reports/c/figures/examples.png").exists()
+    assert predict in Path("reports/c/report.md").read_text().partition("## Images\n")[2]
 
 
 def test_the_links_open_all_its_trainings_and_its_answer(compared: str) -> None:

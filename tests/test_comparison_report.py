@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import re
@@ -28,6 +29,7 @@ from experiments import report
 from experiments.comparison.assessment import assess
 from experiments.comparison.results import Results
 from experiments.reporting import figure_data, rendering, sections
+from tracking.examples import ExamplePicker, Examples, draw_examples
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
@@ -76,7 +78,7 @@ class Page(HTMLParser):
 
 
 def harmful_results() -> Results:
-    return planted_results(
+    results = planted_results(
         name=EVIL,
         search="staged",
         losses=("cross_entropy", "mse", EVIL),
@@ -86,6 +88,21 @@ def harmful_results() -> Results:
         classes=CLASSES,
         diverging={EVIL: 0.2},
     )
+    to_use = assess(results).to_use
+    assert to_use is not None
+    return replace(results, examples={to_use["run_id"]: some_examples()})
+
+
+def some_examples() -> Examples:
+    """Return right and wrong predictions of images, of classes with bad names."""
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(6, 32, 32, 3), dtype=np.uint8)
+    probabilities = random.dirichlet(np.ones(len(CLASSES)), 6).astype(np.float32)
+    labels = probabilities.argmax(axis=1)
+    labels[:2] = (labels[:2] + 1) % len(CLASSES)
+    picker = ExamplePicker()
+    picker.add(np.arange(6), [f"test[{row}]" for row in range(6)], labels, probabilities)
+    return picker.examples(CLASSES, images.__getitem__)
 
 
 def written(results: Results, folder: Path) -> Page:
@@ -210,7 +227,8 @@ def test_figures_have_the_colours_of_the_page(whole: tuple[Results, Path, Page])
 
 def test_names_do_no_harm_in_the_page(whole: tuple[Results, Path, Page]) -> None:
     made = whole[2]
-    assert not made.all("img")
+    (image,) = made.all("img")  # the sheet of images
+    assert image["src"].startswith("data:image/png;base64,")
     assert not [name for _, attributes in made.elements for name in attributes if name[:2] == "on"]
     assert EVIL in made.words["h1"][0]
     assert any(EVIL in text for text in made.words["th"])
@@ -256,12 +274,27 @@ def test_names_do_no_harm_in_markdown(whole: tuple[Results, Path, Page]) -> None
 
 def read(file: Path | bytes) -> pd.DataFrame:
     """Return a table of the report as it was before it was made harmless."""
-    import io
-
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     table = pd.read_csv(source, keep_default_na=False, na_values=[""])
     texts = table.select_dtypes(["object", "string"]).columns
     return table.assign(**{name: table[name].str.replace("^'", "", regex=True) for name in texts})
+
+
+def test_images_are_those_of_the_configuration_to_use(
+    whole: tuple[Results, Path, Page], tmp_path: Path
+) -> None:
+    results, folder, page = whole
+    sheet = io.BytesIO()
+    draw_examples(some_examples(), sheet)
+    assert (folder / "figures/examples.png").read_bytes() == sheet.getvalue()
+    (shown,) = [image for image in page.all("img") if "least sure" in image["alt"]]
+    start, content = shown["src"].split(",")
+    assert start == "data:image/png;base64"
+    assert base64.b64decode(content) == sheet.getvalue()
+
+    of_another = replace(results, examples={"another": some_examples()})
+    assert written(of_another, tmp_path / "without").all("img") == []
+    assert not (tmp_path / "without/figures/examples.png").exists()
 
 
 def test_the_data_is_that_of_the_results(whole: tuple[Results, Path, Page]) -> None:

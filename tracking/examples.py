@@ -23,6 +23,13 @@ RIGHT, WRONG, SURE, UNSURE = "surest right", "surest wrong", "surest", "least su
 EACH = 4
 """Examples of a group, in a row of the sheet."""
 
+EXPLANATION = (
+    "The surest right ones, the surest wrong ones, and the least sure of all. Bars are the "
+    "probabilities of the most probable classes, with that of the true class. The outline is the "
+    "target: 1 for the true class."
+)
+"""What a sheet shows."""
+
 _CLASSES = 5
 """The classes of which an example shows the scores: the highest, and the target."""
 
@@ -235,7 +242,7 @@ def draw_examples(examples: Examples, file: Path | BinaryIO) -> None:
     with plain_style():
         figure = Figure(figsize=(12.8, 0.2 + 2.05 * lines))
         grid = figure.add_gridspec(
-            max(1, lines), 2 * EACH, width_ratios=(1, 0.8) * EACH, wspace=0.9, hspace=0.75
+            max(1, lines), 2 * EACH, width_ratios=(1, 0.8) * EACH, wspace=1.0, hspace=0.6
         )
         line = 0
         for title, group in shown.items():
@@ -260,6 +267,7 @@ def _draw_image(
     axes: Axes, example: Example, image: npt.NDArray[np.uint8], classes: Sequence[str]
 ) -> None:
     axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+    axes.set_anchor("NW")  # its title is then above the scores, which begin at the same height
     axes.set_xticks([])
     axes.set_yticks([])
     predicted = shortened(classes[example.prediction], 16)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from experiments.comparison.results import (
     with_searched,
 )
 from experiments.comparison.search_rule import steps
-from experiments.comparison.testing import CONFUSION_FILE
+from experiments.comparison.testing import CONFUSION_FILE, EXAMPLES_FILE
 from experiments.study.parameters import searched
 from experiments.study.recorder import EARLIER_NAMES
 from experiments.study.storage import open_storage, storage_errors
@@ -44,6 +45,8 @@ from tracking.store import reading, sqlite_file
 if TYPE_CHECKING:
     import mlflow
     import numpy.typing as npt
+
+    from tracking.examples import Examples
 
 METRICS = {
     "train_loss": "train/loss",
@@ -244,6 +247,7 @@ def _results(read: _Read, record: Study, client: mlflow.MlflowClient) -> Results
             plan["losses"], (plan["learning_rate_min"], plan["learning_rate_max"])
         ),
         test_rounds=len(record.user_attrs.get("test_rounds", [])),
+        examples=_examples(client, confirmed or repeats),
         studies=read.studies,
         provenance=_provenance(record),
     )
@@ -336,6 +340,27 @@ def _predictions(
     return confusions, {
         loss: np.stack(each) for loss, each in complete.items() if len(each) == len(hits[loss])
     }
+
+
+def _examples(
+    client: mlflow.MlflowClient, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Examples]:
+    """Return the examples of each loss' first tested run: see `Results`."""
+    from mlflow.artifacts import load_dict
+
+    from tracking.examples import Examples
+
+    first: dict[str, str] = {}
+    for row in sorted(rows, key=lambda each: int(each["seed"])):
+        if row["outcome"] == "complete" and row["test_evaluations"]:
+            first.setdefault(row["loss"], row["run_id"])
+    found = {}
+    for run_id in first.values():
+        files = client.list_artifacts(run_id, str(PurePosixPath(EXAMPLES_FILE).parent))
+        if EXAMPLES_FILE in {file.path for file in files}:  # older comparisons don't have it
+            location = client.get_run(run_id).info.artifact_uri
+            found[run_id] = Examples.from_dict(load_dict(f"{location}/{EXAMPLES_FILE}"))
+    return found
 
 
 def _provenance(record: Study) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from experiments.study.parameters import searched
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from tracking.examples import Examples
 
 TRIAL_COLUMNS = (
     *("loss", "search", "stage", "trial", "seed", "outcome", "learning_rate", "batch_size"),
@@ -95,6 +97,9 @@ class Results:
     """Of each loss, (K, K) counts of test images over all repeats: rows true, columns predicted."""
     studies: Mapping[str, Study]
     """An Optuna study of all trainings of each loss' searches."""
+    examples: Mapping[str, Examples] = field(default_factory=dict)
+    """By run, test images with the predictions of its model, where they are recorded: of each
+    configuration that may be the one to use, the complete run with the lowest seed."""
     provenance: Mapping[str, str]
     """Texts: commit, versions, hardware, command, run, experiment, started and ended (in UTC)."""
 

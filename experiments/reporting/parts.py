@@ -59,13 +59,26 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture of fixed colours and size."""
+
+    name: str
+    """One of `sections.FIGURES`."""
+    caption: str
+    description: str
+    """What it shows, for those who can't see it."""
+    png: bytes
+    kind: str = "picture"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of the report, under a heading."""
 
     id: str
     title: str
     texts: Sequence[str] = ()
-    items: Sequence[Table | Gallery | Plot] = ()
+    items: Sequence[Table | Gallery | Plot | Picture] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

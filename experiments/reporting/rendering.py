@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from markupsafe import Markup
 
-from experiments.reporting.parts import Gallery, Report
+from experiments.reporting.parts import Gallery, Picture, Report
 from experiments.reporting.sections import FIGURES, TABLES
 from experiments.reporting.small_multiples import SmallMultiples, draw_legend, draw_png
 from tracking.files import open_folder, writing
@@ -49,8 +49,9 @@ def contents(report: Report) -> dict[str, bytes]:
         for item in shown
         if isinstance(item, Gallery)
     }
+    sheets = {f"figures/{item.name}.png": item.png for item in shown if isinstance(item, Picture)}
     pages = {"report.md": markdown(report).encode(), "report.html": html(report).encode()}
-    return tables | pictures | pages
+    return tables | pictures | sheets | pages
 
 
 def csv(table: pd.DataFrame) -> bytes:
@@ -78,6 +79,7 @@ def html(report: Report) -> str:
         "unbroken": _unbroken,
         "words": _words,
         "legend": _legend,
+        "base64": lambda content: base64.b64encode(content).decode(),
     }
     # The browser computes a script's digest with these line ends.
     scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), _source("report.js"))]

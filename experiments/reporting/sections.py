@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from experiments.reporting.parts import (
     Columns,
     Gallery,
     Note,
+    Picture,
     Report,
     Section,
     Table,
@@ -36,7 +38,7 @@ from experiments.reporting.small_multiples import SmallMultiples, draw_panels
 if TYPE_CHECKING:
     from experiments.comparison.assessment import Assessment
 
-FIGURES = ("result", "learning_rates", "budget", "learning_curves", "confusions")
+FIGURES = ("result", "learning_rates", "budget", "learning_curves", "confusions", "examples")
 TABLES: Mapping[str, Callable[[Results, Assessment], pd.DataFrame]] = {
     "result": result_rows,
     "table": lambda _, assessment: assessment.table,
@@ -88,6 +90,7 @@ def make(results: Results, assessment: Assessment) -> Report:
             _gallery(results, figures.LearningCurves(results)),
             search_section(results, tables),
             _confusions(results),
+            *_examples(results, assessment),
             _speed(tables),
             _provenance(results),
         ),
@@ -272,6 +275,31 @@ def _confusions(results: Results) -> Section:
         data="confusions",
     )
     return replace(section, items=[*section.items, table])
+
+
+def _examples(results: Results, assessment: Assessment) -> Iterator[Section]:
+    """Yield the section of images, if examples of the configuration to use are recorded."""
+    to_use = assessment.to_use or {}
+    examples = results.examples.get(str(to_use.get("run_id")))
+    if examples is None:
+        return
+    from tracking.examples import EXPLANATION, draw_examples
+
+    sheet = io.BytesIO()
+    draw_examples(examples, sheet)
+    text = (
+        f"Test images, and what a model of the configuration to use predicts, that of run "
+        f"`{to_use['run_id']}` with `{to_use['loss']}`. They were picked when this model was shown "
+        "the test split."
+    )
+    counts = ", ".join(f"{len(group)} {title}" for title, group in examples.groups.items())
+    picture = Picture(
+        name="examples",
+        caption=EXPLANATION,
+        description=f"Test images with their probabilities: {counts}",
+        png=sheet.getvalue(),
+    )
+    yield Section(id="examples", title="Images", texts=[text], items=[picture])
 
 
 def _speed(tables: Mapping[str, pd.DataFrame]) -> Section:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tracking.errors import TransientError, one_line
 from tracking.evaluation.figures import FIGURES
 from tracking.evaluation.metrics import BINS, Measures, MetricsAccumulator
-from tracking.examples import ExamplePicker, Examples, ImageReader, draw_examples
+from tracking.examples import EXPLANATION, ExamplePicker, Examples, ImageReader, draw_examples
 from tracking.files import open_folder, writing
 from tracking.prediction.formats import format_of, to_csv
 from tracking.progress import progress
@@ -316,12 +316,7 @@ def _interval(shares: Sequence[float]) -> str:
     return f"{100 * low:.2f} to {100 * high:.2f} %"
 
 
-_EXAMPLES_TEXT = f"""\
-The surest right ones, the surest wrong ones, and the least sure of all. Bars are the probabilities
-of the most probable classes, with that of the true class. The outline is the target: 1 for the true
-class.
-
-![Predicted images with their probabilities]({EXAMPLES_FILE})"""
+_EXAMPLES_TEXT = f"{EXPLANATION}\n\n![Predicted images with their probabilities]({EXAMPLES_FILE})"
 
 
 def check_run(run_id: str | None) -> None:
