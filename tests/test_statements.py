@@ -254,6 +254,22 @@ def test_the_smallest_leads_of_many() -> None:
     assert "over `l4`" not in second
 
 
+def test_an_interval_that_says_more_than_the_corrected_verdict_is_explained() -> None:
+    leads = [0.5, 0.8, 0.8, 1.05, 1.65]
+    of_first = [70.0, 69.6, 70.2, 69.9, 70.3]
+    behind = [first - lead for first, lead in zip(of_first, leads, strict=True)]
+    others = {f"l{i}": around(69.5, offset=i) for i in range(4)}
+    alone = staged({"mse": of_first, "l1": behind})
+    several = staged({"mse": of_first, "l1": behind, **others})
+    correction = "not corrected for several pairs as the verdict is"
+    for made, is_explained in ((alone, False), (several, True)):
+        assessment = assess(with_hits(made, own=0.02))
+        (pair,) = assessment.differences.query("loss == 'l1'").to_dict("records")
+        assert pair["images_low"] > 0
+        assert (pair["images_verdict"] == "undecided") == is_explained
+        assert (correction in assessment.statements[1]) == is_explained
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [

@@ -221,7 +221,13 @@ def _numbers_on_other(winner: Row, known: Sequence[Row]) -> str:
     else:
         lead = f"its lead {listed(leads).replace('` ', '` is ', 1)}"
     parts = [lead] if math.isnan(winner["images_low"]) else [_accuracy_on_other(winner), lead]
-    return f"{', and '.join(parts)} (95 % intervals over new trainings and new images)"
+    kind = "95 % intervals over new trainings and new images"
+    if any(
+        other["images_verdict"] == "undecided" and other["images_low"] * other["images_high"] > 0
+        for other in closest
+    ):
+        kind += ", not corrected for several pairs as the verdict is"
+    return f"{', and '.join(parts)} ({kind})"
 
 
 def _accuracy_on_other(winner: Row) -> str:
