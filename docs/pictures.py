@@ -1,8 +1,8 @@
-"""The pictures of terminals and of MLflow: `python docs/pictures.py`, or with the names of some.
+"""The pictures of terminals, MLflow and predictions: `python docs/pictures.py [NAME…]`.
 
 Runs sweeps and a comparison in a new folder, in terminals of tmux of several widths; renders what
-they show while trials run, and MLflow's page of the runs, in Chromium. Both come from Debian:
-`apt install tmux chromium`.
+they show while trials run, and MLflow's page of the runs, in Chromium; and predicts with the best
+run. Tmux and Chromium come from Debian: `apt install tmux chromium`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ TERMINALS = {
     "terminal-40": Shown(command=SMALL, width=40, ended=8, height=18),
     "terminal-compare": Shown(command=COMPARISON, width=100, ended=10),
 }
-"""The first is the one that the README shows, and MLflow's page is that of its runs."""
+"""The README shows the first one; the pictures of MLflow and of predictions are of its runs."""
 
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #292929; display: inline-block }}
@@ -72,7 +73,7 @@ def main(names: Sequence[str]) -> None:
             page.set_content(TERMINAL.format(command=shown.command, code=as_html(screen, shown)))
             page.locator("body").screenshot(path=OUT / f"{name}.png")
             if shown.command == SWEEP:
-                show_runs()
+                predict_images(show_runs())
 
 
 def tmux(*arguments: str) -> str:
@@ -124,8 +125,8 @@ def browser() -> Iterator[Page]:
         started.close()
 
 
-def show_runs() -> None:
-    """Take the pictures of the sweep in MLflow: its trials, its own run, its report."""
+def show_runs() -> str:
+    """Take the pictures of the sweep in MLflow, its trials, run and report; return its best run."""
     import mlflow
 
     from benchmarks.pages import look_at_sweep, served
@@ -135,6 +136,15 @@ def show_runs() -> None:
         experiment = client.get_experiment_by_name("cnn-sweep").experiment_id
         (sweep,) = client.search_runs([experiment], "tags.role = 'sweep'")
         look_at_sweep(address, sweep.data.tags["study"], OUT)
+    return str(sweep.data.tags["best.run_id"])
+
+
+def predict_images(run_id: str) -> None:
+    """Predict test images with a run's model, and keep the sheet of its report."""
+    predict = "digits:test --out predictions.csv --report report --run-id"
+    command = [sys.executable, "-m", "tracking.predict", *predict.split(), run_id]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    shutil.copy("report/examples.png", OUT)
 
 
 if __name__ == "__main__":
