@@ -52,12 +52,14 @@ def _run(options: argparse.Namespace) -> None:
     study = find_study(options.name, options.storage)
     with writing("the report"):
         out.parent.mkdir(exist_ok=True)
-    write = _report_comparison if "plan" in study.user_attrs else _report_sweep
-    print(*write(study, options.storage, out), sep="\n")
+    is_comparison = "plan" in study.user_attrs
+    answer = _comparison(study, options.storage, out) if is_comparison else _sweep(study, out)
+    print(*answer, sep="\n")
     print(f"report: {out / 'report.html'}")
 
 
-def _report_comparison(study: Study, storage: str, out: Path) -> Sequence[str]:
+def _comparison(study: Study, storage: str, out: Path) -> Sequence[str]:
+    """Write the report of a comparison, and return its answer."""
     from experiments.comparison.assessment import assess
     from experiments.comparison.loading import load_results
     from experiments.reporting.rendering import write_report
@@ -68,7 +70,8 @@ def _report_comparison(study: Study, storage: str, out: Path) -> Sequence[str]:
     return assessment.statements[:2]
 
 
-def _report_sweep(study: Study, storage: str, out: Path) -> Sequence[str]:  # noqa: ARG001
+def _sweep(study: Study, out: Path) -> Sequence[str]:
+    """Write the report of a sweep, and return its answer."""
     from experiments.reporting.rendering import write
     from experiments.reporting.sweep_report import make
 
