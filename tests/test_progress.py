@@ -47,6 +47,7 @@ def begun(**changes: Any) -> SweepStarted:
         "experiment": "cnn-sweep",
         "experiment_id": "1",
         "parent_run_id": "a",
+        "runs_page": "#/experiments/1/runs",
         "num_before": 0,
         "best_before": None,
     }

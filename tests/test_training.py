@@ -293,7 +293,7 @@ def slow_training(config, data, make_optimizer, schedule):
                 "train/accuracy": num_correct / len(data.train),
                 "val/loss": val_loss,
                 "val/accuracy": val_accuracy,
-                "learning_rate": rate,
+                "train/learning_rate": rate,
             }
         )
     return rows, [weight.detach() for weight in network.parameters()]
