@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 from test_outputs import images, predictor_of
 from test_report import desk, read_report
 
+from experiments.comparison.loading import _examples
+from experiments.comparison.testing import EXAMPLES_FILE
 from tracking import predict
 from tracking.examples import (
     RIGHT,
@@ -141,6 +144,17 @@ def test_a_large_image_is_reduced(channels: int) -> None:
 def test_what_is_no_record_of_examples_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="these are no examples"):
         Examples.from_dict(examples(9, 3).as_dict() | change)
+
+
+@pytest.mark.parametrize(("damage", "is_read"), [(None, True), ("", False), ('{"half": ', False)])
+def test_a_comparison_is_read_without_the_examples_that_are_damaged(
+    damage: str | None, is_read: bool, mlflow_store: str
+) -> None:
+    client, text = MlflowClient(), json.dumps(examples(9, 3).as_dict())
+    run_id = client.create_run("0").info.run_id
+    client.log_text(run_id, text if damage is None else damage, EXAMPLES_FILE)
+    row = {"run_id": run_id, "loss": "mse", "seed": 1, "outcome": "complete", "test_evaluations": 1}
+    assert list(_examples(client, [row])) == [run_id] * is_read
 
 
 # In a report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -345,8 +346,11 @@ def _predictions(
 def _examples(
     client: mlflow.MlflowClient, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Examples]:
-    """Return the examples of each loss' first tested run: see `Results`."""
-    from mlflow.artifacts import load_dict
+    """Return the examples of each loss' first tested run: see `Results`.
+
+    A damaged file is left out: it is for a picture, and the results do not need it.
+    """
+    from mlflow.artifacts import load_text
 
     from tracking.examples import Examples
 
@@ -359,7 +363,9 @@ def _examples(
         files = client.list_artifacts(run_id, str(PurePosixPath(EXAMPLES_FILE).parent))
         if EXAMPLES_FILE in {file.path for file in files}:  # older comparisons don't have it
             location = client.get_run(run_id).info.artifact_uri
-            found[run_id] = Examples.from_dict(load_dict(f"{location}/{EXAMPLES_FILE}"))
+            with suppress(ValueError):
+                recorded = json.loads(load_text(f"{location}/{EXAMPLES_FILE}"))
+                found[run_id] = Examples.from_dict(recorded)
     return found
 
 
