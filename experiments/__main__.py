@@ -8,7 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "experiments.sweep": "find the best loss, learning rate and batch size: an Optuna study",
     "experiments.compare": "compare losses, each tuned by repeated searches",
-    "experiments.report": "write the report of a comparison",
+    "experiments.report": "write the report of a sweep or a comparison",
     "experiments.rerun": "train a trial again, or a variation of it",
     "experiments.servers": "start PostgreSQL and MLflow for a team",
     "experiments.clean": "list what is stored, and remove what is named",
