@@ -139,6 +139,7 @@ def test_a_large_image_is_reduced(channels: int) -> None:
         {"groups": {RIGHT: [{"row": 5, "name": "x", "label": 2, "probabilities": [0, 1]}]}},
         {"images": {"5": {"shape": [10**6, 10**6, 3], "pixels": ""}}},
         {"images": {"5": {"shape": [2, 2, 3], "pixels": "AAAA"}}},
+        {"images": {"5": {"shape": [float("inf"), 2, 3], "pixels": "AAAA"}}},
     ],
 )
 def test_what_is_no_record_of_examples_is_refused(change: dict[str, object]) -> None:
@@ -146,7 +147,11 @@ def test_what_is_no_record_of_examples_is_refused(change: dict[str, object]) -> 
         Examples.from_dict(examples(9, 3).as_dict() | change)
 
 
-@pytest.mark.parametrize(("damage", "is_read"), [(None, True), ("", False), ('{"half": ', False)])
+@pytest.mark.parametrize(
+    ("damage", "is_read"),
+    [(None, True), ("", False), ('{"half": ', False), (10**5 * "[", False)],
+    ids=["none", "empty", "half", "deep"],
+)
 def test_a_comparison_is_read_without_the_examples_that_are_damaged(
     damage: str | None, is_read: bool, mlflow_store: str
 ) -> None:

@@ -195,7 +195,7 @@ class Examples:
                 for title, group in told["groups"].items()
             }
             images = {int(row): _unpacked(packed) for row, packed in told["images"].items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"these are no examples: {error!r}") from error
         for each in (each for group in groups.values() for each in group):
             if each.probabilities.shape != (len(classes),) or not -1 <= each.label < len(classes):

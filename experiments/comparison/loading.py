@@ -363,7 +363,7 @@ def _examples(
         files = client.list_artifacts(run_id, str(PurePosixPath(EXAMPLES_FILE).parent))
         if EXAMPLES_FILE in {file.path for file in files}:  # older comparisons don't have it
             location = client.get_run(run_id).info.artifact_uri
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 recorded = json.loads(load_text(f"{location}/{EXAMPLES_FILE}"))
                 found[run_id] = Examples.from_dict(recorded)
     return found
